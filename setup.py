@@ -1,0 +1,17 @@
+"Requirements from settings.ini; run notebooks from nbs/runs as the package data of mbs.runs. All else is in pyproject.toml."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+settings = ConfigParser(interpolation=None, default_section="")
+settings.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
+extras = {name: text.split() for name, text in settings["extras"].items()}
+
+setup(
+    install_requires=settings["DEFAULT"]["requirements"].split(),
+    extras_require=extras,
+    packages=["mbs", "mbs.runs", "mbs.runs.protocols"],
+    package_dir={"mbs": "mbs", "mbs.runs": "nbs/runs", "mbs.runs.protocols": "nbs/runs/protocols"},
+    package_data={"mbs.runs": ["*.ipynb"], "mbs.runs.protocols": ["*.yaml"]},
+)
