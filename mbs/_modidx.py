@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mbs.augment.short_side': ('augment.html#short_side', 'mbs/augment.py')},
             'mbs.batch': { 'mbs.batch.built_in': ('batch.html#built_in', 'mbs/batch.py'),
                            'mbs.batch.execute': ('batch.html#execute', 'mbs/batch.py'),
+                           'mbs.batch.prepare': ('batch.html#prepare', 'mbs/batch.py'),
                            'mbs.batch.read_parameters': ('batch.html#read_parameters', 'mbs/batch.py'),
                            'mbs.batch.run_notebook': ('batch.html#run_notebook', 'mbs/batch.py'),
                            'mbs.batch.runs_folder': ('batch.html#runs_folder', 'mbs/batch.py'),

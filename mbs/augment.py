@@ -9,7 +9,6 @@ __all__ = ['IMAGENET', 'normalised', 'resized', 'short_side', 'cropped', 'TrainT
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode

@@ -46,7 +46,7 @@ def parse_value(text:str):
 def plain_errors():
     "Turn what is wrong with the input into one sentence on stderr and exit code 2."
     try: yield
-    except ValueError as e:
+    except (ValueError, FileNotFoundError) as e:
         typer.echo(f"mbs: {e}", err=True)
         raise typer.Exit(2) from None
 
@@ -94,16 +94,16 @@ def with_progress(plan:list[dict])->list:
     "Runs of all parameter sets in turn, each with a bar and an estimate of the time that is left; all are checked before the first starts."
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from mbs.batch import run_notebook
+    from mbs.batch import prepare, run_notebook
     from mbs.run import Settings
-    checked = [Settings.checked(**values) for values in plan]
+    experiments = [prepare(settings) for settings in [Settings.checked(**values) for values in plan]]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("iterations"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     with Progress(*columns) as bars:
-        tasks = [bars.add_task(s.name, total=None, start=False) for s in checked]
+        tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
         runs = []
-        for settings, task in zip(checked, tasks):
+        for experiment, task in zip(experiments, tasks):
             bars.start_task(task)
-            runs.append(run_notebook(settings, lambda done, total, task=task: bars.update(task, completed=done, total=total)))
+            runs.append(run_notebook(experiment, lambda done, total, task=task: bars.update(task, completed=done, total=total)))
     return runs
 
 def table(runs:list):

@@ -8,7 +8,7 @@ __all__ = ['Confusion', 'class_iou', 'class_accuracy', 'mean', 'scores', 'backgr
 # %% ../nbs/40_metrics.ipynb #f567bd79
 import numpy as np
 
-from .protocol import VOID, Protocol
+from .protocol import Protocol
 
 # %% ../nbs/40_metrics.ipynb #f45d9324
 class Confusion:

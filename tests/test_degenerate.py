@@ -1,0 +1,72 @@
+"Degenerate inputs are defined and finite, for every method, in value and gradient."
+import pytest
+import torch
+
+from mbs.augment import TestTransform, TrainTransform
+from mbs.methods import METHODS, Method
+from mbs.protocol import VOID
+from mbs.segmenter import Segmenter, make_encoder
+
+STATISTICS = ((.5, .5, .5), (.5, .5, .5))
+
+
+def networks(method, n_new, encoder="vit_tiny_patch16_224", **options):
+    "A teacher of 1 + 2 channels and a student grown by `n_new`."
+    torch.manual_seed(0)
+    old = Segmenter(make_encoder(encoder, image_size=32, **options), [1, 2], dim=32, heads=2)
+    return old.frozen(), method.grow(old, n_new).train()
+
+
+TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
+TARGETS = {
+    "every pixel void": torch.full((2, 30, 37), VOID),
+    "no new class": torch.zeros(2, 30, 37, dtype=torch.long),
+    "only new classes": torch.full((2, 30, 37), 3),  # no patch of weight > 0
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("n_new", [1, 3])
+def test_loss_is_finite(name, target, n_new):
+    "Also with one-class steps, and sides that are no multiple of the patch."
+    method = Method(name)
+    teacher, student = networks(method, n_new, **TINY)
+    images = torch.randn(2, 3, 30, 37)
+    terms = method.loss(student(images), teacher(images), target, n_new)
+    assert all(torch.isfinite(v) for v in terms.values())
+    terms["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+    if (target == VOID).all(): assert terms["cross_entropy"] == 0
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (5, 64), (33, 7), (32, 32)])
+def test_any_picture_size(height, width):
+    _, model = networks(Method("mbs"), 1, **TINY)
+    out = model.eval()(torch.randn(1, 3, height, width))
+    assert out.logits.shape == (1, 4, height, width) and torch.isfinite(out.logits).all()
+
+
+def test_convolutional_encoder_any_size():
+    _, model = networks(Method("mbs"), 1, "tf_efficientnet_lite0")
+    assert model.eval()(torch.randn(1, 3, 30, 70)).logits.shape == (1, 4, 30, 70)
+
+
+@pytest.mark.parametrize("height,width", [(20, 90), (90, 20), (3, 3), (64, 64)])
+def test_pictures_smaller_than_the_crop(height, width):
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (height, width), dtype=torch.uint8)
+    for transform in (TrainTransform(64, *STATISTICS), TestTransform(*STATISTICS, crop=64)):
+        for _ in range(20):
+            x, y = transform(image, labels)
+            assert x.shape == (3, 64, 64) and y.shape == (64, 64) and set(y.unique().tolist()) <= {0, 1, 2, VOID}
+
+
+def test_flat_logits_have_no_nan():
+    "Identical class features give a standard deviation of 0 in the mask norm."
+    _, model = networks(Method("mbs"), 1, **TINY)
+    for tokens in model.decoder.class_tokens: tokens.data.zero_()
+    out = model(torch.randn(1, 3, 32, 32))
+    assert torch.isfinite(out.logits).all()
+    out.logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -1,0 +1,114 @@
+"Bad input: one clear sentence, exit code 2, nothing half-written."
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mbs.cli import app
+from mbs.scenes import write_scenes
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MBS_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes") / "s", 12, 6, size=32)
+
+
+def refused(*words):
+    "The sentence with which `mbs run` refuses `words`."
+    result = CliRunner().invoke(app, ["run", *words])
+    assert result.exit_code == 2, result.output
+    message = result.stderr.strip()
+    assert message.startswith("mbs: ") and "Traceback" not in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("words,says", [
+    (["metod=kd"], "'metod' is not known: expected 'method'"),
+    (["training.epoch=3"], "'epoch' is not known: expected 'epochs'"),
+    (["training.lr=-1"], "'lr' cannot be -1"),
+    (["parts.tau=0.5"], "'tau' is not known"),
+    (["parts.threshold=2"], "'threshold' cannot be 2"),
+    (["method=magic"], "expected one of finetune, kd, mbs"),
+    (["protocol=9-1"], "cannot split 8 classes"),
+    (["protocol=0-1"], "cannot split 8 classes"),
+    (["protocol=5-0"], "cannot split 8 classes"),
+    (["protocol=five"], "expected 'A-B'"),
+    (["setting=joined"], "expected one of overlapped, disjoint"),
+    (["classes=[unicorn]"], "'unicorn' is not in the data set"),
+    (["encoder=resnet9000"], "is not a timm network"),
+    (["encoder_options.depht=2"], "do not suit"),
+    (["decoder.width=2"], "are not known"),
+    (["weights=nowhere.safetensors"], "weight file nowhere.safetensors does not exist"),
+    (["data=nowhere"], "expected 'scenes' or a folder"),
+    (["name=../outside"], "'name' cannot be"),
+    (["seed"], "parameter file seed does not exist"),
+    (["seed=1", "method"], "'method' is no parameter: expected name=value"),
+])
+def test_parameters(home, words, says):
+    assert says in refused(*words)
+    assert not (home / "outputs").exists()
+
+
+def broken(scenes, tmp_path, change):
+    "A copy of the scenes with one pair changed."
+    root = tmp_path / "broken"
+    shutil.copytree(scenes, root)
+    change(root / "JPEGImages" / "train_00003.png", root / "SegmentationClassAug" / "train_00003.png")
+    return root
+
+
+CHANGES = {
+    "is missing": lambda image, mask: mask.unlink(),
+    "image": lambda image, mask: image.unlink(),
+    "cannot be read": lambda image, mask: image.write_bytes(b"no picture"),
+    "mask": lambda image, mask: mask.write_bytes(mask.read_bytes()[:60]),
+    "holds [77], which are no class ids": lambda image, mask: Image.fromarray(np.full((32, 32), 77, np.uint8)).save(mask),
+    "differ in size, 32×32 and 32×16": lambda image, mask: Image.fromarray(np.zeros((16, 32), np.uint8)).save(mask),
+    "has mode RGB": lambda image, mask: Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(mask),
+}
+
+
+@pytest.mark.parametrize("says", CHANGES)
+def test_pairs(home, scenes, tmp_path, says):
+    root = broken(scenes, tmp_path, CHANGES[says])
+    message = refused(f"data={root}")
+    assert says in message and "train_00003" in message
+    assert not (home / "outputs").exists()
+
+
+def test_no_list(home, scenes, tmp_path):
+    root = tmp_path / "empty"
+    root.mkdir()
+    assert "is no data set in VOC's layout" in refused(f"data={root}")
+
+
+def test_outputs_cannot_be_written(home, scenes):
+    home.mkdir()
+    (home / "outputs").write_text("a file where the folder should be")
+    assert "cannot be written" in refused(f"data={scenes}")
+    assert (home / "outputs").read_text() == "a file where the folder should be"
+
+
+def test_step_without_images(home, tmp_path):
+    "Two scenes never hold all eight classes: some one-class step stays empty."
+    root = write_scenes(tmp_path / "few", 1, 1, size=32)
+    assert "sees no training image: expected at least one that holds" in refused(f"data={root}", "protocol=1-1")
+    assert not (home / "outputs").exists()
+
+
+def test_unknown_parameter_in_the_notebook(home, tmp_path):
+    "papermill itself only warns about unknown names; the notebook refuses them before anything runs."
+    import papermill
+
+    from mbs.batch import runs_folder
+    with pytest.raises(papermill.PapermillExecutionError, match="'metod' is not known"):
+        papermill.execute_notebook(str(runs_folder() / "train.ipynb"), str(tmp_path / "out.ipynb"), dict(metod="kd"), kernel_name="python3", progress_bar=False)
+    assert not (home / "outputs").exists()
