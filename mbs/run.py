@@ -85,10 +85,11 @@ class Setup:
     def __init__(self, settings:Settings):
         self.settings = settings
         self.method = Method(settings.method, **settings.parts)
-        self.recipe = make_recipe(settings.recipe, **settings.training)
+        make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
         self.train, self.test = open_data(settings.data, settings.scenes)
         dataset = "voc" if self.train.classes == VOC_CLASSES else len(self.train.classes)
         self.protocol = Protocol(settings.protocol, dataset, settings.setting, class_ids(settings.classes, self.train.classes))
+        self.recipe = make_recipe(settings.recipe, dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]
         self.positions = [self.protocol.select(self.train.index, t) for t in range(len(self.protocol.steps))]
         for t, seen in enumerate(self.positions):

@@ -184,7 +184,7 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
             score = validate(accelerator.unwrap_model(student))
             if score > best[0]: best = score, {k: v.clone() for k, v in accelerator.unwrap_model(student).state_dict().items()}
             student.train()
-    student = accelerator.unwrap_model(student)
+    student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     if best[1] is not None: student.load_state_dict(best[1])
     return student.eval()
 

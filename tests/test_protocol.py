@@ -1,0 +1,82 @@
+"Protocols: any split, any order, channels and image lists."
+import json
+
+import numpy as np
+import pytest
+from golden import FOLDER, needs_golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mbs.protocol import SPLITS, VOID, Protocol
+
+
+@st.composite
+def protocols(draw, settings=("overlapped", "disjoint", "sequential")):
+    n = draw(st.integers(1, 30))
+    base, new = draw(st.integers(1, n)), draw(st.integers(1, n))
+    order = draw(st.permutations(range(1, n + 1)))[:draw(st.integers(base, n))]
+    return Protocol(f"{base}-{new}", n, draw(st.sampled_from(settings)), order)
+
+
+@settings(max_examples=200, deadline=None)
+@given(protocols())
+def test_every_class_arrives_once(p):
+    arrived = [c for step in p.steps for c in step]
+    assert arrived == p.order and all(p.steps) and p.first_step == sorted(p.first_step)
+    assert [c for t in range(len(p.steps)) for c in p.new_channels(t)] == list(range(1, p.n_channels(len(p.steps) - 1)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(protocols(), st.integers(0, 2**32 - 1))
+def test_what_a_step_shows(p, seed):
+    "Labels, test and truth agree with the definitions, pixel by pixel."
+    rng = np.random.default_rng(seed)
+    mask = rng.choice([*range(p.n_classes + 1), VOID], size=(6, 7)).astype(np.uint8)
+    channel = {0: 0, VOID: VOID, **{c: k for k, c in enumerate(p.order, 1)}}
+    for t in range(len(p.steps)):
+        train, test, truth = (p.to_channels(mask, t, part) for part in ("train", "test", "truth"))
+        new, seen = set(p.steps[t]), {c for step in p.steps[:t + 1] for c in step}
+        shown = seen if p.setting == "sequential" else new
+        for id_, a, b, c in zip(mask.ravel().tolist(), train.ravel().tolist(), test.ravel().tolist(), truth.ravel().tolist()):
+            assert c == channel.get(id_, 0)
+            assert a == (c if id_ in shown or id_ == VOID else 0)
+            assert b == (c if id_ in seen or id_ not in p.order else VOID)
+
+
+@settings(max_examples=200, deadline=None)
+@given(protocols(), st.integers(0, 2**32 - 1))
+def test_which_images_a_step_sees(p, seed):
+    index = np.random.default_rng(seed).random((20, p.n_classes + 1)) < .2
+    for t, new in enumerate(p.steps):
+        future = {c for step in p.steps[t + 1:] for c in step}
+        want = [i for i, row in enumerate(index) if row[new].any() and (p.setting == "overlapped" or not row[list(future)].any())]
+        assert p.select(index, t).tolist() == want
+
+
+@needs_golden
+def test_named_splits_are_those_of_the_released_program():
+    tasks = json.loads((FOLDER / "tasks_and_lists.json").read_text())["tasks"]
+    assert {k: set(v) for k, v in tasks.items()} == {k: set(v) for k, v in SPLITS.items()}
+    for name, steps in tasks["voc"].items():
+        assert [[0, *s] if t == 0 else s for t, s in enumerate(Protocol(name).steps)] == list(steps.values())
+    for name, steps in tasks["ade"].items():  # step 0 as [background, last class, how many], then [first, last, how many]
+        sizes = [last - first + 1 if t else last for t, (first, last, _) in enumerate(steps.values())]
+        assert Protocol(name, "ade").sizes == sizes
+
+
+def test_ade_leaves_unlabelled_pixels_out_of_the_test():
+    p = Protocol("100-50", "ade")
+    mask = np.array([[0, 5, 120]], np.uint8)
+    assert p.to_channels(mask, 0, "test").tolist() == [[VOID, 5, VOID]] and p.to_channels(mask, 0).tolist() == [[0, 5, 0]]
+
+
+@pytest.mark.parametrize("arguments,says", [
+    (dict(name="15-1", dataset="coco"), "expected one of voc, ade"),
+    (dict(name="15-1_b", dataset=20), "expected 'A-B'"),
+    (dict(name="15-1", setting="joint"), "expected one of overlapped"),
+    (dict(name="2-1", dataset=3, order=[1, 1, 2]), "expected different class ids"),
+    (dict(name="2-1", dataset=3, order=[1, 2, 4]), "expected different class ids"),
+    (dict(name="2-1", dataset=300), "do not fit"),
+])
+def test_impossible(arguments, says):
+    with pytest.raises(ValueError, match=says): Protocol(**arguments)

@@ -1,0 +1,59 @@
+"Whole runs: the command line on real and generated data, both recipes, and the claim of the demo."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mbs.experiment import Experiment
+from mbs.run import Settings, load_run
+
+VOC = Path(os.environ.get("MBS_VOC", Path(__file__).parents[2] / "shared/data/VOCdevkit/VOC2012"))
+
+
+def mbs(home, *words, timeout=900):
+    "Output of the command, in a process of its own."
+    command = [sys.executable, "-m", "mbs.cli", "--home", str(home), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"COLUMNS": "160"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_paper_recipe_selects_on_the_test_images(tmp_path):
+    "The quirks of the released recipe are really used: selection, centre crops, ImageNet statistics."
+    short = dict(crop=48, batch=8, iterations=4)
+    run = Experiment(Settings(name="paper", recipe="paper", protocol="6-2", training=short), tmp_path).run()
+    recipe = run.card["recipe"]
+    assert (recipe["selection"], recipe["test_crop"], recipe["normalisation"], recipe["lr_factor"]) == ("test", True, "imagenet", .1)
+    assert run.card["normalisation"][0][0] == .485 and run.finished
+
+
+@pytest.mark.skipif(not VOC.is_dir(), reason=f"no real VOC part at {VOC}; set MBS_VOC to a VOC2012 folder")
+def test_voc_from_the_command_line(tmp_path):
+    "Real photos, a permuted subset of classes, real weights; a few iterations a step."
+    mbs(tmp_path, "run", "voc-animals", f"data={VOC}", "name=voc", "training.crop=64", "training.batch=4", "training.iterations=3", "training.new_iterations=2", "samples=2")
+    run = load_run(tmp_path / "outputs" / "voc")
+    assert run.finished and run.names == ["background", "cat", "dog", "person", "horse", "sheep", "cow"]
+    assert run.card["weights"]["sha256"].startswith("57934424") and run.card["normalisation"] == [[.5] * 3, [.5] * 3]
+    assert run.confusion().counts[4:].sum() > 0 and (tmp_path / "outputs/voc/train.ipynb").is_file()
+    image = run.samples()[0][0]
+    assert run.predict(image).shape == image.shape[:2]
+
+
+def test_demo_shows_the_claim(tmp_path):
+    "One seed of the demo as a user runs it: mbs clearly above kd, kd above finetune, and a base step of at least 0.6."
+    out = mbs(tmp_path, "demo", timeout=1500)
+    runs = {m: load_run(tmp_path / "outputs" / f"demo-{m}-s0") for m in ("finetune", "kd", "mbs")}
+    last = {m: run.metrics()["scores"]["all"] for m, run in runs.items()}
+    assert last["mbs"] > last["kd"] + .1 and last["kd"] > last["finetune"] + .03, last
+    assert runs["mbs"].metrics(0)["scores"]["all"] > .6
+    assert runs["finetune"].metrics()["shift"]["old->background"] > runs["kd"].metrics()["shift"]["old->background"] > runs["mbs"].metrics()["shift"]["old->background"]
+    assert {runs[m].metrics(0).get("base_from") for m in ("kd", "mbs")} == {"demo-finetune-s0"}, "the base step was trained more than once"
+    assert "old → background" in out and (tmp_path / "outputs/demo/comparison.png").stat().st_size > 20_000
+    assert "| mbs | 1 |" in (tmp_path / "outputs/demo/summary.md").read_text()
+    notebook = json.loads((tmp_path / "outputs/demo-mbs-s0/train.ipynb").read_text())
+    pictures = [o for c in notebook["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) >= 9 and np.ptp([len(p["data"]["image/png"]) for p in pictures]) > 0
