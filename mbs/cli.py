@@ -7,7 +7,6 @@ __all__ = ['app', 'parse_words', 'parse_value', 'plain_errors', 'main', 'default
 
 # %% ../nbs/80_cli.ipynb #c84a4711
 import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -44,11 +43,11 @@ def parse_value(text:str):
 # %% ../nbs/80_cli.ipynb #0db6a955
 @contextmanager
 def plain_errors():
-    "Turn what is wrong with the input into one sentence on stderr and exit code 2."
+    "Turn what is wrong with the input into one sentence on stderr and exit code 2; a run that failed on its way into exit code 1."
     try: yield
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, FileNotFoundError, ChildProcessError) as e:
         typer.echo(f"mbs: {e}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(1 if isinstance(e, ChildProcessError) else 2) from None
 
 @app.callback()
 def main(home:Annotated[Path|None, typer.Option(help="Folder that holds data/ and outputs/; default MBS_HOME, the checkout, or the current folder.")]=None):
@@ -117,6 +116,3 @@ def table(runs:list):
         shown = [f"{100 * row[k][0]:.1f}" + (f" ± {100 * row[k][1]:.1f}" if row["seeds"] > 1 else "") for k in ("base", "old", "new", "all", "all_fg", "old->background")]
         out.add_row(row["method"], str(row["seeds"]), *shown)
     Console().print(out)
-
-# %% ../nbs/80_cli.ipynb #77ded08c
-if __name__ == "__main__": sys.exit(app())

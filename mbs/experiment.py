@@ -94,11 +94,11 @@ class Log:
         os.replace(temporary, self.path)
 
 # %% ../nbs/52_experiment.ipynb #28f2d727
-def shared_base(outputs:Path, setup:Setup, but:Path)->Run|None:
-    "A run in the folder `outputs`, other than `but`, with a complete base step of the same fingerprint."
+def shared_base(outputs:Path, fingerprint:str, but:Path)->Run|None:
+    "A run in the folder `outputs`, other than `but`, with a complete base step of this fingerprint."
     for path in sorted(outputs.glob("*/run.json")):
         other = Run(path.parent)
-        if other.folder != but and other.card.get("base") == base_fingerprint(setup) and other.n_steps: return other
+        if other.folder != but and other.card["base"] == fingerprint and other.n_steps: return other
     return None
 
 # %% ../nbs/52_experiment.ipynb #8541aed2
@@ -132,7 +132,7 @@ class Experiment:
 
     def base(self, student:Segmenter)->Segmenter:
         "The base step: taken over from a run that shares it, else trained."
-        other = shared_base(self.outputs, self.setup, self.folder) if self.settings.share_base else None
+        other = shared_base(self.outputs, base_fingerprint(self.setup, student), self.folder) if self.settings.share_base else None
         if other is None: return self.train(student, None, 0)
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():

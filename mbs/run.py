@@ -128,13 +128,13 @@ def class_ids(names:list[str]|None, classes:tuple[str, ...])->list[int]|None:
 # %% ../nbs/51_run.ipynb #7f569126
 BASE_MODULES = ("protocol", "data", "augment", "segmenter", "training")
 
-def base_fingerprint(setup:Setup)->str:
-    "Hash of everything that the base step depends on."
+def base_fingerprint(setup:Setup, model:Segmenter)->str:
+    "Hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
     s = setup.settings
     sources = [hashlib.sha256(Path(mbs.__file__).with_name(f"{name}.py").read_bytes()).hexdigest() for name in BASE_MODULES]
     recipe = setup.recipe.model_dump() | dict(new_iterations=None, lr_factor=None)  # of later steps
     facts = dict(data=[setup.train.fingerprint, setup.test.fingerprint], classes=setup.protocol.steps[0], images=setup.positions[0].tolist(),
-                 network=[s.encoder, s.encoder_options, s.weights, s.decoder], recipe=recipe, seed=s.seed, workers=s.workers,
+                 network=[s.encoder, s.encoder_options, model.encoder.receipt, s.decoder], recipe=recipe, seed=s.seed, workers=s.workers,
                  versions=[torch.__version__, version("timm")], device=str(make_accelerator(setup.recipe).device.type), sources=sources)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -154,7 +154,7 @@ def run_card(setup:Setup, model:Segmenter)->dict:
                 names=setup.names, steps=setup.protocol.steps, n_classes=setup.protocol.n_classes, images=[len(p) for p in setup.positions], iterations=setup.iterations(),
                 weights=model.encoder.receipt, normalisation=setup.statistics(model), parameters=sum(p.numel() for p in model.parameters()),
                 data=dict(train=setup.train.fingerprint, test=setup.test.fingerprint, n_train=len(setup.train), n_test=len(setup.test)),
-                base=base_fingerprint(setup), versions={k: version(k) for k in ("torch", "torchvision", "timm", "accelerate", "numpy")} | dict(mbs=mbs.__version__),
+                base=base_fingerprint(setup, model), versions={k: version(k) for k in ("torch", "torchvision", "timm", "accelerate", "numpy")} | dict(mbs=mbs.__version__),
                 python=platform.python_version(), commit=git_commit(), device=gpu or platform.processor() or platform.machine(),
                 threads=torch.get_num_threads(), precision=accelerator.mixed_precision)
 

@@ -44,7 +44,7 @@ def python(code, folder):
 def test_data_files(built):
     sdist, wheel = built
     with zipfile.ZipFile(wheel) as z: inside = set(z.namelist())
-    assert {"mbs/runs/train.ipynb", "mbs/runs/protocols/demo.yaml", "mbs/cli.py"} <= inside
+    assert {"mbs/runs/train.ipynb", "mbs/runs/protocols/demo.yaml", "mbs/cli.py", "mbs/__main__.py"} <= inside
     with tarfile.open(sdist) as t: names = {n.split("/", 1)[-1] for n in t.getnames()}
     assert {"settings.ini", "nbs/runs/train.ipynb", "LICENSE"} <= names
 
@@ -61,7 +61,7 @@ def test_requirements(built):
 def test_installed_wheel_works(installed):
     where, notebook = python("import mbs; from mbs.batch import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')", installed).splitlines()
     assert where.startswith(str(installed)) and notebook.startswith(str(installed)) and Path(notebook).is_file()
-    out = subprocess.run([sys.executable, "-m", "mbs.cli", "--help"], cwd=installed, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-m", "mbs", "--help"], cwd=installed, capture_output=True, text=True, check=True).stdout
     assert "demo" in out and "run" in out
 
 

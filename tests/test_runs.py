@@ -16,7 +16,7 @@ VOC = Path(os.environ.get("MBS_VOC", Path(__file__).parents[2] / "shared/data/VO
 
 def mbs(home, *words, timeout=900):
     "Output of the command, in a process of its own."
-    command = [sys.executable, "-m", "mbs.cli", "--home", str(home), *words]
+    command = [sys.executable, "-m", "mbs", "--home", str(home), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"COLUMNS": "160"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

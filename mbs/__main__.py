@@ -1,0 +1,4 @@
+"`python -m mbs` is the `mbs` command."
+from mbs.cli import app
+
+app()
