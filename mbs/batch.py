@@ -6,6 +6,7 @@
 __all__ = ['runs_folder', 'read_parameters', 'built_in', 'prepare', 'run_notebook', 'RunFailed', 'execute', 'watch']
 
 # %% ../nbs/70_batch.ipynb #0180a887
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -68,9 +69,10 @@ def execute(notebook:Path, output:Path, parameters:dict):
     "Run a parameterised notebook with papermill, its own progress bar off; RunFailed when a cell fails."
     import papermill
     from traitlets.config import Config
-    local = Config(KernelManager=dict(transport="ipc"))  # a socket file of this user instead of open TCP ports
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent), config=local)
+        with tempfile.TemporaryDirectory(prefix="mbs-") as folder:  # socket files of this user instead of open TCP ports
+            sockets = Config(KernelManager=dict(transport="ipc", ip=f"{folder}/kernel"))
+            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent), config=sockets)
     except papermill.PapermillExecutionError as e:
         raise RunFailed(f"the run stopped with {e.ename}: {e.evalue}; its notebook {output} shows where") from None
 

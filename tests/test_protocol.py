@@ -57,11 +57,10 @@ def test_which_images_a_step_sees(p, seed):
 def test_named_splits_are_those_of_the_released_program():
     tasks = json.loads((FOLDER / "tasks_and_lists.json").read_text())["tasks"]
     assert {k: set(v) for k, v in tasks.items()} == {k: set(v) for k, v in SPLITS.items()}
-    for name, steps in tasks["voc"].items():
-        assert [[0, *s] if t == 0 else s for t, s in enumerate(Protocol(name).steps)] == list(steps.values())
-    for name, steps in tasks["ade"].items():  # step 0 as [background, last class, how many], then [first, last, how many]
-        sizes = [last - first + 1 if t else last for t, (first, last, _) in enumerate(steps.values())]
-        assert Protocol(name, "ade").sizes == sizes
+    for dataset, splits in tasks.items():
+        for name, steps in splits.items():
+            mine = Protocol(name, dataset).steps
+            assert [[0, *mine[0]], *mine[1:]] == list(steps.values())
 
 
 def test_ade_leaves_unlabelled_pixels_out_of_the_test():

@@ -53,7 +53,7 @@ def test_killed_run_ends_alike(home):
 def test_other_parameters_are_refused_and_nothing_changes(home):
     run = Experiment(Settings(name="run", samples=0), home).run()
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
-    with pytest.raises(ValueError, match="settings.seed: 0 there, 1 now"): Experiment(Settings(name="run", samples=0, seed=1), home).run()
+    with pytest.raises(ValueError, match=r"settings\.seed: 0 there, 1 now"): Experiment(Settings(name="run", samples=0, seed=1), home).run()
     assert Experiment(Settings(name="run", samples=0), home).run().finished
     after = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
     assert {k: v for k, v in before.items() if k.is_file()} == {k: v for k, v in after.items() if k.is_file()}
