@@ -38,11 +38,9 @@ def built_in()->list[str]:
 
 # %% ../nbs/70_batch.ipynb #39acf5cb
 def prepare(settings:Settings)->Experiment:
-    "The experiment of `settings`, its folder made or found to be its own; ValueError for whatever would stop it before it starts."
+    "The experiment of `settings`, with nothing written yet; ValueError for whatever would stop it before it starts."
     experiment = Experiment(settings)
     refuse_other(experiment.folder, experiment.setup, experiment.setup.model())
-    try: experiment.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f"run folder {experiment.folder} cannot be written ({e.strerror}): expected a writable folder for outputs") from None
     return experiment
 
 # %% ../nbs/70_batch.ipynb #14bb872c
@@ -51,6 +49,8 @@ def run_notebook(experiment:Experiment, # see `prepare`
                 )->Run:
     "Execute `train.ipynb` into the run folder and return the finished run; one that is finished already is not executed again."
     if (experiment.folder / "run.json").is_file() and load_run(experiment.folder).finished: return load_run(experiment.folder)
+    try: experiment.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f"run folder {experiment.folder} cannot be written ({e.strerror}): expected a writable folder for outputs") from None
     done = threading.Event()
     if progress:
         total = sum(experiment.setup.iterations())
@@ -66,13 +66,13 @@ class RunFailed(ChildProcessError):
     "A run whose notebook ended with an error."
 
 def execute(notebook:Path, output:Path, parameters:dict):
-    "Run a parameterised notebook with papermill, its own progress bar off; RunFailed when a cell fails."
+    "Run a parameterised notebook with papermill in the current folder, so that relative paths mean what they say; RunFailed when a cell fails."
     import papermill
     from traitlets.config import Config
     try:
         with tempfile.TemporaryDirectory(prefix="mbs-") as folder:  # socket files of this user instead of open TCP ports
             sockets = Config(KernelManager=dict(transport="ipc", ip=f"{folder}/kernel"))
-            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent), config=sockets)
+            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, cwd=str(Path.cwd()), config=sockets)
     except papermill.PapermillExecutionError as e:
         raise RunFailed(f"the run stopped with {e.ename}: {e.evalue}; its notebook {output} shows where") from None
 

@@ -55,10 +55,10 @@ def main(home:Annotated[Path|None, typer.Option(help="Folder that holds data/ an
 
 # %% ../nbs/80_cli.ipynb #5eabcc05
 def default_name(values:dict)->str:
-    "Name of a run that was given none: data, protocol, setting, method and seed."
+    "Name of a run that was given none: data, protocol, setting, method, the parts that differ, and seed."
     from mbs.run import Settings
     s = Settings.checked(**values)
-    return "-".join([Path(s.data).name, s.protocol, s.setting, s.method, f"s{s.seed}"])
+    return "-".join([Path(s.data).name, s.protocol, s.setting, s.method, *(f"{k}={v}" for k, v in sorted(s.parts.items())), f"s{s.seed}"])
 
 @app.command()
 def run(words:Annotated[list[str]|None, typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help="Parameter file or built-in name, then parameters.")]=None):
@@ -81,7 +81,7 @@ def demo(seeds:Annotated[int, typer.Option(min=1, help="How many seeds to run.")
         from mbs.batch import read_parameters
         from mbs.data import home
         from mbs.report import write_report
-        plan = [read_parameters("demo") | dict(name=f"demo-{m}-s{s}", method=m, seed=s) for s in range(seeds) for m in methods.split(",")]
+        plan = [read_parameters("demo") | dict(name=f"demo-{m}-s{s}", method=m, seed=s) for s in range(seeds) for m in methods.replace(" ", "").split(",")]
         runs = with_progress(plan)
         folder = write_report(runs, home("outputs", "demo"))
         table(runs)

@@ -15,6 +15,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ IPYTHON = {"In", "Out", "exit", "quit"}  # variables that every notebook has
 
 def from_notebook(variables:dict)->Settings:
     "Settings from the variables of a notebook whose first cell holds the parameters; ValueError for a name that is none."
-    values = {k: v for k, v in variables.items() if not k.startswith("_") and k not in IPYTHON and not callable(v)}
+    values = {k: v for k, v in variables.items() if not (k.startswith("_") or k in IPYTHON or callable(v) or isinstance(v, ModuleType))}
+    if "settings" in values: values = {k: v for k, v in values.items() if k in Settings.model_fields}
     return Settings.checked(**values)
 
 # %% ../nbs/51_run.ipynb #b581a311
@@ -142,6 +144,7 @@ def base_fingerprint(setup:Setup, model:Segmenter)->str:
 def git_commit()->str|None:
     "Commit of the checkout that the package stands in, with a + when files differ from it; None outside a checkout."
     folder = Path(mbs.__file__).parents[1]
+    if not (folder / "settings.ini").is_file(): return None  # an installed package, perhaps inside somebody else's checkout
     def ask(*words): return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     try: return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "")
     except (subprocess.SubprocessError, OSError): return None

@@ -98,6 +98,13 @@ def test_outputs_cannot_be_written(home, scenes):
     assert (home / "outputs").read_text() == "a file where the folder should be"
 
 
+def test_one_bad_run_stops_the_plan(home):
+    "All runs are checked before the first one writes anything."
+    result = CliRunner().invoke(app, ["demo", "--methods", "finetune,magic"])
+    assert result.exit_code == 2 and "'magic' is not known" in result.stderr
+    assert not (home / "outputs").exists()
+
+
 def test_step_without_images(home, tmp_path):
     "Two scenes never hold all eight classes: some one-class step stays empty."
     root = write_scenes(tmp_path / "few", 1, 1, size=32)

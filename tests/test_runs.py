@@ -33,14 +33,32 @@ def test_paper_recipe_selects_on_the_test_images(tmp_path):
 
 @pytest.mark.skipif(not VOC.is_dir(), reason=f"no real VOC part at {VOC}; set MBS_VOC to a VOC2012 folder")
 def test_voc_from_the_command_line(tmp_path):
-    "Real photos, a permuted subset of classes, real weights; a few iterations a step."
-    mbs(tmp_path, "run", "voc-animals", f"data={VOC}", "name=voc", "training.crop=64", "training.batch=4", "training.iterations=3", "training.new_iterations=2", "samples=2")
+    "Real photos, a permuted subset of classes, real weights; a few iterations a step, on a tenth of the pictures."
+    part = tmp_path / "part"
+    lists = part / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for folder in ("JPEGImages", "SegmentationClassAug"): (part / folder).symlink_to(VOC / folder)
+    for name in ("trainaug.txt", "val.txt"):
+        ids = (VOC / "ImageSets" / "Segmentation" / name).read_text().split()
+        (lists / name).write_text("\n".join(ids[::10]))
+    mbs(tmp_path, "run", "voc-animals", f"data={part}", "name=voc", "training.crop=64", "training.batch=4", "training.iterations=3", "training.new_iterations=2", "samples=2")
     run = load_run(tmp_path / "outputs" / "voc")
     assert run.finished and run.names == ["background", "cat", "dog", "person", "horse", "sheep", "cow"]
     assert run.card["weights"]["sha256"].startswith("57934424") and run.card["normalisation"] == [[.5] * 3, [.5] * 3]
     assert run.confusion().counts[4:].sum() > 0 and (tmp_path / "outputs/voc/train.ipynb").is_file()
     image = run.samples()[0][0]
     assert run.predict(image).shape == image.shape[:2]
+
+
+def test_relative_paths_and_names_of_ablations(tmp_path, monkeypatch):
+    "A relative data folder means the same to the command and to the notebook; runs that differ in a part have different names."
+    from mbs.scenes import write_scenes
+    write_scenes(tmp_path / "mine", 30, 6, size=32)
+    monkeypatch.chdir(tmp_path)
+    short = ["data=mine", "protocol=6-2", "training.crop=32", "training.batch=4", "training.iterations=2", "samples=1"]
+    mbs("home", "run", *short, "parts.orthogonality=false")
+    mbs("home", "run", *short)
+    assert {p.name for p in (tmp_path / "home/outputs").iterdir()} == {"mine-6-2-overlapped-mbs-s0", "mine-6-2-overlapped-mbs-orthogonality=False-s0"}
 
 
 def test_demo_shows_the_claim(tmp_path):
