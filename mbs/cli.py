@@ -96,7 +96,7 @@ def with_progress(plan:list[dict])->list:
     from mbs.batch import prepare, run_notebook
     from mbs.run import Settings
     experiments = [prepare(settings) for settings in [Settings.checked(**values) for values in plan]]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("iterations"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()
     with Progress(*columns) as bars:
         tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
         runs = []
