@@ -10,8 +10,9 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mbs needs Python 3.10 or newer: call make with PYTHON=/path/to/python3.10"; exit 2; }
-	@$(PYTHON) -m venv .venv || { echo "python3 cannot make virtual environments here: on Debian or Ubuntu run apt-get install python3-venv"; rm -rf .venv; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "mbs needs Python 3.10 or newer: call make with PYTHON=/path/to/python3.10"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "python3 cannot make virtual environments here: on Debian or Ubuntu run apt-get install python3-venv"; exit 2; }
+	@$(PYTHON) -m venv .venv
 	@touch $@
 
 .venv/installed: .venv/made $(FACTS)

@@ -22,6 +22,8 @@ def built(tmp_path_factory):
     for item in KEPT:
         if (ROOT / item).is_dir(): shutil.copytree(ROOT / item, tree / item, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
         else: shutil.copy(ROOT / item, tree)
+    (tree / "nbs/runs/.ipynb_checkpoints").mkdir()  # what Jupyter leaves behind must stay outside
+    shutil.copy(tree / "nbs/runs/train.ipynb", tree / "nbs/runs/.ipynb_checkpoints/train-checkpoint.ipynb")
     subprocess.run([sys.executable, "-m", "build", "-o", tree / "dist", tree], check=True, capture_output=True)
     return next((tree / "dist").glob("*.tar.gz")), next((tree / "dist").glob("*.whl"))
 
@@ -44,17 +46,20 @@ def python(code, folder):
 def test_data_files(built):
     sdist, wheel = built
     with zipfile.ZipFile(wheel) as z: inside = set(z.namelist())
-    assert {"mbs/runs/train.ipynb", "mbs/runs/protocols/demo.yaml", "mbs/cli.py", "mbs/__main__.py"} <= inside
+    runs = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/runs").rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts}
+    assert {n for n in inside if n.startswith("mbs/runs/")} == {f"mbs/{r}" for r in runs} and "runs/train.ipynb" in runs
+    assert {"mbs/cli.py", "mbs/__main__.py"} <= inside
     with tarfile.open(sdist) as t: names = {n.split("/", 1)[-1] for n in t.getnames()}
-    assert {"settings.ini", "nbs/runs/train.ipynb", "LICENSE"} <= names
+    assert {"settings.ini", "LICENSE"} | {f"nbs/{r}" for r in runs} <= names
 
 
 def test_requirements(built):
     settings = ConfigParser(interpolation=None, default_section="")
     settings.read(ROOT / "settings.ini")
     with zipfile.ZipFile(built[1]) as z: metadata = Parser().parsestr(z.read(next(n for n in z.namelist() if n.endswith("METADATA"))).decode())
-    required = {r.replace(" ", "") for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert required == set(settings["DEFAULT"]["requirements"].split())
+    required = {r.replace(" ", "").replace("'", '"') for r in metadata.get_all("Requires-Dist")}
+    extras = {f'{r};extra=="{name}"' for name, text in settings["extras"].items() for r in text.split()}
+    assert required == set(settings["DEFAULT"]["requirements"].split()) | extras
     assert set(metadata.get_all("Provides-Extra")) == set(settings["extras"])
 
 
