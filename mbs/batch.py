@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 import mbs
-from .experiment import Experiment, refuse_other
+from .experiment import Experiment, refuse_other, unwritable
 from .run import Run, Settings, load_run
 
 # %% ../nbs/70_batch.ipynb #f0458861
@@ -50,7 +50,7 @@ def run_notebook(experiment:Experiment, # see `prepare`
     "Execute `train.ipynb` into the run folder and return the finished run; one that is finished already is not executed again."
     if (experiment.folder / "run.json").is_file() and load_run(experiment.folder).finished: return load_run(experiment.folder)
     try: experiment.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f"run folder {experiment.folder} cannot be written ({e.strerror}): expected a writable folder for outputs") from None
+    except OSError as e: raise unwritable(experiment.folder, e) from None
     done = threading.Event()
     if progress:
         total = sum(experiment.setup.iterations())

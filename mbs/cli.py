@@ -110,9 +110,9 @@ def table(runs:list):
     from rich.console import Console
     from rich.table import Table
 
-    from mbs.report import summary
+    from mbs.report import percent, summary
     out = Table("method", "seeds", "base", "old", "new", "all", "all, no background", "old → background", title="mIoU after the last step, percent")
     for row in summary(runs):
-        shown = [f"{100 * row[k][0]:.1f}" + (f" ± {100 * row[k][1]:.1f}" if row["seeds"] > 1 else "") for k in ("base", "old", "new", "all", "all_fg", "old->background")]
+        shown = [percent(row, k) for k in ("base", "old", "new", "all", "all_fg", "old->background")]
         out.add_row(row["method"], str(row["seeds"]), *shown)
     Console().print(out)

@@ -199,7 +199,7 @@ def save_model(model:Segmenter, path:Path):
     "Write the tensors of `model` to a .safetensors file."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, temporary, metadata=dict(groups=",".join(map(str, model.groups))))
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, temporary)
     os.replace(temporary, path)
 
 def load_model(model:Segmenter, path:Path)->Segmenter:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FATES', 'SHIFT_COLOURS', 'AGREE', 'UNCOUNTED',
-           'METHOD_COLOURS', 'class_colours', 'label_colours', 'hatched', 'outlined', 'overlay', 'show', 'class_legend',
-           'grid', 'show_step_view', 'pixel_fate', 'fate_shares', 'show_pseudo_labels', 'shift_flow', 'show_shift',
-           'show_background_shift', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting',
+           'METHOD_COLOURS', 'class_colours', 'label_colours', 'rgb', 'hatched', 'outlined', 'overlay', 'show',
+           'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares', 'show_pseudo_labels', 'shift_flow',
+           'show_shift', 'show_background_shift', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting',
            'show_reliability', 'token_cosines', 'compare_methods']
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -30,6 +31,10 @@ def class_colours(n:int)->np.ndarray:
 def label_colours(n:int)->np.ndarray:
     "(n, 3) uint8: the VOC colours lifted from the dark, so that they stand out on a dimmed photo."
     return (64 + .75 * class_colours(n)).astype(np.uint8)
+
+def rgb(colours:Sequence[str])->np.ndarray:
+    "(n, 3) uint8 of matplotlib colours."
+    return np.round(255 * np.array([to_rgb(c) for c in colours])).astype(np.uint8)
 
 GREY, BLUE, SKY, ORANGE, VERMILLION, GREEN, PURPLE = "#BBBBBB", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7"
 
@@ -119,7 +124,7 @@ def show_pseudo_labels(images:Sequence[np.ndarray], truths:Sequence[np.ndarray],
                        pseudos:Sequence[np.ndarray], names:Sequence[str], titles:Sequence[str]=())->Figure:
     "Photo, hidden truth, step's labels, pseudo-labels and the fate of each pixel with its shares; a picture a row."
     fig, axes = grid(len(images), 5)
-    palette = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in FATES.values()], np.uint8)
+    palette = rgb(FATES.values())
     for k, (row, image, truth, view, pseudo) in enumerate(zip(axes, images, truths, views, pseudos)):
         show(row[0], image); show(row[1], overlay(image, truth)); show(row[2], overlay(image, view)); show(row[3], overlay(image, pseudo))
         show(row[4], palette[pixel_fate(view, pseudo)])
@@ -152,7 +157,7 @@ def show_shift(image:np.ndarray, truth:np.ndarray, predicted:np.ndarray, n_old:i
     "Photo, truth, prediction and the direction of every mistake with its share of the picture."
     fig, axes = grid(1, 4, 1.9)
     flow = shift_flow(truth, predicted, n_old)
-    palette = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in (*SHIFT_COLOURS.values(), "#EEEEEE", "#FFFFFF")], np.uint8)
+    palette = rgb([*SHIFT_COLOURS.values(), "#EEEEEE", "#FFFFFF"])
     pictures = (image, overlay(image, truth), overlay(image, predicted), palette[flow])
     for ax, picture, title in zip(axes[0], pictures, ("photo", "truth", "prediction", "shift")): show(ax, picture, title)
     present = [(k, c) for i, (k, c) in enumerate(SHIFT_COLOURS.items()) if (flow == i).any()]
@@ -184,7 +189,7 @@ def show_protocol(steps:Sequence[Sequence[int]], # new channels of each step
         table[t, [c - 1 for c in new]] = 2
     fig, ((ax,),) = grid(1, 1, min(9, 2.6 + .42 * len(names)), .6 + .34 * len(steps))
     colours = ["#EEEEEE", SKY, BLUE]
-    ax.imshow(np.array([[[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in colours]], np.uint8)[0][table.astype(int)], aspect="auto")
+    ax.imshow(rgb(colours)[table.astype(int)], aspect="auto")
     ax.set_xticks(range(len(names) - 1), names[1:], rotation=45, ha="right", fontsize=8)
     ax.set_yticks(range(len(steps)), [f"step {t}" + (f"  ({counts[t]} images)" if len(counts) else "") for t in range(len(steps))], fontsize=8)
     ax.set_xticks(np.arange(-.5, len(names) - 1), minor=True); ax.set_yticks(np.arange(-.5, len(steps)), minor=True)
