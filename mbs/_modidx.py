@@ -113,6 +113,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.protocol.Protocol.to_channels': ('protocol.html#protocol.to_channels', 'mbs/protocol.py'),
                               'mbs.protocol.channel_map': ('protocol.html#channel_map', 'mbs/protocol.py'),
                               'mbs.protocol.checked_ids': ('protocol.html#checked_ids', 'mbs/protocol.py'),
+                              'mbs.protocol.drawn_classes': ('protocol.html#drawn_classes', 'mbs/protocol.py'),
                               'mbs.protocol.seen_by': ('protocol.html#seen_by', 'mbs/protocol.py'),
                               'mbs.protocol.split_sizes': ('protocol.html#split_sizes', 'mbs/protocol.py')},
             'mbs.pseudo_labels': { 'mbs.pseudo_labels.selective_pseudo_labels': ( 'pseudo_labels.html#selective_pseudo_labels',
