@@ -79,7 +79,7 @@ def demo(seeds:Annotated[int, typer.Option(min=1, help="How many seeds to run.")
     "Class-incremental learning on generated scenes: what forgetting is, and what MBS does about it. Minutes on two cores."
     with plain_errors():
         from mbs.batch import read_parameters
-        from mbs.data import home
+        from mbs.layouts import home
         from mbs.report import write_report
         plan = [read_parameters("demo") | dict(name=f"demo-{m}-s{s}", method=m, seed=s) for s in range(seeds) for m in methods.replace(" ", "").split(",")]
         runs = with_progress(plan)

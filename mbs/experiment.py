@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from .data import SegmentationFolder, home
+from .data import SegmentationFolder
+from .layouts import home
 from .metrics import Confusion, background_shift, scores
 from .objective import training_labels
 from .protocol import Protocol

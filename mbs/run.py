@@ -25,11 +25,12 @@ from pydantic import Field
 
 import mbs
 from .augment import IMAGENET, normalised
-from .data import open_data, read_image
+from .data import open_data
 from .methods import Method
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
-from .protocol import VOC_CLASSES, Protocol
+from .pictures import read_image
+from .protocol import Protocol
 from .segmenter import Segmenter, make_encoder
 from .training import load_model, make_accelerator, make_recipe, step_iterations
 
@@ -89,9 +90,8 @@ class Setup:
         self.method = Method(settings.method, **settings.parts)
         make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
         self.train, self.test = open_data(settings.data, settings.scenes)
-        dataset = "voc" if self.train.classes == VOC_CLASSES else len(self.train.classes)
-        self.protocol = Protocol(settings.protocol, dataset, settings.setting, class_ids(settings.classes, self.train.classes))
-        self.recipe = make_recipe(settings.recipe, dataset, **settings.training)
+        self.protocol = Protocol(settings.protocol, self.train.dataset, settings.setting, class_ids(settings.classes, self.train.classes))
+        self.recipe = make_recipe(settings.recipe, self.train.dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]
         self.positions = [self.protocol.select(self.train.index, t) for t in range(len(self.protocol.steps))]
         for t, seen in enumerate(self.positions):
@@ -128,7 +128,7 @@ def class_ids(names:list[str]|None, classes:tuple[str, ...])->list[int]|None:
     return [classes.index(n) + 1 for n in names]
 
 # %% ../nbs/51_run.ipynb #7f569126
-BASE_MODULES = ("protocol", "data", "augment", "segmenter", "training")
+BASE_MODULES = ("protocol", "pictures", "data", "augment", "segmenter", "training")
 
 def base_fingerprint(setup:Setup, model:Segmenter)->str:
     "Hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
@@ -154,7 +154,7 @@ def run_card(setup:Setup, model:Segmenter)->dict:
     accelerator = make_accelerator(setup.recipe)
     gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
     return dict(settings=setup.settings.model_dump(mode="json"), recipe=setup.recipe.model_dump(mode="json"), parts=setup.method.parts.model_dump(mode="json"),
-                names=setup.names, steps=setup.protocol.steps, n_classes=setup.protocol.n_classes, images=[len(p) for p in setup.positions], iterations=setup.iterations(),
+                names=setup.names, steps=setup.protocol.steps, dataset=setup.protocol.dataset, images=[len(p) for p in setup.positions], iterations=setup.iterations(),
                 weights=model.encoder.receipt, normalisation=setup.statistics(model), parameters=sum(p.numel() for p in model.parameters()),
                 data=dict(train=setup.train.fingerprint, test=setup.test.fingerprint, n_train=len(setup.train), n_test=len(setup.test)),
                 base=base_fingerprint(setup, model), versions={k: version(k) for k in ("torch", "torchvision", "timm", "accelerate", "numpy")} | dict(mbs=mbs.__version__),
@@ -171,7 +171,7 @@ class Run:
         self.settings = Settings.checked(**self.card["settings"])
         self.names, self.iterations = self.card["names"], self.card["iterations"]
         order = [c for step in self.card["steps"] for c in step]
-        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["n_classes"], self.settings.setting, order)
+        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.setting, order)
 
     def __repr__(self): return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
 

@@ -47,7 +47,7 @@ def refused(*words):
     (["encoder_options.depht=2"], "do not suit"),
     (["decoder.width=2"], "are not known"),
     (["weights=nowhere.safetensors"], "weight file nowhere.safetensors does not exist"),
-    (["data=nowhere"], "expected 'scenes' or a folder"),
+    (["data=nowhere"], "expected 'scenes', 'voc', 'ade' or a folder"),
     (["name=../outside"], "'name' cannot be"),
     (["seed"], "parameter file seed does not exist"),
     (["seed=1", "method"], "'method' is no parameter: expected name=value"),
@@ -88,7 +88,7 @@ def test_pairs(home, scenes, tmp_path, says):
 def test_no_list(home, scenes, tmp_path):
     root = tmp_path / "empty"
     root.mkdir()
-    assert "is no data set in VOC's layout" in refused(f"data={root}")
+    assert "is no data set: expected the folders of VOC" in refused(f"data={root}")
 
 
 def test_outputs_cannot_be_written(home, scenes):
