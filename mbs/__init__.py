@@ -9,6 +9,7 @@ from importlib import import_module
 _HOME = {
     "Protocol": "protocol",
     "draw_scene": "scenes", "write_scenes": "scenes",
+    "describe_folder": "layouts",
     "SegmentationFolder": "data", "StepView": "data", "open_data": "data",
     "Segmenter": "segmenter", "SegmenterOutput": "segmenter", "MaskTransformer": "segmenter", "MaskNorm": "segmenter", "make_encoder": "segmenter",
     "selective_pseudo_labels": "pseudo_labels",
