@@ -121,7 +121,7 @@ def home(tmp_path, monkeypatch):
 def data(*words, code=0):
     result = CliRunner().invoke(app, ["data", *map(str, words)])
     assert result.exit_code == code, result.output + result.stderr
-    assert code == 0 or "\n" not in result.stderr.strip() and "Traceback" not in result.stderr
+    assert code == 0 or ("\n" not in result.stderr.strip() and "Traceback" not in result.stderr)
     return result.stdout + result.stderr
 
 
