@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 import mbs
 from .augment import IMAGENET, normalised
@@ -37,8 +39,8 @@ from .training import load_model, make_accelerator, make_recipe, step_iterations
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
     "Parameters of one run; the same names are the parameters of `nbs/runs/train.ipynb`."
-    name: str = Field("smoke", pattern=r"^[\w.+=-]+$")          # of the run folder under outputs/
-    data: str = "scenes"                                        # "scenes" or a folder in VOC's layout
+    name: str|None = Field(None, pattern=r"^[\w.+=-]+$")        # of the run folder under outputs/; None: made of what the run is
+    data: str = "scenes"                                        # "scenes", "voc", "ade" or a folder
     scenes: dict[str, int] = dict(n_train=60, n_test=20, size=48) # of the generated scenes: n_train, n_test, size, seed
     protocol: str = "5-1"
     setting: str = "overlapped"
@@ -55,6 +57,13 @@ class Settings(Parameters):
     samples: int = Field(8, ge=0)                               # test pictures kept with the run
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
     share_base: bool = True                                     # reuse the base step of another run that was trained alike
+
+    @model_validator(mode="after")
+    def named(self)->Self:
+        if self.name is None:
+            parts = [f"{k}={v}" for k, v in sorted(self.parts.items())]
+            object.__setattr__(self, "name", re.sub(r"[^\w.+=-]", "_", "-".join([Path(self.data).name, self.protocol, self.setting, self.method, *parts, f"s{self.seed}"])))
+        return self
 
 # %% ../nbs/51_run.ipynb #50f18187
 IPYTHON = {"In", "Out", "exit", "quit"}  # variables that every notebook has
@@ -90,6 +99,7 @@ class Setup:
         self.method = Method(settings.method, **settings.parts)
         make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
         self.train, self.test = open_data(settings.data, settings.scenes)
+        if self.train.dataset == "ade": self.method = Method(settings.method, **dict(output_weight=50) | settings.parts)
         self.protocol = Protocol(settings.protocol, self.train.dataset, settings.setting, class_ids(settings.classes, self.train.classes))
         self.recipe = make_recipe(settings.recipe, self.train.dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]

@@ -111,3 +111,33 @@ def test_ade_leaves_unlabelled_pixels_out_of_the_test():
 ])
 def test_impossible(arguments, says):
     with pytest.raises(ValueError, match=says): Protocol(**arguments)
+
+
+@settings(max_examples=50, deadline=None)
+@given(protocols(), st.integers(0, 2**32 - 1))
+def test_hidden_shares_are_those_of_the_pixels(p, seed):
+    "Counted from the class index, and counted pixel by pixel in the masks."
+    from mbs.inspect import hidden_shares
+    masks = np.random.default_rng(seed).choice([*range(p.n_classes + 1), VOID], size=(5, 6, 7)).astype(np.uint8)
+    counts = np.array([np.append(np.bincount(m.ravel(), minlength=256)[:p.n_classes + 1], (m == VOID).sum()) for m in masks])
+    for t in range(len(p.steps)):
+        truth, labels = (np.array([p.to_channels(m, t, part) for m in masks]) for part in ("truth", "train"))
+        first, pixels = np.array(p.first_step)[np.where(truth == VOID, 0, truth)], (truth != VOID).sum()
+        lost = (labels == 0) & (truth != 0)
+        got = hidden_shares(counts, p, t)
+        assert np.isclose(got["hidden_old"] * pixels, (lost & (first < t)).sum()) and np.isclose(got["hidden_future"] * pixels, (lost & (first > t)).sum())
+
+
+def test_inspect_from_the_command_line(tmp_path, monkeypatch):
+    "Any protocol before any training, with a measured time; a picture on demand; nothing else is written."
+    from typer.testing import CliRunner
+
+    from mbs.cli import app
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    words = ["scenes", "5-1", "encoder=vit_tiny_patch16_224", "encoder_options={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 1}",
+             "training.crop=32", "training.batch=2", "scenes={n_train: 30, n_test: 4, size: 32}"]
+    result = CliRunner().invoke(app, ["inspect", *words, "--setting", "partitioned", "--measure", "--figure", str(tmp_path / "f.png")])
+    assert result.exit_code == 0, result.output
+    assert "images seen in 1 step: 30" in result.stdout and "of computation" in result.stdout and (tmp_path / "f.png").stat().st_size > 5000
+    assert not (tmp_path / "outputs").exists()
+    assert CliRunner().invoke(app, ["inspect", "scenes", "5-1", "--setting", "jointly"]).exit_code == 2

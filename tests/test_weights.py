@@ -107,7 +107,7 @@ def test_no_network_is_one_sentence(hub):
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_files_that_are_no_weights(tmp_path, content, ending):
     (tmp_path / f"w.{ending}").write_bytes(content)
-    with pytest.raises(ValueError, match="of tensors$|by name"): make_encoder("resnet18", str(tmp_path / f"w.{ending}"))
+    with pytest.raises(ValueError, match=r"of tensors$|by name"): make_encoder("resnet18", str(tmp_path / f"w.{ending}"))
 
 
 def test_no_pickled_code_is_run(tmp_path):
