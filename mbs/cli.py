@@ -172,7 +172,9 @@ def inspect(data:Annotated[str, typer.Argument(help="voc, ade, scenes or a folde
         if measure: rows = measured(setup, rows)
         steps_table(rows)
         typer.echo("images seen in " + ", ".join(f"{k} step{'s' * (k != 1)}: {n:,}" for k, n in enumerate(times_seen(setup)) if n))
-        if measure: typer.echo(f"in all {duration(sum(r['seconds'] for r in rows))} of computation with {setup.settings.encoder}, crop {setup.recipe.crop}, batch {setup.recipe.batch}; loading and tests not counted")
+        if measure:
+            network = f"{setup.settings.encoder}, crop {setup.recipe.crop}, batch {setup.recipe.batch}"
+            typer.echo(f"in all {duration(sum(r['seconds'] for r in rows))} of computation with {network}; loading and tests not counted")
         if figure: show_inspection(rows, f"{data} {protocol} {setting}").savefig(figure, dpi=150)
 
 # %% ../nbs/80_cli.ipynb #1fd2bac3
