@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.training.make_optimizer': ('training.html#make_optimizer', 'mbs/training.py'),
                               'mbs.training.make_recipe': ('training.html#make_recipe', 'mbs/training.py'),
                               'mbs.training.new_class_score': ('training.html#new_class_score', 'mbs/training.py'),
+                              'mbs.training.one_pass': ('training.html#one_pass', 'mbs/training.py'),
                               'mbs.training.rate_at': ('training.html#rate_at', 'mbs/training.py'),
                               'mbs.training.save_model': ('training.html#save_model', 'mbs/training.py'),
                               'mbs.training.step_iterations': ('training.html#step_iterations', 'mbs/training.py'),
