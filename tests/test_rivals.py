@@ -1,7 +1,7 @@
 "MiB, PLOP, ablations and methods of one's own: against literal formulas in loops, in their limits, and in whole runs."
 import json
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -247,9 +247,8 @@ def test_half_precision_is_finite_and_close(dtype, kind, scale):
     z, patches = (scale * draw(k, 2, *shape, scale=1.).to(dtype) for k, shape in enumerate(((4, 8, 8), (16, 6))))
     old = SegmenterOutput((scale * draw(5, 2, 3, 8, 8, scale=1.)).to(dtype), torch.zeros(2, 3, 4, 4, dtype=dtype), (scale * draw(6, 2, 16, 6, scale=1.)).to(dtype), None, None)
     values = []
-    for exact in (False, True):
-        def as_(x): return x.float() if exact else x
-        leaves = [as_(z).clone().requires_grad_(), as_(patches).clone().requires_grad_()]
+    for as_ in (torch.Tensor.clone, torch.Tensor.float):
+        leaves = [as_(z).requires_grad_(), as_(patches).requires_grad_()]
         teacher = SegmenterOutput(*(x if x is None else as_(x) for x in old))
         terms = step_loss(SegmenterOutput(leaves[0], None, leaves[1], None, None), teacher, y, parts, 1, entropy_thresholds([(y, teacher.logits)], 3).tolist())
         terms["loss"].backward()
@@ -300,7 +299,7 @@ def test_ablations_differ_in_what_they_say():
     def changed(a, b): return {k for k in rows[a] if rows[a][k] != rows[b][k]}
     ladder = ["ce", "ce+output", "ce+both", "ce+both+transfer", "ce+both+transfer+pseudo", "mbs"]
     steps = [{"output_distillation"}, {"feature_distillation"}, {"weight_transfer"}, {"pseudo_labels", "ignore_uncertain"}, {"orthogonality"}]
-    assert [changed(a, b) for a, b in zip(ladder, ladder[1:])] == steps and changed("ce", "ce+features") == {"feature_distillation"}
+    assert [changed(a, b) for a, b in pairwise(ladder)] == steps and changed("ce", "ce+features") == {"feature_distillation"}
     one_out = {"mbs-relabel": {"pseudo_labels"}, "mbs-ignore": {"ignore_uncertain"}, "mbs-pseudo": {"pseudo_labels", "ignore_uncertain"}, "mbs-features": {"feature_distillation"},
                "mbs-adaptive": {"feature_distillation"}, "mbs-output": {"output_distillation"}, "mbs-guided": {"output_distillation"}, "mbs-transfer": {"weight_transfer"}}
     assert {name: changed("mbs", name) for name in one_out} == one_out
