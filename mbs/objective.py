@@ -27,7 +27,7 @@ from .segmenter import SegmenterOutput
 class Parts(Parameters):
     "Which parts of the method are on."
     cross_entropy: Literal["plain", "unbiased"] = "plain"                   # unbiased: a background label may hide any old class
-    pseudo_labels: bool|Literal["entropy"] = False                          # relabel sure old pixels; "entropy": by a threshold for each class
+    pseudo_labels: Literal[False, True, "entropy"] = False                  # relabel sure old pixels; "entropy": by a threshold for each class
     threshold: float = Field(.7, ge=0, le=1)                                # τ, how sure, for pseudo_labels=True
     ignore_uncertain: bool = False                                          # and leave doubtful background out; "entropy" does anyway
     adaptive_factor: bool = False                                           # scale a picture's cross-entropy by ν, the share that was not left out
@@ -36,7 +36,7 @@ class Parts(Parameters):
     output_distillation: Literal["none", "plain", "label-guided", "unbiased"] = "none"
     output_weight: float = Field(25, ge=0)                                  # λ_od: 25 on VOC, 50 on ADE20K; unbiased: 10 and 100
     orthogonality: bool = False
-    weight_transfer: bool|Literal["balanced"] = False                       # new class tokens start as the background's; "balanced": and share its probability
+    weight_transfer: Literal[False, True, "balanced"] = False               # new class tokens start as the background's; "balanced": and share its probability
 
     @property
     def needs_teacher(self)->bool:
