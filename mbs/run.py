@@ -94,9 +94,9 @@ def read_arrays(path:Path)->dict[str, np.ndarray]:
 # %% ../nbs/51_run.ipynb #3e5230ab
 class Setup:
     "Data, protocol, recipe, method and network that `settings` describe; ValueError for whatever does not fit."
-    def __init__(self, settings:Settings):
+    def __init__(self, settings:Settings, method:type[Method]=Method):
         self.settings = settings
-        self.method = Method(settings.method, **settings.parts)
+        self.method = method(settings.method, **settings.parts)
         make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
         self.train, self.test = open_data(settings.data, settings.scenes)
         if self.train.dataset == "ade": self.method = Method(settings.method, **dict(output_weight=50) | settings.parts)

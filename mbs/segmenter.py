@@ -10,6 +10,7 @@ __all__ = ['OFFLINE_WEIGHTS', 'HALF', 'MaskNorm', 'MaskTransformer', 'init_linea
 # %% ../nbs/20_segmenter.ipynb #92bcfd5f
 import copy
 import hashlib
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -42,6 +43,12 @@ class MaskNorm(nn.Module):
         like = self.weight[0]
         self.weight.append(nn.Parameter(like.new_ones(n_new)))
         self.bias.append(nn.Parameter(like.new_zeros(n_new)))
+
+    @torch.no_grad()
+    def share_background(self):
+        "The last group takes the background's scale and bias, both less the log of how many share them, so that together they are as likely as it was."
+        self.bias[0] -= math.log(1 + len(self.bias[-1]))
+        self.weight[-1].copy_(self.weight[0].expand_as(self.weight[-1])); self.bias[-1].copy_(self.bias[0].expand_as(self.bias[-1]))
 
     def forward(self, logits:Tensor)->Tensor: # (…, C) → (…, C), at least float32
         with torch.autocast(logits.device.type, enabled=False):
@@ -291,13 +298,18 @@ class Segmenter(nn.Module):
     @property
     def n_channels(self)->int: return sum(self.groups)
 
-    def grow(self, n_new:int, transfer:bool=True)->"Segmenter":
-        "Add a group of `n_new` classes; with `transfer` their tokens start as the background's, else at random. Returns self."
+    def grow(self,
+             n_new:int,
+             transfer:bool=True,   # tokens start as the background's, else at random
+             balanced:bool=False,  # and share its probability evenly
+            )->"Segmenter":        # itself
+        "Add a group of `n_new` classes."
         if n_new < 1: raise ValueError(f"a step of {n_new} classes cannot be grown: expected at least 1")
         background = self.decoder.class_tokens[0].detach()
         tokens = background.repeat(n_new, 1) if transfer else nn.init.trunc_normal_(background.new_empty(n_new, background.shape[1]), std=.02)
         self.decoder.class_tokens.append(nn.Parameter(tokens))
         self.decoder.mask_norm.grow(n_new)
+        if balanced: self.decoder.mask_norm.share_background()
         return self
 
     def forward(self, images:Tensor)->SegmenterOutput:
