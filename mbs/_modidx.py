@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'mbs.run.Run.step': ('run.html#run.step', 'mbs/run.py'),
                          'mbs.run.Settings': ('run.html#settings', 'mbs/run.py'),
                          'mbs.run.Settings.named': ('run.html#settings.named', 'mbs/run.py'),
+                         'mbs.run.Settings.protocol_setting': ('run.html#settings.protocol_setting', 'mbs/run.py'),
                          'mbs.run.Setup': ('run.html#setup', 'mbs/run.py'),
                          'mbs.run.Setup.__init__': ('run.html#setup.__init__', 'mbs/run.py'),
                          'mbs.run.Setup.iterations': ('run.html#setup.iterations', 'mbs/run.py'),

@@ -58,6 +58,11 @@ class Settings(Parameters):
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
     share_base: bool = True                                     # reuse the base step of another run that was trained alike
 
+    @property
+    def protocol_setting(self)->str:
+        "The protocol's setting; joint training sees everything at once, whatever the setting it is compared in."
+        return "joint" if self.method == "joint" else self.setting
+
     @model_validator(mode="after")
     def named(self)->Self:
         if self.name is None:
@@ -96,11 +101,10 @@ class Setup:
     "Data, protocol, recipe, method and network that `settings` describe; ValueError for whatever does not fit."
     def __init__(self, settings:Settings, method:type[Method]=Method):
         self.settings = settings
-        self.method = method(settings.method, **settings.parts)
-        make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
+        method(settings.method, **settings.parts), make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
         self.train, self.test = open_data(settings.data, settings.scenes)
-        if self.train.dataset == "ade": self.method = Method(settings.method, **dict(output_weight=50) | settings.parts)
-        self.protocol = Protocol(settings.protocol, self.train.dataset, settings.setting, class_ids(settings.classes, self.train.classes))
+        self.method = method(settings.method, self.train.dataset, **settings.parts)
+        self.protocol = Protocol(settings.protocol, self.train.dataset, settings.protocol_setting, class_ids(settings.classes, self.train.classes))
         self.recipe = make_recipe(settings.recipe, self.train.dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]
         self.positions = [self.protocol.select(self.train.index, t) for t in range(len(self.protocol.steps))]
@@ -181,7 +185,7 @@ class Run:
         self.settings = Settings.checked(**self.card["settings"])
         self.names, self.iterations = self.card["names"], self.card["iterations"]
         order = [c for step in self.card["steps"] for c in step]
-        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.setting, order)
+        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.protocol_setting, order)
 
     def __repr__(self): return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
 
