@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from .data import SegmentationFolder, home
+from .data import SegmentationFolder
+from .layouts import home
+from .methods import Method
 from .metrics import Confusion, background_shift, scores
 from .objective import training_labels
 from .protocol import Protocol
@@ -111,8 +113,9 @@ class Experiment:
     def __init__(self,
                  settings:Settings,
                  outputs:Path|str|None=None,  # where run folders are; None: outputs/ at `home`
+                 method:type[Method]=Method,  # your own subclass; its parts are METHODS[settings.method]
                 ):
-        self.settings, self.setup = settings, Setup(settings)
+        self.settings, self.setup = settings, Setup(settings, method)
         self.outputs = Path(outputs) if outputs else home("outputs")
         self.folder = self.outputs / settings.name
         self.log = Log(self.folder)
@@ -158,7 +161,7 @@ class Experiment:
         student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe), s.recipe,
                              self.settings.seed + 1000 * step, self.settings.workers, self.log, validate)
         confusion = evaluate(student, tested, s.recipe.test_batch, device=device)
-        write_step(self.folder, s, step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2)))
+        write_step(self.folder, s, step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2), **s.method.found))
         return student
 
 # %% ../nbs/52_experiment.ipynb #c920f183
@@ -171,5 +174,6 @@ def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, 
     views = [p.to_channels(mask, step) for mask in masks]
     with torch.inference_mode():
         outputs = [teacher(normalised_batch(image, run.card["normalisation"])) for image in images]
-    labels = [training_labels(torch.from_numpy(view)[None].long(), out, setup.method.parts)[0].numpy().astype(np.uint8) for view, out in zip(views, outputs)]
+    parts, thresholds = setup.method.parts, run.metrics(step).get("thresholds")
+    labels = [training_labels(torch.from_numpy(view)[None].long(), out, parts, thresholds)[0].numpy().astype(np.uint8) for view, out in zip(views, outputs)]
     return list(images), [p.to_channels(mask, step, "truth") for mask in masks], views, labels

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -21,23 +22,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 import mbs
 from .augment import IMAGENET, normalised
-from .data import open_data, read_image
+from .data import open_data
 from .methods import Method
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
-from .protocol import VOC_CLASSES, Protocol
+from .pictures import read_image
+from .protocol import Protocol
 from .segmenter import Segmenter, make_encoder
 from .training import load_model, make_accelerator, make_recipe, step_iterations
 
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
     "Parameters of one run; the same names are the parameters of `nbs/runs/train.ipynb`."
-    name: str = Field("smoke", pattern=r"^[\w.+=-]+$")          # of the run folder under outputs/
-    data: str = "scenes"                                        # "scenes" or a folder in VOC's layout
+    name: str|None = Field(None, pattern=r"^[\w.+=-]+$")        # of the run folder under outputs/; None: made of what the run is
+    data: str = "scenes"                                        # "scenes", "voc", "ade" or a folder
     scenes: dict[str, int] = dict(n_train=60, n_test=20, size=48) # of the generated scenes: n_train, n_test, size, seed
     protocol: str = "5-1"
     setting: str = "overlapped"
@@ -54,6 +57,13 @@ class Settings(Parameters):
     samples: int = Field(8, ge=0)                               # test pictures kept with the run
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
     share_base: bool = True                                     # reuse the base step of another run that was trained alike
+
+    @model_validator(mode="after")
+    def named(self)->Self:
+        if self.name is None:
+            parts = [f"{k}={v}" for k, v in sorted(self.parts.items())]
+            object.__setattr__(self, "name", re.sub(r"[^\w.+=-]", "_", "-".join([Path(self.data).name, self.protocol, self.setting, self.method, *parts, f"s{self.seed}"])))
+        return self
 
 # %% ../nbs/51_run.ipynb #50f18187
 IPYTHON = {"In", "Out", "exit", "quit"}  # variables that every notebook has
@@ -84,14 +94,14 @@ def read_arrays(path:Path)->dict[str, np.ndarray]:
 # %% ../nbs/51_run.ipynb #3e5230ab
 class Setup:
     "Data, protocol, recipe, method and network that `settings` describe; ValueError for whatever does not fit."
-    def __init__(self, settings:Settings):
+    def __init__(self, settings:Settings, method:type[Method]=Method):
         self.settings = settings
-        self.method = Method(settings.method, **settings.parts)
+        self.method = method(settings.method, **settings.parts)
         make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
         self.train, self.test = open_data(settings.data, settings.scenes)
-        dataset = "voc" if self.train.classes == VOC_CLASSES else len(self.train.classes)
-        self.protocol = Protocol(settings.protocol, dataset, settings.setting, class_ids(settings.classes, self.train.classes))
-        self.recipe = make_recipe(settings.recipe, dataset, **settings.training)
+        if self.train.dataset == "ade": self.method = Method(settings.method, **dict(output_weight=50) | settings.parts)
+        self.protocol = Protocol(settings.protocol, self.train.dataset, settings.setting, class_ids(settings.classes, self.train.classes))
+        self.recipe = make_recipe(settings.recipe, self.train.dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]
         self.positions = [self.protocol.select(self.train.index, t) for t in range(len(self.protocol.steps))]
         for t, seen in enumerate(self.positions):
@@ -128,7 +138,7 @@ def class_ids(names:list[str]|None, classes:tuple[str, ...])->list[int]|None:
     return [classes.index(n) + 1 for n in names]
 
 # %% ../nbs/51_run.ipynb #7f569126
-BASE_MODULES = ("protocol", "data", "augment", "segmenter", "training")
+BASE_MODULES = ("protocol", "pictures", "data", "augment", "segmenter", "training")
 
 def base_fingerprint(setup:Setup, model:Segmenter)->str:
     "Hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
@@ -154,7 +164,7 @@ def run_card(setup:Setup, model:Segmenter)->dict:
     accelerator = make_accelerator(setup.recipe)
     gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
     return dict(settings=setup.settings.model_dump(mode="json"), recipe=setup.recipe.model_dump(mode="json"), parts=setup.method.parts.model_dump(mode="json"),
-                names=setup.names, steps=setup.protocol.steps, n_classes=setup.protocol.n_classes, images=[len(p) for p in setup.positions], iterations=setup.iterations(),
+                names=setup.names, steps=setup.protocol.steps, dataset=setup.protocol.dataset, images=[len(p) for p in setup.positions], iterations=setup.iterations(),
                 weights=model.encoder.receipt, normalisation=setup.statistics(model), parameters=sum(p.numel() for p in model.parameters()),
                 data=dict(train=setup.train.fingerprint, test=setup.test.fingerprint, n_train=len(setup.train), n_test=len(setup.test)),
                 base=base_fingerprint(setup, model), versions={k: version(k) for k in ("torch", "torchvision", "timm", "accelerate", "numpy")} | dict(mbs=mbs.__version__),
@@ -171,7 +181,7 @@ class Run:
         self.settings = Settings.checked(**self.card["settings"])
         self.names, self.iterations = self.card["names"], self.card["iterations"]
         order = [c for step in self.card["steps"] for c in step]
-        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["n_classes"], self.settings.setting, order)
+        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.setting, order)
 
     def __repr__(self): return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
 

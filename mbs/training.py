@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'batches',
            'train_view', 'test_view', 'equal_size_batches', 'evaluate', 'make_accelerator', 'default_workers', 'losses',
-           'window_mean', 'train_step', 'new_class_score', 'save_model', 'load_model']
+           'window_mean', 'one_pass', 'train_step', 'new_class_score', 'save_model', 'load_model']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
@@ -156,6 +156,11 @@ def window_mean(window:list[dict], step:int, iteration:int, total:int)->dict:
     return dict(step=step, iteration=iteration, iterations=total) | record
 
 # %% ../nbs/50_training.ipynb #48ca36f8
+def one_pass(view:StepView, batch:int, workers:int, device:torch.device|str)->Iterator:
+    "Every picture of `view` with its labels, in batches on `device`."
+    for images, labels in DataLoader(view, batch, num_workers=workers): yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+# %% ../nbs/50_training.ipynb #2573c0cf
 def train_step(student:Segmenter,        # grown for the step; trained in place
                teacher:Segmenter|None,   # the previous model, frozen; None in the base step
                method:Method,
@@ -173,8 +178,11 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     optimizer = make_optimizer(student, recipe, view.step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(recipe, i, total))
     student, optimizer = accelerator.prepare(student, optimizer)
-    if teacher is not None: teacher = teacher.to(accelerator.device)
-    stream = batches(view, recipe.batch, default_workers(recipe) if workers is None else workers, seed)
+    workers = default_workers(recipe) if workers is None else workers
+    if teacher is not None:
+        teacher = teacher.to(accelerator.device)
+        with accelerator.autocast(): method.prepare(teacher, one_pass(view, recipe.batch, workers, accelerator.device))
+    stream = batches(view, recipe.batch, workers, seed)
     window, best, every = [], (-1., None), max(100, total // 10)
     for i, terms in zip(range(1, total + 1), losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]))):
         window.append(terms)
