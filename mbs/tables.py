@@ -86,11 +86,11 @@ def csv_text(tables:Sequence[Table])->str:
     rows = [(t.title, *row) for t in tables for row in t.rows]
     valued = [any(isinstance(row[k], Value) for row in rows) for k in range(1 + len(first.columns))]
     def cells(cell, is_value):
-        if is_value: return [100 * cell.mean, 100 * cell.std, cell.n] if cell is not None and cell.n else ["", "", 0]
-        return ["" if cell is None else cell]
+        if isinstance(cell, Value): return [100 * cell.mean, 100 * cell.std, cell.n]
+        return [cell, "", ""] if is_value else [cell]
     write = csv.writer(out, lineterminator="\n").writerow
     write([name for column, is_value in zip(("table", *first.columns), valued) for name in ([column, f"{column} std", f"{column} n"] if is_value else [column])])
-    for row in rows: write(["" if x != x else x for cell, is_value in zip(row, valued) for x in cells(cell, is_value)])
+    for row in rows: write(["" if x is None or x != x else x for cell, is_value in zip(row, valued) for x in cells(cell, is_value)])
     return out.getvalue()
 
 # %% ../nbs/62_tables.ipynb #252acb16
@@ -113,8 +113,9 @@ def html_picture(fig:Figure, caption:str)->str:
     data, text = base64.b64encode(png.getvalue()).decode(), escape(caption)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>\n'
 
-def html_page(title:str, body:Sequence[str])->str:
-    "A whole page of HTML parts."
+def html_page(title:str, sections:Sequence[tuple[str, Sequence[str]]])->str:
+    "A whole page: headings with their HTML parts."
+    body = "".join(f"<h2>{escape(heading)}</h2>\n{''.join(parts)}" for heading, parts in sections)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{"".join(body)}</body></html>\n')
+            f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}</body></html>\n')

@@ -12,6 +12,7 @@ __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FA
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
 from collections.abc import Sequence
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -202,9 +203,8 @@ def flow_panel(ax, flow:np.ndarray, gap:float=.22):
         cursor[0, true] -= share; cursor[1, predicted] -= share
     for x, heights, edges, align in ((-.03, size[0], upper[0], "right"), (1.03, size[1], upper[1], "left")):
         ax.vlines([x] * 3, edges - heights, edges, color="black", lw=2.5)
-        for name, height, edge in zip(GROUPS, heights, edges):
-            if height > .02: ax.text(x + np.sign(x) * .04, edge - height / 2, name, ha=align, va="center", fontsize=7, rotation=90)
-    ax.set_xlim(-.3, 1.3); ax.set_ylim(-.05, 3 + 2 * gap + .05); ax.axis("off")
+        for name, height, edge in zip(("bg", "old", "new"), heights, edges): ax.text(x + np.sign(x - .5) * .04, edge - height / 2, name, ha=align, va="center", fontsize=7)
+    ax.set_xlim(-.25, 1.25); ax.set_ylim(-.05, 3 + 2 * gap + .05); ax.axis("off")
 
 def show_shift_flow(flows:Sequence[np.ndarray], # (3, 3) each, see `mbs.metrics.group_flow`
                     titles:Sequence[str],       # a panel each
@@ -357,6 +357,6 @@ def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU
         show(row[0], (image, overlay(image, truth))[k > 0] if k < 2 else np.full_like(image, 255), ("photo", "truth", "")[min(k, 2)])
         first = steps - len(predictions[method])  # what is learnt at once stands below the last step
         for t, ax in enumerate(row[1:]): show(ax, overlay(image, predictions[method][t - first]) if t >= first else np.full_like(image, 255), f"after step {t}" if k == 0 else "")
-        row[1].set_ylabel(method, fontsize=9)
+        row[1].set_ylabel(fill(method, 15), fontsize=8)
     class_legend(fig, [truth, *(p for series in predictions.values() for p in series)], names)
     return fig
