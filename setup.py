@@ -1,4 +1,4 @@
-"Requirements from settings.ini; run notebooks from nbs/runs as the package data of mbs.runs. All else is in pyproject.toml."
+"Requirements from settings.ini; run notebooks and published rows from nbs/runs as the package data of mbs.runs. All else is in pyproject.toml."
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -13,5 +13,5 @@ setup(
     extras_require=extras,
     packages=["mbs", "mbs.runs", "mbs.runs.protocols"],
     package_dir={"mbs": "mbs", "mbs.runs": "nbs/runs", "mbs.runs.protocols": "nbs/runs/protocols"},
-    package_data={"mbs.runs": ["*.ipynb"], "mbs.runs.protocols": ["*.yaml"]},
+    package_data={"mbs.runs": ["*.ipynb", "*.yaml"], "mbs.runs.protocols": ["*.yaml"]},
 )
