@@ -132,7 +132,8 @@ def report(paths:Annotated[list[Path]|None, typer.Argument(metavar="[FOLDER]..."
 # %% ../nbs/80_cli.ipynb #a94b050f
 @app.command()
 def predict(run:Annotated[Path, typer.Argument(help="Run folder, or its name under outputs/.")], images:Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
-            out:Annotated[Path, typer.Option(help="Folder for <name>-labels.png, <name>-overlay.png and legend.png.")], step:Annotated[int, typer.Option(help="The model after this step; -1: the last.")]=-1):
+            out:Annotated[Path, typer.Option(help="Folder for <name>-labels.png, <name>-overlay.png and legend.png.")],
+            step:Annotated[int, typer.Option(help="The model after this step; -1: the last.")]=-1):
     "Segment pictures of any size."
     with plain_errors():
         from mbs.layouts import home

@@ -37,10 +37,10 @@ def test_windows_against_a_plain_loop(height, width, window, stride):
             found = [0]
             while found[-1] + window < length: found.append(min(found[-1] + step, length - window))
             return found
-        tiles = {(t, l): model(padded[..., t:t + window, l:l + window]).logits[0] for t in starts(padded.shape[2]) for l in starts(padded.shape[3])}
+        tiles = {(top, left): model(padded[..., top:top + window, left:left + window]).logits[0] for top in starts(padded.shape[2]) for left in starts(padded.shape[3])}
         for y in range(height):
             for x in range(width):
-                values = [tile[:, y - t, x - l] for (t, l), tile in tiles.items() if t <= y < t + window and l <= x < l + window]
+                values = [tile[:, y - top, x - left] for (top, left), tile in tiles.items() if top <= y < top + window and left <= x < left + window]
                 torch.testing.assert_close(got[:, y, x], torch.stack(values).mean(0))
 
 
@@ -120,7 +120,8 @@ def test_predict_files(home):
         assert (labels == run.predict(photos / f"p{k}.png")).all() and labels.shape == np.asarray(Image.open(photos / f"p{k}.png")).shape[:2]
 
 
-@pytest.mark.parametrize("words,says", [(["nowhere", "."], "is no run folder"), (["seen", "nothing.jpg"], "does not exist"), (["seen", "empty"], "no picture in"), (["seen", "photo.png", "--step", "5"], "expected 0 to 1")])
+@pytest.mark.parametrize("words,says", [(["nowhere", "."], "is no run folder"), (["seen", "nothing.jpg"], "does not exist"), (["seen", "empty"], "no picture in"),
+                                        (["seen", "photo.png", "--step", "5"], "expected 0 to 1")])
 def test_predict_refuses_in_one_sentence(home, monkeypatch, words, says):
     monkeypatch.chdir(home)
     Experiment(Settings(name="seen", **SHORT, training=BRIEF)).run()
