@@ -396,6 +396,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'mbs.viz.grid': ('viz.html#grid', 'mbs/viz.py'),
                          'mbs.viz.hatched': ('viz.html#hatched', 'mbs/viz.py'),
                          'mbs.viz.label_colours': ('viz.html#label_colours', 'mbs/viz.py'),
+                         'mbs.viz.method_legend': ('viz.html#method_legend', 'mbs/viz.py'),
                          'mbs.viz.outlined': ('viz.html#outlined', 'mbs/viz.py'),
                          'mbs.viz.overlay': ('viz.html#overlay', 'mbs/viz.py'),
                          'mbs.viz.pixel_fate': ('viz.html#pixel_fate', 'mbs/viz.py'),

@@ -21,6 +21,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from .batch import execute, runs_folder
+from .methods import METHODS
 from .metrics import CONVENTIONS, FLOWS, backward_transfer, background_shift, check_row, forgetting, group_flow, mean, scores
 from .protocol import Protocol
 from .run import Run, load_run
@@ -36,7 +37,8 @@ def find_runs(paths:Iterable[Path|str])->tuple[list[Run], dict[str, str]]:
         if not folders: left_out[str(path)] = "no run.json in it" if path.exists() else "it does not exist"
         for folder in folders:
             try: found[folder.resolve()] = load_run(folder)
-            except (ValueError, KeyError) as e: left_out[str(folder)] = f"its run.json cannot be read ({e})"
+            except ValueError as e: left_out[str(folder)] = f"its run.json cannot be read ({e})"
+            except KeyError as e: left_out[str(folder)] = f"its run.json is of another version and lacks {e}"
     if not found: raise ValueError("there is no run to report on" + "".join(f"; {path}: {why}" for path, why in left_out.items()) + ": expected folders with a run.json")
     return list(found.values()), left_out
 
@@ -55,15 +57,14 @@ def choices(run:Run)->dict[str, object]:
     return flat | {f"{group}.{k}": v for group, values in nested.items() for k, v in values.items()}
 
 def labels(runs:Sequence[Run])->list[str]:
-    "Names of runs in a table: the method, the parts that were switched, and whatever else differs between these runs."
+    "Names of runs in a table: the method, the parts that are not as the method has them, and whatever else differs between these runs."
     facts = [choices(run) for run in runs]
-    def several(key, among): return len({json.dumps(f.get(key)) for f in among}) > 1
-    def name(run, own):
-        rivals = [f for f in facts if f["method"] == own["method"]]
-        told = {f"parts.{k}": v for k, v in run.settings.parts.items()}
-        told |= {k: own.get(k) for f in facts for k in f if k != "method" and several(k, rivals if k.startswith("parts.") else facts)}
-        return own["method"] + "".join(f" {k.removeprefix('parts.')}={v}" for k, v in told.items())
-    return [name(run, own) for run, own in zip(runs, facts)]
+    varied = [k for k in dict.fromkeys(k for f in facts for k in f) if k != "method" and not k.startswith("parts.") and len({json.dumps(f.get(k)) for f in facts}) > 1]
+    def switched(run):
+        if run.settings.method not in METHODS: return run.settings.parts  # a method of the user's own
+        usual = METHODS[run.settings.method].model_dump(mode="json")
+        return {k: v for k, v in run.card["parts"].items() if v != usual.get(k)}
+    return [" ".join([run.settings.method, *(f"{k}={v}" for k, v in (switched(run) | {k: own.get(k) for k in varied}).items())]) for run, own in zip(runs, facts)]
 
 # %% ../nbs/71_report.ipynb #1f57aae7
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FA
            'overlay', 'show', 'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares',
            'show_pseudo_labels', 'shift_flow', 'show_shift', 'show_background_shift', 'ribbon', 'flow_panel',
            'show_shift_flow', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting', 'show_reliability',
-           'token_cosines', 'draw_curve', 'show_curves', 'compare_methods']
+           'token_cosines', 'draw_curve', 'method_legend', 'show_curves', 'compare_methods']
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
 from collections.abc import Sequence
@@ -199,7 +199,7 @@ def flow_panel(ax, flow:np.ndarray, gap:float=.22):
         kind = f"{GROUPS[true]}->{GROUPS[predicted]}"
         colour = "#DDDDDD" if true == predicted else SHIFT_COLOURS.get(kind, SHIFT_COLOURS["class->class"])
         ribbon(ax, cursor[0, true], cursor[1, predicted], share, colour)
-        if share >= .12 and true != predicted: ax.text(.03, cursor[0, true] - share / 2, f"{share:.0%}", fontsize=6.5, va="center")
+        if share >= .15 and true != predicted: ax.text(.03, cursor[0, true] - share / 2, f"{share:.0%}", fontsize=6.5, va="center")
         cursor[0, true] -= share; cursor[1, predicted] -= share
     for x, heights, edges, align in ((-.03, size[0], upper[0], "right"), (1.03, size[1], upper[1], "left")):
         ax.vlines([x] * 3, edges - heights, edges, color="black", lw=2.5)
@@ -213,7 +213,7 @@ def show_shift_flow(flows:Sequence[np.ndarray], # (3, 3) each, see `mbs.metrics.
     fig, axes = grid(1, len(flows), 1.75, 2.3)
     fig.set_figwidth(max(5.2, fig.get_figwidth()))
     for ax, flow, title in zip(axes[0], flows, titles): flow_panel(ax, flow); ax.set_title(title, fontsize=8)
-    kinds = {**SHIFT_COLOURS, "right": "#DDDDDD"}
+    kinds = {**SHIFT_COLOURS, "same group": "#DDDDDD"}
     kinds["new->old"] = kinds.pop("class->class")
     fig.legend(handles=[Patch(color=c, label=k.replace("->", " → ")) for k, c in kinds.items()], loc="outside lower center", ncols=4, fontsize=7, frameon=False, handlelength=1.2)
     return fig
@@ -319,6 +319,13 @@ def draw_curve(ax, k:int, label:str, values:np.ndarray):
         spread = np.array([np.nanstd(column, ddof=1) if (~np.isnan(column)).sum() > 1 else 0 for column in values.T])
         ax.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=.2, lw=0)
 
+def method_legend(fig, ax)->int:
+    "Name the curves of `ax` above the figure, in as many columns as the names leave room for; the number of lines that takes."
+    handles, names = ax.get_legend_handles_labels()
+    columns = max(1, min(7, len(names), 110 // (6 + max(map(len, names)))))
+    fig.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
+    return -(-len(names) // columns)
+
 def show_curves(panels:dict[str, dict[str, np.ndarray]])->Figure:
     "A panel per measure over the steps: measure → method → (seeds, T) shares; the methods are the same in all panels."
     fig, axes = grid(1, len(panels), 2.9, 2.1)
@@ -327,8 +334,7 @@ def show_curves(panels:dict[str, dict[str, np.ndarray]])->Figure:
         steps = max(values.shape[1] for values in curves.values())
         ax.set_title(title, fontsize=8); ax.set_xlabel("after step", fontsize=8); ax.set_xticks(range(0, steps, max(1, steps // 8)))
         ax.set_ylim(0, 1); ax.tick_params(labelsize=7); ax.grid(color="#EEEEEE", lw=.6); ax.set_axisbelow(True)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=max(1, min(4, 110 // max(map(len, labels)))), fontsize=7.5, frameon=False)
+    fig.set_figheight(fig.get_figheight() + .17 * method_legend(fig, axes[0, 0]))
     return fig
 
 # %% ../nbs/60_viz.ipynb #d103f73c
@@ -349,7 +355,8 @@ def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU
         draw_curve(left, k, method, np.array([curve]))
         bars = right.bar(np.arange(3) + .8 / len(curves) * (k - (len(curves) - 1) / 2), [final[method][g] for g in ("old", "new", "all")], .76 / len(curves), color=colour)
         right.bar_label(bars, [f"{100 * final[method][g]:.0f}" for g in ("old", "new", "all")], fontsize=7)
-    left.set(xlabel="after step", ylabel="mIoU, all classes so far", xticks=range(steps), ylim=(0, 1)); left.legend(fontsize=8)
+    left.set(xlabel="after step", ylabel="mIoU, all classes so far", xticks=range(steps), ylim=(0, 1))
+    method_legend(top, left)
     right.set(ylim=(0, 1), title="after the last step"); right.set_xticks(range(3), ["old", "new", "all"]); right.title.set_fontsize(9)
     for ax in (left, right): ax.tick_params(labelsize=8); ax.xaxis.label.set_fontsize(8); ax.yaxis.label.set_fontsize(8)
     axes = bottom.subplots(len(curves), steps + 1, squeeze=False)
