@@ -231,6 +231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbs.report.card_table': ('report.html#card_table', 'mbs/report.py'),
                             'mbs.report.choices': ('report.html#choices', 'mbs/report.py'),
                             'mbs.report.classes_table': ('report.html#classes_table', 'mbs/report.py'),
+                            'mbs.report.columns_table': ('report.html#columns_table', 'mbs/report.py'),
                             'mbs.report.comparable': ('report.html#comparable', 'mbs/report.py'),
                             'mbs.report.compare': ('report.html#compare', 'mbs/report.py'),
                             'mbs.report.comparison': ('report.html#comparison', 'mbs/report.py'),
