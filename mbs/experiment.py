@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_positions', 'difference', 'refuse_other', 'unwritable', 'open_folder', 'write_samples', 'write_step', 'Log',
-           'shared_base', 'two_columns', 'judged_views', 'Experiment', 'pseudo_label_examples']
+           'shared_base', 'two_columns', 'judged_views', 'new_score', 'measured', 'Experiment', 'pseudo_label_examples']
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
@@ -124,6 +124,19 @@ def judged_views(setup:Setup, step:int, statistics:tuple)->dict[str, StepView]:
     return views
 
 # %% ../nbs/52_experiment.ipynb #dd9e82d9
+def new_score(setup:Setup, model:Segmenter, view:StepView)->float:
+    "Mean IoU of the step's new classes in `view`."
+    r = setup.recipe
+    return new_class_score(model, view, r.test_batch, make_accelerator(r).device, r.crop if r.test == "window" and view.transform.crop is None else None)
+
+def measured(setup:Setup, student:Segmenter, step:int, state:dict, test:str)->Confusion:
+    "Confusion matrix on the test part, tested as `test` says, of `student` with the tensors of `state`, which it keeps."
+    r = setup.recipe
+    student.load_state_dict(state)
+    view = test_view(setup.test, setup.protocol, step, setup.statistics(student), r, test)
+    return evaluate(student, view, r.test_batch, device=make_accelerator(r).device, window=r.crop if test == "window" else None)
+
+# %% ../nbs/52_experiment.ipynb #9ce8f6d4
 class Experiment:
     "All steps of a run. `steps()` yields after each one; `run()` goes through to the end."
     def __init__(self,
@@ -174,26 +187,14 @@ class Experiment:
         "Train, test and write `step`; the iterate that the recipe keeps."
         s, started = self.setup, time.perf_counter()
         views = judged_views(s, step, s.statistics(student))
-        judges = {name: Judge(partial(self.new_score, view=view)) for name, view in views.items()}
+        judges = {name: Judge(partial(new_score, s, view=view)) for name, view in views.items()}
         student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,
                              self.settings.seed + 1000 * step, self.settings.workers, self.log, list(judges.values()))
         iterates = {"last": {k: v.clone() for k, v in student.state_dict().items()} if judges else student.state_dict()} | {name: judge.state for name, judge in judges.items()}
-        columns = {name: self.measured(student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
-        confusion = self.measured(student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
+        columns = {name: measured(s, student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
+        confusion = measured(s, student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
         write_step(self.folder, s, step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2), **s.method.found), columns)
         return student
-
-    def new_score(self, model:Segmenter, view:StepView)->float:
-        "Mean IoU of the step's new classes in `view`."
-        r = self.setup.recipe
-        return new_class_score(model, view, r.test_batch, make_accelerator(r).device, r.crop if r.test == "window" and view.transform.crop is None else None)
-
-    def measured(self, student:Segmenter, step:int, state:dict, test:str)->Confusion:
-        "Confusion matrix on the test part of `student` with `state`, which it keeps."
-        s, r = self.setup, self.setup.recipe
-        student.load_state_dict(state)
-        view = test_view(s.test, s.protocol, step, s.statistics(student), r, test)
-        return evaluate(student, view, r.test_batch, device=make_accelerator(r).device, window=r.crop if test == "window" else None)
 
 # %% ../nbs/52_experiment.ipynb #c920f183
 def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, list, list, list]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .layouts import photos
 from .pictures import read_image
-from .run import Run
+from .run import Run, segment, sliding_window
 from .viz import class_legend, grid, label_colours, overlay
 
 # %% ../nbs/63_predict.ipynb #39b08d90
@@ -59,6 +59,6 @@ def predict_files(run:Run,
     for path in tqdm(images, "pictures", delay=2, leave=False):
         try: image = read_image(path)
         except ValueError as e: yield str(e); continue
-        labels = run.segment(model, image)
+        labels = segment(model, image, run.card["normalisation"], sliding_window(run, image))
         write_labels(labels, out / f"{path.stem}-labels.png")
         Image.fromarray(overlay(image, labels)).save(out / f"{path.stem}-overlay.png")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IPYTHON', 'BASE_MODULES', 'Settings', 'from_notebook', 'write_json', 'write_arrays', 'read_arrays', 'Setup',
            'held_out', 'network', 'class_ids', 'base_fingerprint', 'git_commit', 'run_card', 'Run', 'load_run',
-           'normalised_batch', 'segment']
+           'sliding_window', 'normalised_batch', 'segment']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import hashlib
@@ -239,18 +239,18 @@ class Run:
 
     def predict(self, image:np.ndarray|Path|str, step:int=-1)->np.ndarray:
         "(H, W) uint8 channels of a picture of any size: an (H, W, 3) uint8 array or a file."
-        return self.segment(self.model(step), image if isinstance(image, np.ndarray) else read_image(Path(image)))
-
-    def segment(self, model:Segmenter, image:np.ndarray)->np.ndarray:
-        "(H, W) uint8 channels of an (H, W, 3) uint8 picture by a `model` of this run: at once, or in sliding windows if the recipe tests so or a side is over twice the training crop."
-        crop = self.card["recipe"]["crop"]
-        windows = self.card["recipe"]["test"] == "window" or max(image.shape[:2]) > 2 * crop
-        return segment(model, image, self.card["normalisation"], crop if windows else None)
+        image = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        return segment(self.model(step), image, self.card["normalisation"], sliding_window(self, image))
 
 # %% ../nbs/51_run.ipynb #a13a8a9b
 def load_run(folder:Path|str)->Run:
     "The run in `folder`; ValueError when there is none."
     return Run(folder)
+
+def sliding_window(run:Run, image:np.ndarray)->int|None:
+    "Side of the windows in which `run` segments an (H, W, 3) picture: if its recipe tests so, or a side is over twice the training crop; else None."
+    recipe = run.card["recipe"]
+    return recipe["crop"] if recipe["test"] == "window" or max(image.shape[:2]) > 2 * recipe["crop"] else None
 
 def normalised_batch(image:np.ndarray, statistics:tuple)->torch.Tensor:
     "(1, 3, H, W) network input from an (H, W, 3) uint8 picture; `statistics` are the mean and std to normalise with."
