@@ -129,13 +129,15 @@ def safe_path(name:str, archive:Path)->PurePosixPath:
     return path
 
 def members(archive:Path)->Iterator[tuple[str, bool, int, Callable[[], bytes]]]:
-    "Name, whether a regular file, size and a function that reads it, of every member of a .tar, .tgz or .zip."
+    "Name, whether a regular file, size and a function that reads it, of every member of a .tar, .tgz or .zip that is no folder."
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
-            for i in z.infolist(): yield i.filename, not i.is_dir(), i.file_size, lambda i=i: z.read(i)
+            for i in z.infolist():
+                if not i.is_dir(): yield i.filename, True, i.file_size, lambda i=i: z.read(i)
     else:
         with tarfile.open(archive) as t:
-            for i in t: yield i.name, i.isfile(), i.size, lambda i=i: t.extractfile(i).read()
+            for i in t:
+                if not i.isdir(): yield i.name, i.isfile(), i.size, lambda i=i: t.extractfile(i).read()
 
 def contents(archive:Path,                                          # .tar, .tgz or .zip
              wanted:Callable[[PurePosixPath], PurePosixPath|None],  # what a member's path becomes, or None to leave it out

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data', 'To', 'From', 'parse_words', 'parse_value', 'plain_errors', 'main', 'run', 'demo', 'with_progress',
-           'table', 'report', 'prepared', 'voc', 'ade', 'coco', 'check', 'inspect', 'duration', 'steps_table']
+           'table', 'report', 'predict', 'prepared', 'voc', 'ade', 'coco', 'check', 'inspect', 'duration',
+           'steps_table']
 
 # %% ../nbs/80_cli.ipynb #c84a4711
 import os
@@ -127,6 +128,22 @@ def report(paths:Annotated[list[Path]|None, typer.Argument(metavar="[FOLDER]..."
         for run in runs:
             if not run.finished: typer.echo(f"unfinished: {run.folder.name}, {run.n_steps} of {len(run.iterations)} steps")
         typer.echo(f"The report of {len(runs)} runs: {folder / 'report.html'}")
+
+# %% ../nbs/80_cli.ipynb #a94b050f
+@app.command()
+def predict(run:Annotated[Path, typer.Argument(help="Run folder, or its name under outputs/.")], images:Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+            out:Annotated[Path, typer.Option(help="Folder for <name>-labels.png, <name>-overlay.png and legend.png.")],
+            step:Annotated[int, typer.Option(help="The model after this step; -1: the last.")]=-1):
+    "Segment pictures of any size."
+    with plain_errors():
+        from mbs.layouts import home
+        from mbs.predict import pictures, predict_files
+        from mbs.run import load_run
+        opened = load_run(run if run.is_dir() else home("outputs", str(run)))
+        bad = list(predict_files(opened, pictures(images), out, step))
+    for problem in bad: typer.echo(f"mbs: {problem}", err=True)
+    typer.echo(f"label maps, overlays and a legend are in {out}")
+    if bad: raise typer.Exit(2)
 
 # %% ../nbs/80_cli.ipynb #e9c4d5ca
 data = typer.Typer(help="Download, prepare and check data sets.", no_args_is_help=True)

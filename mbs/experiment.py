@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_positions', 'difference', 'refuse_other', 'unwritable', 'open_folder', 'write_samples', 'write_step', 'Log',
-           'shared_base', 'Experiment', 'pseudo_label_examples']
+           'shared_base', 'two_columns', 'judged_views', 'Experiment', 'pseudo_label_examples']
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
@@ -12,13 +12,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from .data import SegmentationFolder
+from .data import SegmentationFolder, StepView
 from .layouts import home
 from .methods import Method
 from .metrics import Confusion, background_shift, scores
@@ -26,7 +27,7 @@ from .objective import training_labels
 from .protocol import Protocol
 from .run import Run, Settings, Setup, base_fingerprint, load_run, normalised_batch, run_card, segment, write_arrays, write_json
 from .segmenter import Segmenter
-from .training import evaluate, load_model, make_accelerator, new_class_score, save_model, test_view, train_step, train_view
+from .training import Judge, Recipe, evaluate, load_model, make_accelerator, new_class_score, save_model, test_view, train_step, train_view
 
 # %% ../nbs/52_experiment.ipynb #f6f1c27d
 def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndarray:
@@ -71,17 +72,18 @@ def write_samples(folder:Path, setup:Setup):
                  **{f"truth{k}": p.to_channels(mask, last, "truth") for k, (_, mask) in enumerate(pairs)})
 
 # %% ../nbs/52_experiment.ipynb #40bfc3a7
-def write_step(folder:Path, setup:Setup, step:int, student:Segmenter, confusion:Confusion, facts:dict):
-    "Model, confusion matrix, metrics and sample predictions of a complete step."
+def write_step(folder:Path, setup:Setup, step:int, student:Segmenter, confusion:Confusion, facts:dict, columns:dict[str, Confusion]):
+    "Model, confusion matrix – and those of the two `columns` where they were measured –, metrics and sample predictions of a complete step."
     final, temporary, p = folder / f"step-{step:02d}", folder / f".step-{step:02d}", setup.protocol
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_model(student, temporary / "model.safetensors")
     write_arrays(temporary / "confusion.npz", counts=confusion.counts)
+    for name, other in columns.items(): write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
     images = [setup.test[i][0] for i in sample_positions(setup.test, p, setup.settings.samples)]
     write_arrays(temporary / "samples.npz", **{f"predicted{k}": segment(student, image, setup.statistics(student)) for k, image in enumerate(images)})
     write_json(temporary / "metrics.json", dict(step=step, scores=scores(confusion, p, step), step_scores=scores(confusion, p, step, "step"),
-                                                shift=background_shift(confusion, p, step), **facts))
+                                                shift=background_shift(confusion, p, step), columns={name: scores(other, p, step) for name, other in columns.items()}, **facts))
     os.replace(temporary, final)
 
 # %% ../nbs/52_experiment.ipynb #280a2ba9
@@ -108,6 +110,20 @@ def shared_base(outputs:Path, fingerprint:str, but:Path)->Run|None:
     return None
 
 # %% ../nbs/52_experiment.ipynb #8541aed2
+def two_columns(recipe:Recipe)->dict[str, tuple[str, str]]:
+    "Iterate and way of testing of the two columns, if the recipe wants both."
+    clean = "held-out" if recipe.selection == "held-out" else "last", "window" if recipe.test == "window" else "whole"
+    return dict(published=("test", "crop"), clean=clean) if recipe.both else {}
+
+def judged_views(setup:Setup, step:int, statistics:tuple)->dict[str, StepView]:
+    "On which pictures iterates of `step` are judged, by name of the judge."
+    p, r, views = setup.protocol, setup.recipe, {}
+    if r.selection == "test" or r.both: views["test"] = test_view(setup.test, p, step, statistics, r, r.test if r.selection == "test" else "crop")
+    if r.selection == "held-out" and len(setup.held_out[step]):
+        views["held-out"] = test_view(setup.train, p, step, statistics, r, labels="train", positions=setup.held_out[step])
+    return views
+
+# %% ../nbs/52_experiment.ipynb #dd9e82d9
 class Experiment:
     "All steps of a run. `steps()` yields after each one; `run()` goes through to the end."
     def __init__(self,
@@ -144,7 +160,8 @@ class Experiment:
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():
             if record["step"] == 0: self.log(record)
-        write_step(self.folder, self.setup, 0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name))
+        columns = {name: other.confusion(0, name) for name in other.metrics(0)["columns"]}
+        write_step(self.folder, self.setup, 0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name), columns)
         return student
 
     def increment(self, student:Segmenter, step:int)->Segmenter:
@@ -154,15 +171,29 @@ class Experiment:
         return self.train(self.setup.method.grow(student, self.setup.protocol.sizes[step]), teacher, step)
 
     def train(self, student:Segmenter, teacher:Segmenter|None, step:int)->Segmenter:
-        "Train, test and write `step`; the trained student."
-        s, started, device = self.setup, time.perf_counter(), make_accelerator(self.setup.recipe).device
-        tested = test_view(s.test, s.protocol, step, s.statistics(student), s.recipe)
-        def validate(model): return new_class_score(model, tested, s.recipe.test_batch, device)
-        student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe), s.recipe,
-                             self.settings.seed + 1000 * step, self.settings.workers, self.log, validate)
-        confusion = evaluate(student, tested, s.recipe.test_batch, device=device)
-        write_step(self.folder, s, step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2), **s.method.found))
+        "Train, test and write `step`; the iterate that the recipe keeps."
+        s, started = self.setup, time.perf_counter()
+        views = judged_views(s, step, s.statistics(student))
+        judges = {name: Judge(partial(self.new_score, view=view)) for name, view in views.items()}
+        student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,
+                             self.settings.seed + 1000 * step, self.settings.workers, self.log, list(judges.values()))
+        iterates = {"last": {k: v.clone() for k, v in student.state_dict().items()} if judges else student.state_dict()} | {name: judge.state for name, judge in judges.items()}
+        columns = {name: self.measured(student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
+        confusion = self.measured(student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
+        write_step(self.folder, s, step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2), **s.method.found), columns)
         return student
+
+    def new_score(self, model:Segmenter, view:StepView)->float:
+        "Mean IoU of the step's new classes in `view`."
+        r = self.setup.recipe
+        return new_class_score(model, view, r.test_batch, make_accelerator(r).device, r.crop if r.test == "window" and view.transform.crop is None else None)
+
+    def measured(self, student:Segmenter, step:int, state:dict, test:str)->Confusion:
+        "Confusion matrix on the test part of `student` with `state`, which it keeps."
+        s, r = self.setup, self.setup.recipe
+        student.load_state_dict(state)
+        view = test_view(s.test, s.protocol, step, s.statistics(student), r, test)
+        return evaluate(student, view, r.test_batch, device=make_accelerator(r).device, window=r.crop if test == "window" else None)
 
 # %% ../nbs/52_experiment.ipynb #c920f183
 def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, list, list, list]:

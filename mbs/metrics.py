@@ -67,7 +67,7 @@ def scores(confusion:Confusion,  # after `step`
         raise ValueError(f"the confusion matrix has {confusion.n} channels: expected {protocol.n_channels(step)} after step {step}")
     iou, accuracy = class_iou(confusion.counts), class_accuracy(confusion.counts)
     if not protocol.background_tested: iou[0] = np.nan  # never true in the test: its 0 would be no finding
-    first_new = protocol.n_channels(0 if split == "base" or step == 0 else step - 1)
+    first_new = protocol.n_base if split == "base" else protocol.n_channels(max(0, step - 1))
     old, new = mean(iou[1:first_new]), mean(iou[first_new:])
     return dict(old=mean(iou[:first_new]), new=new, all=mean(iou), old_fg=old, all_fg=mean(iou[1:]),
                 harmonic=2 * old * new / (old + new) if old + new > 0 else 0. if old + new == 0 else float("nan"),
@@ -84,7 +84,7 @@ def group_flow(confusion:Confusion, # after `step`
     "Where the pixels of background, old and new classes went, as a confusion matrix of the three groups."
     if confusion.n != protocol.n_channels(step):
         raise ValueError(f"the confusion matrix has {confusion.n} channels: expected {protocol.n_channels(step)} after step {step}")
-    first_new, member = protocol.new_channels(step).start, np.zeros((3, confusion.n), np.int64)
+    first_new, member = protocol.n_base if protocol.setting == "joint" else protocol.new_channels(step).start, np.zeros((3, confusion.n), np.int64)
     member[0, 0], member[1, 1:first_new], member[2, first_new:] = 1, 1, 1
     counts = member @ confusion.counts @ member.T                                        # (3, 3)
     total = counts.sum(1, keepdims=True)

@@ -67,12 +67,12 @@ class Protocol:
     def __init__(self,
                  name:str,                      # split, e.g. "15-1" or "15-1_b"
                  dataset:str|int="voc",         # "voc", "ade" or a number of classes (background not counted)
-                 setting:str="overlapped",      # one of `SETTINGS`
+                 setting:str="overlapped",      # one of `SETTINGS`, or "joint"
                  order:Sequence[int]|None=None, # class ids in order of arrival; None: the split's own, or 1, 2, 3 …
                 ):
         if isinstance(dataset, str) and dataset not in N_CLASSES:
             raise ValueError(f"dataset {dataset!r} is not known: expected one of {', '.join(N_CLASSES)}, or a number of classes")
-        if setting not in SETTINGS: raise ValueError(f"setting {setting!r} is not known: expected one of {', '.join(SETTINGS)}")
+        if setting not in (*SETTINGS, "joint"): raise ValueError(f"setting {setting!r} is not known: expected one of {', '.join(SETTINGS)}")
         self.name, self.dataset, self.setting = name, dataset, setting
         self.n_classes = N_CLASSES[dataset] if isinstance(dataset, str) else int(dataset)
         if self.n_classes >= VOID: raise ValueError(f"{self.n_classes} classes do not fit: expected at most {VOID - 1}, since {VOID} is void")
@@ -81,6 +81,8 @@ class Protocol:
         if len(set(self.order)) < len(self.order) or not all(1 <= c <= self.n_classes for c in self.order):
             raise ValueError(f"class order {self.order} is not valid: expected different class ids from 1 to {self.n_classes}")
         self.sizes = split_sizes(split if named else name, len(self.order))
+        self.n_base = 1 + self.sizes[0]            # channels that results call old, background included
+        if setting == "joint": self.sizes = [len(self.order)]
         self.background_tested = dataset != "ade"  # ADE20K's test leaves unlabelled pixels out
 
     @property

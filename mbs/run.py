@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IPYTHON', 'BASE_MODULES', 'Settings', 'from_notebook', 'write_json', 'write_arrays', 'read_arrays', 'Setup',
-           'network', 'class_ids', 'base_fingerprint', 'git_commit', 'run_card', 'Run', 'load_run', 'normalised_batch',
-           'segment']
+           'held_out', 'network', 'class_ids', 'base_fingerprint', 'git_commit', 'run_card', 'Run', 'load_run',
+           'normalised_batch', 'segment']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import hashlib
@@ -34,7 +34,7 @@ from .parameters import Parameters
 from .pictures import read_image
 from .protocol import Protocol
 from .segmenter import Segmenter, make_encoder
-from .training import load_model, make_accelerator, make_recipe, step_iterations
+from .training import load_model, make_accelerator, make_recipe, step_iterations, window_logits
 
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
@@ -56,7 +56,13 @@ class Settings(Parameters):
     seed: int = 0
     samples: int = Field(8, ge=0)                               # test pictures kept with the run
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
+    tuning: float = Field(0, ge=0, lt=1)                        # share of the training part to test on instead of the test part: for choosing parameters
     share_base: bool = True                                     # reuse the base step of another run that was trained alike
+
+    @property
+    def protocol_setting(self)->str:
+        "The protocol's setting; joint training sees everything at once, whatever the setting it is compared in."
+        return "joint" if self.method == "joint" else self.setting
 
     @model_validator(mode="after")
     def named(self)->Self:
@@ -96,14 +102,15 @@ class Setup:
     "Data, protocol, recipe, method and network that `settings` describe; ValueError for whatever does not fit."
     def __init__(self, settings:Settings, method:type[Method]=Method):
         self.settings = settings
-        self.method = method(settings.method, **settings.parts)
-        make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
-        self.train, self.test = open_data(settings.data, settings.scenes)
-        if self.train.dataset == "ade": self.method = Method(settings.method, **dict(output_weight=50) | settings.parts)
-        self.protocol = Protocol(settings.protocol, self.train.dataset, settings.setting, class_ids(settings.classes, self.train.classes))
+        method(settings.method, **settings.parts), make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
+        self.train, self.test = open_data(settings.data, settings.scenes, settings.tuning)
+        self.method = method(settings.method, self.train.dataset, **settings.parts)
+        self.protocol = Protocol(settings.protocol, self.train.dataset, settings.protocol_setting, class_ids(settings.classes, self.train.classes))
         self.recipe = make_recipe(settings.recipe, self.train.dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]
         self.positions = [self.protocol.select(self.train.index, t) for t in range(len(self.protocol.steps))]
+        self.held_out = [held_out(seen, self.recipe.held_out, settings.seed) if self.recipe.selection == "held-out" else seen[:0] for seen in self.positions]
+        self.positions = [np.setdiff1d(seen, held) for seen, held in zip(self.positions, self.held_out)]
         for t, seen in enumerate(self.positions):
             if not len(seen): raise ValueError(f"step {t} sees no training image: expected at least one that holds {' or '.join(self.new_names(t))}")
 
@@ -121,6 +128,12 @@ class Setup:
     def statistics(self, model:Segmenter)->tuple:
         "Mean and std that pictures are normalised with."
         return IMAGENET if self.recipe.normalisation == "imagenet" else (model.encoder.mean, model.encoder.std)
+
+# %% ../nbs/51_run.ipynb #44363ed1
+def held_out(positions:np.ndarray, share:float, seed:int)->np.ndarray:
+    "A random `share` of a step's images, at least one when there are two; the same for the same seed."
+    n = max(1, round(share * len(positions))) if len(positions) > 1 else 0
+    return np.sort(np.random.default_rng(seed).permutation(positions)[:n])
 
 # %% ../nbs/51_run.ipynb #fc7d4de9
 def network(settings:Settings, weights:str, crop:int, sizes:list[int])->Segmenter:
@@ -181,7 +194,7 @@ class Run:
         self.settings = Settings.checked(**self.card["settings"])
         self.names, self.iterations = self.card["names"], self.card["iterations"]
         order = [c for step in self.card["steps"] for c in step]
-        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.setting, order)
+        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.protocol_setting, order)
 
     def __repr__(self): return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
 
@@ -195,9 +208,9 @@ class Run:
     @property
     def finished(self)->bool: return self.n_steps == len(self.iterations)
 
-    def confusion(self, step:int=-1)->Confusion:
-        "Confusion matrix after `step` (negative: from the end)."
-        counts = read_arrays(self.step(range(self.n_steps)[step], "confusion.npz"))["counts"]
+    def confusion(self, step:int=-1, column:str="")->Confusion:
+        "Confusion matrix after `step` (negative: from the end); `column` 'published' or 'clean' where the recipe measured both."
+        counts = read_arrays(self.step(range(self.n_steps)[step], f"confusion-{column}.npz" if column else "confusion.npz"))["counts"]
         return Confusion(len(counts), counts)
 
     def metrics(self, step:int=-1)->dict: return json.loads(self.step(range(self.n_steps)[step], "metrics.json").read_text(encoding="utf-8"))
@@ -225,8 +238,14 @@ class Run:
         return load_model(model, self.step(step, "model.safetensors"))
 
     def predict(self, image:np.ndarray|Path|str, step:int=-1)->np.ndarray:
-        "(H, W) uint8 channels of a picture: an (H, W, 3) uint8 array or a file."
-        return segment(self.model(step), image if isinstance(image, np.ndarray) else read_image(Path(image)), self.card["normalisation"])
+        "(H, W) uint8 channels of a picture of any size: an (H, W, 3) uint8 array or a file."
+        return self.segment(self.model(step), image if isinstance(image, np.ndarray) else read_image(Path(image)))
+
+    def segment(self, model:Segmenter, image:np.ndarray)->np.ndarray:
+        "(H, W) uint8 channels of an (H, W, 3) uint8 picture by a `model` of this run: at once, or in sliding windows if the recipe tests so or a side is over twice the training crop."
+        crop = self.card["recipe"]["crop"]
+        windows = self.card["recipe"]["test"] == "window" or max(image.shape[:2]) > 2 * crop
+        return segment(model, image, self.card["normalisation"], crop if windows else None)
 
 # %% ../nbs/51_run.ipynb #a13a8a9b
 def load_run(folder:Path|str)->Run:
@@ -238,7 +257,8 @@ def normalised_batch(image:np.ndarray, statistics:tuple)->torch.Tensor:
     return normalised(torch.from_numpy(image.copy()).permute(2, 0, 1), *statistics)[None]
 
 @torch.inference_mode()
-def segment(model:Segmenter, image:np.ndarray, statistics:tuple)->np.ndarray:
-    "(H, W) uint8 channels of one (H, W, 3) uint8 picture at its full size."
-    x = normalised_batch(image, statistics).to(next(model.parameters()).device)
-    return model.eval()(x).logits[0].argmax(0).cpu().numpy().astype(np.uint8)
+def segment(model:Segmenter, image:np.ndarray, statistics:tuple, window:int|None=None)->np.ndarray:
+    "(H, W) uint8 channels of one (H, W, 3) uint8 picture at its full size, in sliding windows if `window` (pixels) is given."
+    x, model = normalised_batch(image, statistics).to(next(model.parameters()).device), model.eval()
+    logits = window_logits(model, x, window) if window else model(x).logits
+    return logits[0].argmax(0).cpu().numpy().astype(np.uint8)

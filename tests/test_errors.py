@@ -36,7 +36,7 @@ def refused(*words):
     (["training.lr=-1"], "'lr' cannot be -1"),
     (["parts.tau=0.5"], "'tau' is not known"),
     (["parts.threshold=2"], "'threshold' cannot be 2"),
-    (["method=magic"], "expected one of finetune, kd, m"),
+    (["method=magic"], "expected one of finetune, joint, kd, m"),
     (["protocol=9-1"], "cannot split 8 classes"),
     (["protocol=0-1"], "cannot split 8 classes"),
     (["protocol=5-0"], "cannot split 8 classes"),

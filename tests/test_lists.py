@@ -2,7 +2,6 @@
 import hashlib
 import json
 import os
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from golden import FOLDER
 
+from mbs.archives import contents
 from mbs.data import SegmentationFolder
 from mbs.pictures import class_counts, read_mask
 from mbs.protocol import ORDERS, SPLITS, Protocol
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.skipif(not (MASKS.is_file() and FOLDER.is_dir()), reaso
 def voc(tmp_path_factory):
     "Ids and (N, 21) class index of the 10,582 training masks."
     folder = tmp_path_factory.mktemp("masks")
-    with tarfile.open(MASKS) as tar: tar.extractall(folder, filter="data")
+    for place, content in contents(MASKS, lambda path: path.name): (folder / place).write_bytes(content)
     ids = (DATA / "voc2012_trainaug.txt").read_text().split()
     def present(i):
-        path = folder / "SegmentationClassAug" / f"{i}.png"
+        path = folder / f"{i}.png"
         return class_counts(read_mask(path), 20, path)[:-1] > 0
     with ThreadPoolExecutor() as pool: return np.array(ids), np.stack(list(pool.map(present, ids)))
 

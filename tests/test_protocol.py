@@ -104,7 +104,7 @@ def test_ade_leaves_unlabelled_pixels_out_of_the_test():
 @pytest.mark.parametrize("arguments,says", [
     (dict(name="15-1", dataset="coco"), "expected one of voc, ade"),
     (dict(name="15-1_b", dataset=20), "expected 'A-B'"),
-    (dict(name="15-1", setting="joint"), "expected one of overlapped"),
+    (dict(name="15-1", setting="jointly"), "expected one of overlapped"),
     (dict(name="2-1", dataset=3, order=[1, 1, 2]), "expected different class ids"),
     (dict(name="2-1", dataset=3, order=[1, 2, 4]), "expected different class ids"),
     (dict(name="2-1", dataset=300), "do not fit"),

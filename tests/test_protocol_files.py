@@ -85,4 +85,4 @@ def test_through_papermill_as_documented(home, tmp_path):
 def test_clean_is_one_flag(home):
     settings = Settings.checked(**read_parameters("voc-15-1-overlapped") | SMALL | dict(recipe="clean"))
     recipe = Experiment(settings, home / "outputs").setup.recipe
-    assert (recipe.selection, recipe.test_crop, recipe.normalisation, recipe.crop, recipe.batch, recipe.epochs, recipe.lr) == ("last", False, "weights", 512, 16, 32, 1e-3)
+    assert (recipe.selection, recipe.test, recipe.normalisation, recipe.crop, recipe.batch, recipe.epochs, recipe.lr) == ("last", "whole", "weights", 512, 16, 32, 1e-3)

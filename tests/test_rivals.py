@@ -312,7 +312,7 @@ def test_ablations_differ_in_what_they_say():
 SHORT = dict(protocol="6-1", scenes=dict(n_train=40, n_test=8, size=32), samples=1, training=dict(crop=32, batch=8, iterations=4, new_iterations=3, optimizer="adamw"))
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("finetune", "kd", "mbs")])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("finetune", "joint", "kd", "mbs")])
 def test_run(name, tmp_path, monkeypatch):
     "Every rival goes through a protocol, resumes after a cut with the same result, and keeps what it found."
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
