@@ -242,6 +242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbs.report.html': ('report.html#html', 'mbs/report.py'),
                             'mbs.report.in_lines': ('report.html#in_lines', 'mbs/report.py'),
                             'mbs.report.labels': ('report.html#labels', 'mbs/report.py'),
+                            'mbs.report.optimism_table': ('report.html#optimism_table', 'mbs/report.py'),
                             'mbs.report.outcome': ('report.html#outcome', 'mbs/report.py'),
                             'mbs.report.percent': ('report.html#percent', 'mbs/report.py'),
                             'mbs.report.pictures': ('report.html#pictures', 'mbs/report.py'),
