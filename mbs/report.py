@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'ARROWS', 'KEYS', 'PANELS', 'find_runs', 'single_step', 'comparable', 'choices', 'labels', 'Group',
            'in_lines', 'groups', 'outcome', 'rows', 'summary', 'summary_table', 'score_table', 'shift_table',
-           'optimism_table', 'unfinished_table', 'percent', 'steps_table', 'classes_table', 'card_table', 'Published',
+           'columns_table', 'unfinished_table', 'percent', 'steps_table', 'classes_table', 'card_table', 'Published',
            'published', 'published_table', 'Picture', 'average', 'series', 'comparison', 'compare', 'curves', 'flows',
            'pictures', 'tables', 'contents', 'html', 'writable', 'write_report', 'report_notebook']
 
@@ -159,18 +159,17 @@ def shift_table(group:Group)->Table:
     "The background-shift rates after the last step."
     return summary_table(group, ARROWS, f"Background shift: {group.title}", "Percent of the true class's pixels after the last step; old and new as seen from that step.")
 
-def optimism_table(group:Group)->Table|None:
-    "Runs that were measured both ways: as published (best iterate on the test images, centre crops) and clean, and how much better the first looks; None when there are none."
-    found = {label: [run for run in line if {"published", "clean"} <= set(run.metrics().get("columns", ()))] for label, line in (group.lines | group.at_once).items()}
-    if not any(found.values()): return None
-    def cells(line, key):
-        published, clean = ([scores(run.confusion(-1, way), group.protocol, group.last)[key] for run in line] for way in ("published", "clean"))
-        return [over_seeds(published), over_seeds(clean), over_seeds(np.subtract(published, clean))]
-    keys = ("old", "new", "all")
-    return Table(f"Published and clean protocol: {group.title}", ["method", "seeds", *(f"{key} {way}" for key in keys for way in ("published", "clean", "optimism"))],
-                 [[label, len(line), *(cell for key in keys for cell in cells(line, key))] for label, line in found.items() if line],
-                 "Percent, the same runs measured twice. Published: the iterate that is best for the new classes on the test images, centre crops. Clean: the last iterate, "
-                 "or the best on held-out training images, tested on whole pictures. Optimism: published minus clean, seed by seed.")
+def columns_table(group:Group)->Table|None:
+    "The published and the clean way of selecting and testing, where runs measured both, and what the first adds; None where none did."
+    lines = {label: both for label, line in (group.lines | group.at_once).items() if (both := [run for run in line if run.metrics().get("columns")])}
+    if not lines: return None
+    keys, table = ("old", "new", "all"), []
+    for label, line in lines.items():
+        published, clean = ([scores(run.confusion(-1, way), group.protocol, group.last) for run in line] for way in ("published", "clean"))
+        table.append([label, len(line), *(over_seeds([f[k] for f in way]) for way in (published, clean) for k in keys), *(over_seeds([p[k] - c[k] for p, c in zip(published, clean)]) for k in keys)])
+    note = ("Percent, after the last step. Published: in every step the iterate that is best on the test images, tested on centre crops, as the released program does. "
+            "Clean: the last iterate, or one chosen on held-out training images, tested on whole pictures. Both from the same runs; the difference is what the first adds.")
+    return Table(f"Two ways of measuring: {group.title}", ["method", "seeds", *(f"{way} {k}" for way in ("published", "clean", "difference") for k in keys)], table, note)
 
 def unfinished_table(group:Group)->Table|None:
     "What is there of runs that are not finished; None when all are."
@@ -323,7 +322,7 @@ def pictures(group:Group)->list[Picture]:
 def tables(group:Group)->list[Table]:
     "The tables of a group that have something to say."
     found = [score_table(group), shift_table(group)] if group.lines or group.at_once else []
-    return found + [t for t in (optimism_table(group), unfinished_table(group), published_table(group)) if t]
+    return found + [t for t in (columns_table(group), unfinished_table(group), published_table(group)) if t]
 
 def contents(runs:Sequence[Run])->list[tuple[str, list[Table|Picture]]]:
     "Headings with their tables and pictures: a section per group, and the run cards."

@@ -137,3 +137,14 @@ def test_joint_is_scored_by_the_split():
     assert run.finished and run.n_steps == 1 and run.confusion().n == 9 and run.protocol.n_base == 7
     iou = run.iou()[0]
     assert run.metrics()["scores"]["new"] == pytest.approx(np.nanmean(iou[7:])) and run.metrics()["scores"]["old_fg"] == pytest.approx(np.nanmean(iou[1:7]))
+
+
+def test_the_report_shows_both_columns():
+    "The table's numbers are those of the two confusion matrices; runs that measured one way only are not in it."
+    from mbs.report import columns_table, groups
+    both = [Experiment(Settings(name=f"r{seed}", seed=seed, **SHORT, training=BRIEF | dict(crop=24, both=True))).run() for seed in (0, 1)]
+    assert columns_table(groups([Experiment(Settings(name="one", **SHORT, training=BRIEF)).run()])[0]) is None
+    (row,), ways = columns_table(groups(both)[0]).rows, ("published", "clean")
+    found = {way: [scores(run.confusion(1, way), run.protocol, 1)["all"] for run in both] for way in ways}
+    assert row[1] == 2 and [row[4].mean, row[7].mean] == pytest.approx([np.mean(found[way]) for way in ways])
+    assert row[10].mean == pytest.approx(np.mean(found["published"]) - np.mean(found["clean"]))

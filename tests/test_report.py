@@ -16,7 +16,7 @@ from mbs.cli import app
 from mbs.experiment import Experiment
 from mbs.metrics import CONVENTIONS
 from mbs.protocol import SETTINGS, Protocol
-from mbs.report import card_table, compare, find_runs, groups, optimism_table, published, published_table, summary, write_report
+from mbs.report import card_table, compare, find_runs, groups, published, published_table, summary, write_report
 from mbs.run import Settings, load_run
 from mbs.scenes import write_scenes
 from mbs.tables import Table, csv_text, latex, markdown, over_seeds
@@ -209,21 +209,6 @@ def test_published_rows_stand_beside_ours(voc):
         np.testing.assert_allclose([value.mean for value in ours[name]], [scores[k] for k in keys])
     assert "20 pictures" in table.note and "arXiv 2608.30281" in table.note
     assert all(text in markdown(table) for text in ("82.3", "80.6", "–"))
-
-
-def test_optimism_of_the_published_protocol(outputs, tmp_path):
-    "Old / new / all of both columns and their difference; runs that were measured once have no such table."
-    data = load_run(outputs / "kd").settings.data
-    for seed in (0, 1): run(tmp_path, f"kd{seed}", method="kd", data=data, protocol="6-2", seed=seed, training=SHORT | dict(both=True))
-    (group,) = groups(find_runs([tmp_path])[0])
-    (row,) = optimism_table(group).rows
-    columns = [m[-1]["columns"] for m in (stored(tmp_path, f"kd{seed}") for seed in (0, 1))]
-    for k, key in enumerate(("old", "new", "all")):
-        published, clean = ([c[way][key] for c in columns] for way in ("published", "clean"))
-        np.testing.assert_allclose([cell.mean for cell in row[2 + 3 * k:5 + 3 * k]], [np.mean(published), np.mean(clean), np.mean(published) - np.mean(clean)], atol=1e-12)
-        assert row[4 + 3 * k].std == pytest.approx(np.std(np.subtract(published, clean), ddof=1))
-    assert "### Published and clean protocol" in (write_report(group.runs, tmp_path / "report") / "summary.md").read_text(encoding="utf-8")
-    assert optimism_table(groups(find_runs([outputs])[0])[0]) is None
 
 
 def test_nothing_is_published_on_scenes(outputs):
