@@ -253,6 +253,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbs.report.score_table': ('report.html#score_table', 'mbs/report.py'),
                             'mbs.report.series': ('report.html#series', 'mbs/report.py'),
                             'mbs.report.shift_table': ('report.html#shift_table', 'mbs/report.py'),
+                            'mbs.report.single_step': ('report.html#single_step', 'mbs/report.py'),
                             'mbs.report.steps_table': ('report.html#steps_table', 'mbs/report.py'),
                             'mbs.report.summary': ('report.html#summary', 'mbs/report.py'),
                             'mbs.report.summary_table': ('report.html#summary_table', 'mbs/report.py'),

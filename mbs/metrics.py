@@ -175,7 +175,7 @@ class RowCheck:
 def check_row(old:float, new:float, all:float, # mIoU as printed, percent
               protocol:Protocol|str,           # a string is a split of VOC
               half:float=.05,                  # half a unit of the last digit
-              loss:float=.5,                   # a plausible background IoU is short of 100 by at most this part of what `all` is
+              shortfall:float=.5,              # a plausible background IoU is short of 100 by at most this part of what `all` is
              )->RowCheck:
     "Which conventions a published row is consistent with, old being the base classes; ValueError for what are no percentages, or a protocol without new classes."
     protocol = Protocol(protocol) if isinstance(protocol, str) else protocol
@@ -186,7 +186,7 @@ def check_row(old:float, new:float, all:float, # mIoU as printed, percent
     gaps = dict(foreground=all - total / n) | (dict(both=all - (total + old) / (n + 1)) if tested else {})
     fits = [name for name, gap in gaps.items() if abs(gap) <= 2 * half + 1e-9]
     ranges = [implied_background(total, all, n, k, half) if tested else None for k in range(n)]
-    if tested: possible = [k for k in range(n) if ranges[k][1] >= 100 - loss * (100 - all) and ranges[k][0] <= 100]
+    if tested: possible = [k for k in range(n) if ranges[k][1] >= 100 - shortfall * (100 - all) and ranges[k][0] <= 100]
     else: possible = [k for k in range(n) if abs((n - k) * all - total) <= (2 * n - k) * half + 1e-9]
     zeros = tuple(k for k in possible if k)
     if tested and 0 in possible: fits.append("all only")

@@ -72,8 +72,9 @@ def latex_text(text:str)->str:
 
 def latex(table:Table)->str:
     "The table for a paper."
-    def line(cells): return " & ".join(map(latex_text, cells)) + r" \\"
-    body = [line(table.columns), r"\midrule", *(line(map(shown, row)) for row in table.rows)]
+    def line(cells): return " & ".join(cells) + r" \\"
+    def cell(x): return latex_text(shown(x)) if not isinstance(x, (Value, float)) else re.sub(r"^-(?=\d)", "$-$", latex_text(shown(x)))
+    body = [line(map(latex_text, table.columns)), r"\midrule", *(line(map(cell, row)) for row in table.rows)]
     caption = latex_text(". ".join(part.rstrip(".") for part in (table.title, table.note) if part) + ".")
     align = "".join("r" if right else "l" for right in table.numeric())
     return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{align}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
