@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sample_positions', 'difference', 'refuse_other', 'unwritable', 'open_folder', 'write_samples', 'write_step', 'Log',
-           'shared_base', 'two_columns', 'judged_views', 'new_score', 'measured', 'Experiment', 'pseudo_label_examples']
+           'shared_base', 'two_columns', 'judged_views', 'new_score', 'measured', 'relabelled', 'quality_of_labels',
+           'pseudo_label_examples', 'Experiment']
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
@@ -22,12 +23,12 @@ from accelerate.utils import set_seed
 from .data import SegmentationFolder, StepView
 from .layouts import home
 from .methods import Method
-from .metrics import Confusion, background_shift, scores
+from .metrics import Confusion, PseudoLabelCounts, background_shift, pseudo_label_quality, scores
 from .objective import training_labels
 from .protocol import Protocol
 from .run import Run, Settings, Setup, base_fingerprint, load_run, normalised_batch, run_card, segment, write_arrays, write_json
 from .segmenter import Segmenter
-from .training import Judge, Recipe, evaluate, load_model, make_accelerator, new_class_score, save_model, test_view, train_step, train_view
+from .training import Judge, Recipe, evaluate, load_model, make_accelerator, new_class_score, peak_memory, save_model, test_view, train_step, train_view
 
 # %% ../nbs/52_experiment.ipynb #f6f1c27d
 def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndarray:
@@ -137,6 +138,29 @@ def measured(setup:Setup, student:Segmenter, step:int, state:dict, test:str)->Co
     return evaluate(student, view, r.test_batch, device=make_accelerator(r).device, window=r.crop if test == "window" else None)
 
 # %% ../nbs/52_experiment.ipynb #9ce8f6d4
+def relabelled(setup:Setup, teacher:Segmenter, step:int, positions:np.ndarray, thresholds:list|None=None)->Iterator[tuple]:
+    "Photo, hidden truth, the step's labels and the labels that the method trains on, for training pictures of `step` at full size."
+    p, device = setup.protocol, next(teacher.parameters()).device
+    for image, mask in (setup.train[i] for i in positions):
+        view = p.to_channels(mask, step)
+        with torch.inference_mode(): out = teacher(normalised_batch(image, setup.statistics(teacher)).to(device))
+        labels = training_labels(torch.from_numpy(view)[None].long().to(device), out, setup.method.parts, thresholds)
+        yield image, p.to_channels(mask, step, "truth"), view, labels[0].cpu().numpy().astype(np.uint8)
+
+def quality_of_labels(setup:Setup, teacher:Segmenter, step:int, n:int=50)->dict[str, float]:
+    "How good the method's pseudo-labels are on `n` random training pictures of `step`, against the truth that training never sees; see `pseudo_label_quality`."
+    drawn = np.random.default_rng(setup.settings.seed).permutation(setup.positions[step])[:n]
+    counted = PseudoLabelCounts(setup.protocol.n_channels(step - 1))
+    for _, truth, view, labels in relabelled(setup, teacher, step, drawn, setup.method.found.get("thresholds")): counted.update(view, labels, truth)
+    return pseudo_label_quality(counted)
+
+def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, list, list, list]:
+    "Photos, hidden truths, the step's labels and the labels that the method trains on, for the `n` richest training pictures of `step`."
+    seen = setup.positions[step]
+    seen = seen[np.argsort(-setup.train.index[seen][:, setup.protocol.order].sum(1), kind="stable")[:n]]
+    return tuple(map(list, zip(*relabelled(setup, run.model(step - 1), step, seen, run.metrics(step).get("thresholds")))))
+
+# %% ../nbs/52_experiment.ipynb #a239a52e
 class Experiment:
     "All steps of a run. `steps()` yields after each one; `run()` goes through to the end."
     def __init__(self,
@@ -193,19 +217,7 @@ class Experiment:
         iterates = {"last": {k: v.clone() for k, v in student.state_dict().items()} if judges else student.state_dict()} | {name: judge.state for name, judge in judges.items()}
         columns = {name: measured(s, student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
         confusion = measured(s, student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
-        write_step(self.folder, s, step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2), **s.method.found), columns)
+        facts = dict(seconds=round(time.perf_counter() - started, 2), memory=round(peak_memory(), 2), **s.method.found)
+        if teacher and (s.method.parts.pseudo_labels or s.method.parts.ignore_uncertain): facts["pseudo_labels"] = quality_of_labels(s, teacher, step)
+        write_step(self.folder, s, step, student, confusion, facts, columns)
         return student
-
-# %% ../nbs/52_experiment.ipynb #c920f183
-def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, list, list, list]:
-    "Photos, hidden truths, the step's labels and the labels that the method trains on, for the `n` richest training pictures of `step`."
-    p, teacher, data = setup.protocol, run.model(step - 1), setup.train
-    seen = setup.positions[step]
-    seen = seen[np.argsort(-data.index[seen][:, p.order].sum(1), kind="stable")[:n]]
-    images, masks = zip(*(data[i] for i in seen))
-    views = [p.to_channels(mask, step) for mask in masks]
-    with torch.inference_mode():
-        outputs = [teacher(normalised_batch(image, run.card["normalisation"])) for image in images]
-    parts, thresholds = setup.method.parts, run.metrics(step).get("thresholds")
-    labels = [training_labels(torch.from_numpy(view)[None].long(), out, parts, thresholds)[0].numpy().astype(np.uint8) for view, out in zip(views, outputs)]
-    return list(images), [p.to_channels(mask, step, "truth") for mask in masks], views, labels

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCORES', 'ARROWS', 'KEYS', 'PANELS', 'find_runs', 'single_step', 'comparable', 'choices', 'labels', 'Group',
            'in_lines', 'groups', 'outcome', 'rows', 'summary', 'summary_table', 'score_table', 'shift_table',
-           'columns_table', 'unfinished_table', 'percent', 'steps_table', 'classes_table', 'card_table', 'Published',
-           'published', 'published_table', 'Picture', 'average', 'series', 'comparison', 'compare', 'curves', 'flows',
-           'pictures', 'tables', 'contents', 'html', 'writable', 'write_report', 'report_notebook']
+           'columns_table', 'label_table', 'unfinished_table', 'percent', 'steps_table', 'classes_table', 'card_table',
+           'Published', 'published', 'published_table', 'Picture', 'average', 'series', 'comparison', 'compare',
+           'curves', 'flows', 'pictures', 'tables', 'contents', 'html', 'writable', 'write_report', 'report_notebook']
 
 # %% ../nbs/71_report.ipynb #d190bbf9
 import json
@@ -171,6 +171,16 @@ def columns_table(group:Group)->Table|None:
             "Clean: the last iterate, or one chosen on held-out training images, tested on whole pictures. Both from the same runs; the difference is what the first adds.")
     return Table(f"Two ways of measuring: {group.title}", ["method", "seeds", *(f"{way} {k}" for way in ("published", "clean", "difference") for k in keys)], table, note)
 
+def label_table(group:Group)->Table|None:
+    "Pseudo-labels against the hidden truth, mean over the later steps; None where no method makes any."
+    keys, table = ("precision", "recall", "relabelled", "ignored", "ignored_objects", "kept_old"), []
+    for label, line in group.lines.items():
+        found = [[m["pseudo_labels"] for t in range(1, run.n_steps) if "pseudo_labels" in (m := run.metrics(t))] for run in line]
+        if all(found): table.append([label, len(line), *(over_seeds([mean([f[k] for f in steps]) for steps in found]) for k in keys)])
+    note = ("Percent, on fifty training pictures of each later step, mean over steps. Precision: of what was relabelled, right. Recall: of the hidden old pixels, relabelled right. "
+            "Relabelled, ignored: of all that the step calls background. Ignored_objects: of the ignored, really an object. Kept_old: of what stays background, really an old class.")
+    return Table(f"Pseudo-labels: {group.title}", ["method", "seeds", *keys], table, note) if table else None
+
 def unfinished_table(group:Group)->Table|None:
     "What is there of runs that are not finished; None when all are."
     keys = ("old", "new", "all", "all_fg")
@@ -208,13 +218,15 @@ def card_table(runs:Sequence[Run])->Table:
         versions = " ".join(f"{k} {v}" for k, v in card["versions"].items() if k in ("mbs", "torch", "timm"))
         weights = " ".join(str(v)[:12] if k == "sha256" else str(v) for k, v in card["weights"].items() if k in ("source", "sha256"))
         seconds = ", ".join(f"from {m['base_from']}" if "base_from" in m else f"{m['seconds']:.0f}" for m in took)
+        memory = ", ".join(f"{m['memory']:.1f}" if "memory" in m else "–" for m in took)
         machine = f"{card['device']}, {card['threads']} threads, precision {'fp32' if card['precision'] == 'no' else card['precision']}"
         data = f"{card['data']['train']} {card['data']['test']}"
         return [run.folder.name, run.settings.method, run.settings.seed, card["commit"] or "–", f"{versions} python {card['python']}", data, weights, machine,
-                f"{run.n_steps} of {len(run.iterations)}", seconds or "–"]
-    columns = ["run", "method", "seed", "commit", "versions", "data (train test)", "weights", "machine", "steps", "seconds a step"]
+                f"{run.n_steps} of {len(run.iterations)}", seconds or "–", memory or "–"]
+    columns = ["run", "method", "seed", "commit", "versions", "data (train test)", "weights", "machine", "steps", "seconds a step", "peak GiB a step"]
     return Table("Run cards", columns, [row(run) for run in runs],
-                 "Data: fingerprints of the training and of the test part. A commit with + had changes that were not committed. Every parameter is in the run's run.json.")
+                 "Data: fingerprints of the training and of the test part. A commit with + had changes that were not committed. "
+                 "Every parameter is in the run's run.json. Memory: of tensors on a GPU, of the process so far on a CPU.")
 
 # %% ../nbs/71_report.ipynb #a63b8787
 KEYS = {"foreground": ("old_fg", "new", "all_fg"), "both": ("old", "new", "all"), "all only": ("old_fg", "new", "all"), "non-zero": ("old_fg", "new", "released")}
@@ -322,7 +334,7 @@ def pictures(group:Group)->list[Picture]:
 def tables(group:Group)->list[Table]:
     "The tables of a group that have something to say."
     found = [score_table(group), shift_table(group)] if group.lines or group.at_once else []
-    return found + [t for t in (columns_table(group), unfinished_table(group), published_table(group)) if t]
+    return found + [t for t in (label_table(group), columns_table(group), unfinished_table(group), published_table(group)) if t]
 
 def contents(runs:Sequence[Run])->list[tuple[str, list[Table|Picture]]]:
     "Headings with their tables and pictures: a section per group, and the run cards."

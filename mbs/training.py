@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'batches',
            'train_view', 'test_view', 'equal_size_batches', 'window_starts', 'window_logits', 'evaluate',
-           'make_accelerator', 'default_workers', 'losses', 'window_mean', 'one_pass', 'Judge', 'looking_times',
-           'train_step', 'new_class_score', 'save_model', 'load_model']
+           'make_accelerator', 'default_workers', 'losses', 'window_mean', 'one_pass', 'peak_memory', 'Judge',
+           'looking_times', 'train_step', 'new_class_score', 'save_model', 'load_model']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -186,6 +188,15 @@ def window_mean(window:list[dict], step:int, iteration:int, total:int)->dict:
 def one_pass(view:StepView, batch:int, workers:int, device:torch.device|str)->Iterator:
     "Every picture of `view` with its labels, in batches on `device`."
     for images, labels in DataLoader(view, batch, num_workers=workers): yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+# %% ../nbs/50_training.ipynb #d395612b
+def peak_memory()->float:
+    "Largest memory in GiB: what tensors took on the GPU since this was last asked, or what the process has taken so far."
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 # %% ../nbs/50_training.ipynb #2573c0cf
 class Judge:

@@ -148,3 +148,22 @@ def test_the_report_shows_both_columns():
     found = {way: [scores(run.confusion(1, way), run.protocol, 1)["all"] for run in both] for way in ways}
     assert row[1] == 2 and [row[4].mean, row[7].mean] == pytest.approx([np.mean(found[way]) for way in ways])
     assert row[10].mean == pytest.approx(np.mean(found["published"]) - np.mean(found["clean"]))
+
+
+def test_pseudo_labels_are_checked_against_the_truth():
+    "What is kept with a step is what the labels that the method trains on are worth, counted anew from the stored teacher; methods without pseudo-labels keep nothing."
+    from mbs.experiment import relabelled
+    from mbs.report import groups, label_table
+    run = Experiment(Settings(name="mbs", **SHORT, training=BRIEF | dict(iterations=60, lr=2e-3))).run()
+    kd = Experiment(Settings(name="ft", method="finetune", **SHORT, training=BRIEF)).run()
+    assert "pseudo_labels" not in kd.metrics(1) and "pseudo_labels" not in run.metrics(0)
+    setup, pixels, counts = Setup(run.settings), 0, np.zeros((3, 3), int)  # truth: background, old, future × labels: background, void, relabelled right
+    for _, truth, view, labels in relabelled(setup, run.model(0), 1, setup.positions[1]):  # fewer than fifty: all of them
+        hidden = (view == 0) & (truth != 255)
+        kind, fate = np.digitize(truth, [1, 7]), np.select([labels == 0, labels == 255, labels == truth], [0, 1, 2], -1)
+        for a in range(3):
+            for b in range(3): counts[a, b] += (hidden & (kind == a) & (fate == b)).sum()
+        pixels += hidden.sum()
+    found = run.metrics(1)["pseudo_labels"]
+    assert len(setup.positions[1]) <= 50 and found["ignored"] == pytest.approx(counts[:, 1].sum() / pixels) and found["kept_old"] == pytest.approx(counts[1, 0] / counts[:, 0].sum())
+    assert len(label_table(groups([run])[0]).rows) == 1
