@@ -21,14 +21,16 @@ import torch
 from accelerate.utils import set_seed
 
 from .data import SegmentationFolder, StepView
+from .evaluation import evaluate, new_class_score
 from .layouts import home
 from .methods import Method
 from .metrics import Confusion, PseudoLabelCounts, background_shift, pseudo_label_quality, scores
 from .objective import training_labels
+from .processes import agreed, processes
 from .protocol import Protocol
 from .run import Run, Settings, Setup, base_fingerprint, load_run, normalised_batch, run_card, segment, write_arrays, write_json
 from .segmenter import Segmenter
-from .training import Judge, Recipe, evaluate, load_model, make_accelerator, new_class_score, peak_memory, save_model, test_view, train_step, train_view
+from .training import Judge, Recipe, load_model, make_accelerator, peak_memory, save_model, test_view, train_step, train_view
 
 # %% ../nbs/52_experiment.ipynb #f6f1c27d
 def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndarray:
@@ -38,9 +40,9 @@ def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndar
 
 # %% ../nbs/52_experiment.ipynb #a66094c7
 def difference(there:dict, now:dict)->str:
-    "What changed between two run cards, in settings, recipe, parts or data; empty when nothing did."
+    "What changed between two run cards, in settings, recipe, parts or data; empty when nothing did. How many processes work on it may change."
     parts = [(f"{group}.{k}", there[group].get(k), v) for group in ("settings", "recipe", "parts", "data") for k, v in now[group].items()
-             if there[group].get(k) != v]
+             if there[group].get(k) != v and k not in ("processes", "workers")]
     return ", ".join(f"{name}: {a!r} there, {b!r} now" for name, a, b in parts)
 
 # %% ../nbs/52_experiment.ipynb #3471be57
@@ -93,10 +95,12 @@ class Log:
     def __init__(self, folder:Path): self.path = folder / "log.jsonl"
 
     def __call__(self, record:dict):
+        if not processes().is_main_process: return
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
 
     def cut(self, step:int):
         "Drop what an unfinished attempt at `step` left behind."
+        if not processes().is_main_process: return
         kept = [r for r in load_run(self.path.parent).log() if r["step"] < step]
         temporary = self.path.with_name(f".log.{os.getpid()}")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
@@ -168,7 +172,8 @@ class Experiment:
                  outputs:Path|str|None=None,  # where run folders are; None: outputs/ at `home`
                  method:type[Method]=Method,  # your own subclass; its parts are METHODS[settings.method]
                 ):
-        self.settings, self.setup = settings, Setup(settings, method)
+        self.settings = settings
+        with processes().main_process_first(): self.setup = Setup(settings, method)  # one makes the data's index, the others read it
         self.outputs = Path(outputs) if outputs else home("outputs")
         self.folder = self.outputs / settings.name
         self.log = Log(self.folder)
@@ -181,9 +186,9 @@ class Experiment:
     def steps(self)->Iterator[int]:
         "Go through the steps, yielding the number of each when its folder is complete."
         student, fresh = self.setup.model(), True
-        open_folder(self.folder, self.setup, student)
+        with processes().main_process_first(): open_folder(self.folder, self.setup, student)
         for step in range(len(self.setup.protocol.sizes)):
-            if load_run(self.folder).n_steps > step: fresh = False
+            if agreed(lambda: load_run(self.folder).n_steps) > step: fresh = False
             else:
                 if not fresh: student, fresh = load_model(self.setup.model(step - 1), self.folder / f"step-{step - 1:02d}" / "model.safetensors"), True
                 self.log.cut(step)
@@ -192,13 +197,13 @@ class Experiment:
 
     def base(self, student:Segmenter)->Segmenter:
         "The base step: taken over from a run that shares it, else trained."
-        other = shared_base(self.outputs, base_fingerprint(self.setup, student), self.folder) if self.settings.share_base else None
+        other = agreed(lambda: shared_base(self.outputs, base_fingerprint(self.setup, student), self.folder)) if self.settings.share_base else None
         if other is None: return self.train(student, None, 0)
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():
             if record["step"] == 0: self.log(record)
         columns = {name: other.confusion(0, name) for name in other.metrics(0)["columns"]}
-        write_step(self.folder, self.setup, 0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name), columns)
+        self.write(0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name), columns)
         return student
 
     def increment(self, student:Segmenter, step:int)->Segmenter:
@@ -218,6 +223,13 @@ class Experiment:
         columns = {name: measured(s, student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
         confusion = measured(s, student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
         facts = dict(seconds=round(time.perf_counter() - started, 2), memory=round(peak_memory(), 2), **s.method.found)
-        if teacher and (s.method.parts.pseudo_labels or s.method.parts.ignore_uncertain): facts["pseudo_labels"] = quality_of_labels(s, teacher, step)
-        write_step(self.folder, s, step, student, confusion, facts, columns)
+        self.write(step, student, confusion, facts, columns, teacher)
         return student
+
+    def write(self, step:int, student:Segmenter, confusion:Confusion, facts:dict, columns:dict[str, Confusion], teacher:Segmenter|None=None):
+        "Let the main process write the step's folder, the worth of the teacher's pseudo-labels included; all go on when it is there."
+        if processes().is_main_process:
+            parts = self.setup.method.parts
+            if teacher and (parts.pseudo_labels or parts.ignore_uncertain): facts |= dict(pseudo_labels=quality_of_labels(self.setup, teacher, step))
+            write_step(self.folder, self.setup, step, student, confusion, facts, columns)
+        processes().wait_for_everyone()

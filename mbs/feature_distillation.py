@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .processes import mean_over_processes
+
 # %% ../nbs/31_feature_distillation.ipynb #ee056974
 @torch.no_grad()
 def reliability(target:Tensor,               # (B, H, W) training labels (after pseudo-labelling), channels and 255
@@ -30,7 +32,7 @@ def adaptive_feature_distillation(student:Tensor,            # (B, N, D)
     "Σ w (student − teacher)² over the elements with w > 0, divided by their number; 0 when there are none."
     if weight is None: return F.mse_loss(student, teacher)
     squared = (student - teacher).square() * weight[..., None]
-    return squared.sum() / ((weight > 0).sum() * student.shape[-1]).clamp(min=1)
+    return squared.sum() / (mean_over_processes((weight > 0).sum()) * student.shape[-1]).clamp(min=1)
 
 # %% ../nbs/31_feature_distillation.ipynb #499c295c
 def strips(features:Tensor,                 # (B, D, h, w)

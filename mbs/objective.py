@@ -19,6 +19,7 @@ from .feature_distillation import adaptive_feature_distillation, local_pod, reli
 from .orthogonality import orthogonality
 from .output_distillation import joined_background, label_guided_distillation, output_distillation, unbiased_distillation
 from .parameters import Parameters
+from .processes import mean_over_processes
 from .protocol import VOID
 from .pseudo_labels import confident_share, entropy_pseudo_labels, selective_pseudo_labels
 from .segmenter import SegmenterOutput
@@ -54,7 +55,7 @@ def cross_entropy(logits:Tensor,           # (B, C, H, W)
     log_p = joined_background(logits, slice(1, n_old)) if n_old > 1 else logits.log_softmax(1, dtype=exact)
     pixels = F.nll_loss(log_p, target.long(), ignore_index=VOID, reduction="none")        # (B, H, W)
     if factor is not None: return (factor[:, None, None] * pixels).mean()
-    return pixels.sum() / (target != VOID).sum().clamp(min=1)
+    return pixels.sum() / mean_over_processes((target != VOID).sum()).clamp(min=1)
 
 # %% ../nbs/34_objective.ipynb #0aae4075
 def training_labels(target:Tensor, teacher:SegmenterOutput|None, parts:Parts,

@@ -28,13 +28,14 @@ from typing_extensions import Self
 import mbs
 from .augment import IMAGENET, normalised
 from .data import open_data
+from .evaluation import window_logits
 from .methods import Method
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
 from .pictures import read_image
 from .protocol import Protocol
 from .segmenter import Segmenter, make_encoder
-from .training import load_model, make_accelerator, make_recipe, step_iterations, window_logits
+from .training import load_model, make_accelerator, make_recipe, step_iterations
 
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
@@ -56,6 +57,7 @@ class Settings(Parameters):
     seed: int = 0
     samples: int = Field(8, ge=0)                               # test pictures kept with the run
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
+    processes: int = Field(1, ge=1)                             # that train together on this machine, each on a GPU of its own where there are any
     tuning: float = Field(0, ge=0, lt=1)                        # share of the training part to test on instead of the test part: for choosing parameters
     share_base: bool = True                                     # reuse the base step of another run that was trained alike
 
@@ -151,7 +153,7 @@ def class_ids(names:list[str]|None, classes:tuple[str, ...])->list[int]|None:
     return [classes.index(n) + 1 for n in names]
 
 # %% ../nbs/51_run.ipynb #7f569126
-BASE_MODULES = ("protocol", "pictures", "data", "augment", "segmenter", "training")
+BASE_MODULES = ("protocol", "pictures", "data", "augment", "draws", "segmenter", "evaluation", "training")
 
 def base_fingerprint(setup:Setup, model:Segmenter)->str:
     "Hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
@@ -159,7 +161,7 @@ def base_fingerprint(setup:Setup, model:Segmenter)->str:
     sources = [hashlib.sha256(Path(mbs.__file__).with_name(f"{name}.py").read_bytes()).hexdigest() for name in BASE_MODULES]
     recipe = setup.recipe.model_dump() | dict(new_iterations=None, lr_factor=None)  # of later steps
     facts = dict(data=[setup.train.fingerprint, setup.test.fingerprint], classes=setup.protocol.steps[0], images=setup.positions[0].tolist(),
-                 network=[s.encoder, s.encoder_options, model.encoder.receipt, s.decoder], recipe=recipe, seed=s.seed, workers=s.workers,
+                 network=[s.encoder, s.encoder_options, model.encoder.receipt, s.decoder], recipe=recipe, seed=s.seed,
                  versions=[torch.__version__, version("timm")], device=str(make_accelerator(setup.recipe).device.type), sources=sources)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -7,11 +7,11 @@ from typer.testing import CliRunner
 
 from mbs.cli import app
 from mbs.data import open_data
+from mbs.evaluation import window_logits
 from mbs.experiment import Experiment
 from mbs.metrics import scores
 from mbs.run import Settings, Setup, load_run
 from mbs.segmenter import Segmenter, make_encoder
-from mbs.training import window_logits
 
 SHORT = dict(protocol="6-2", scenes=dict(n_train=40, n_test=8, size=32), samples=1, encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1))
 BRIEF = dict(crop=32, batch=4, iterations=3, optimizer="adamw")

@@ -1,0 +1,90 @@
+"""The project's own evidence: six animal and person classes of PASCAL VOC 2012, EfficientNet-Lite0 with its ImageNet weights, all methods on one recipe.
+
+    python benchmarks/animals.py copy VOCdevkit/VOC2012        # once: pictures and masks with a long side of 160 pixels, in data/animals
+    python benchmarks/animals.py tune [METHOD]...              # rates and λ on a tenth of the training part; writes benchmarks/animals.yaml
+    python benchmarks/animals.py test 3-1 [overlapped] [--seeds 3] [METHOD | ABLATION]...   # on the test part, with what tuning chose
+
+The test part is not looked at by `tune`. Every method gets the same trials: two learning rates of the incremental steps, then the weight of its distillation at a fifth.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+from mbs import ABLATIONS, METHODS, Experiment, Settings
+from mbs.layouts import home
+
+CLASSES = ["cat", "dog", "person", "horse", "sheep", "cow"]
+RECIPE = dict(crop=112, batch=8, iterations=800, new_iterations=150, optimizer="adamw", lr=3e-4, weight_decay=.01, schedule="cosine")
+RATES = (.1, .3)   # lr_factor: the incremental steps' rate over the base step's
+WEIGHTS = dict(kd="output_weight", mib="output_weight", plop="feature_weight", mbs="output_weight")  # what is tried at a fifth, too
+CHOSEN = Path(__file__).with_name("animals.yaml")
+
+
+def copy(source, long_side=160):
+    "Pictures and masks of `source`, in VOC's layout, no larger than `long_side` pixels, below data/animals."
+    target = home("data") / "animals"
+    for folder, suffix, way in (("JPEGImages", ".jpg", Image.Resampling.BICUBIC), ("SegmentationClassAug", ".png", Image.Resampling.NEAREST)):
+        (target / folder).mkdir(parents=True, exist_ok=True)
+        for path in sorted((Path(source) / folder).glob(f"*{suffix}")):
+            with Image.open(path) as image:
+                scale = long_side / max(image.size)
+                image.resize([max(1, round(s * scale)) for s in image.size], way).save(target / folder / path.name, **(dict(quality=92) if suffix == ".jpg" else {}))
+    (target / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
+    for path in (Path(source) / "ImageSets" / "Segmentation").glob("*.txt"): (target / "ImageSets" / "Segmentation" / path.name).write_text(path.read_text())
+
+
+def settings(method, lr_factor, parts, protocol="3-1", setting="overlapped", seed=0, **more):
+    return Settings(data=str(home("data") / "animals"), protocol=protocol, setting=setting, classes=CLASSES, method=method, parts=parts, encoder="tf_efficientnet_lite0",
+                    encoder_options={}, weights="pretrained", decoder=dict(dim=128, heads=2), samples=4, seed=seed, workers=0, training=RECIPE | dict(lr_factor=lr_factor), **more)
+
+
+def tried(method, lr_factor, scale):
+    "All-class mIoU after the last step on the held-out tenth of the training part."
+    name = WEIGHTS.get(method)
+    parts = {name: METHODS[method].model_dump()[name] * scale} if scale != 1 else {}
+    run = Experiment(settings(method, lr_factor, parts, tuning=.1, name=f"tune-{method}-{lr_factor}-{scale}")).run()
+    scores = [run.metrics(t)["scores"] for t in range(run.n_steps)]
+    trial = dict(lr_factor=lr_factor, scale=scale, all=[round(100 * s["all"], 1) for s in scores], old=round(100 * scores[-1]["old"], 1), new=round(100 * scores[-1]["new"], 1))
+    print(method, json.dumps(trial), flush=True)
+    return trial | dict(parts=parts)
+
+
+def tune(methods):
+    for method in methods or ("mbs", "kd", "finetune", "mib", "plop"):
+        trials = [tried(method, rate, 1) for rate in RATES]
+        if method in WEIGHTS: trials.append(tried(method, max(trials, key=lambda t: t["all"][-1])["lr_factor"], .2))
+        best = max(trials, key=lambda t: t["all"][-1])
+        chosen = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.is_file() else {}
+        chosen[method] = dict(lr_factor=best["lr_factor"], parts=best["parts"], trials=[{k: v for k, v in t.items() if k != "parts"} for t in trials])
+        CHOSEN.write_text(yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None, width=200))
+
+
+def test(protocol, setting, seeds, names):
+    chosen = yaml.safe_load(CHOSEN.read_text())
+    for seed in range(seeds):
+        for name in names or ("mbs", "kd", "finetune", "mib", "plop", "joint"):
+            method, parts = (ABLATIONS[name]["method"], ABLATIONS[name]["parts"]) if name in ABLATIONS and name not in METHODS else (name, {})
+            own = chosen["mbs" if name in ABLATIONS and name not in METHODS else name] if name != "joint" else dict(lr_factor=1, parts={})
+            more = {"training": RECIPE | dict(lr_factor=1, iterations=RECIPE["iterations"] + 3 * RECIPE["new_iterations"])} if name == "joint" else {}
+            s = settings(method, own["lr_factor"], own["parts"] | parts, protocol, setting, seed, name=f"{protocol}-{setting}-{name}-s{seed}")
+            if more: s = Settings.checked(**s.model_dump() | more)
+            run = Experiment(s).run()
+            last = run.metrics()
+            print(f"{run.folder.name:34}", [round(100 * run.metrics(t)["scores"]["all"], 1) for t in range(run.n_steps)], {k: round(100 * last["scores"][k], 1) for k in ("old", "new", "all_fg")},
+                  {k: round(100 * v, 1) for k, v in last["shift"].items()}, flush=True)
+
+
+if __name__ == "__main__":
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("what", choices=["copy", "tune", "test"])
+    words.add_argument("words", nargs="*")
+    words.add_argument("--seeds", type=int, default=1)
+    given = words.parse_args()
+    if given.what == "copy": copy(*given.words)
+    elif given.what == "tune": tune(given.words)
+    else:
+        setting = next((w for w in given.words[1:] if w in ("overlapped", "disjoint")), "overlapped")
+        test(given.words[0], setting, given.seeds, [w for w in given.words[1:] if w != setting])
