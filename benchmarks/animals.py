@@ -17,7 +17,7 @@ from mbs import ABLATIONS, METHODS, Experiment, Settings
 from mbs.layouts import home
 
 CLASSES = ["cat", "dog", "person", "horse", "sheep", "cow"]
-RECIPE = dict(crop=112, batch=8, iterations=800, new_iterations=150, optimizer="adamw", lr=3e-4, weight_decay=.01, schedule="cosine")
+RECIPE = dict(crop=112, batch=8, iterations=1000, new_iterations=150, scale=(.75, 1.5), optimizer="adamw", lr=3e-4, weight_decay=.01, schedule="cosine")
 RATES = (.1, .3)   # lr_factor: the incremental steps' rate over the base step's
 WEIGHTS = dict(kd="output_weight", mib="output_weight", plop="feature_weight", mbs="output_weight")  # what is tried at a fifth, too
 CHOSEN = Path(__file__).with_name("animals.yaml")

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+
 from mbs import Experiment, Settings, load_run
 from mbs.launch import launch
 
