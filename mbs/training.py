@@ -126,12 +126,15 @@ def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iter
         yield {k: v.detach() for k, v in terms.items()}
 
 # %% ../nbs/50_training.ipynb #e5983a91
-def window_mean(window:list[dict], step:int, iteration:int, total:int)->dict:
-    "A log record: the mean of each term over a window of iterations and all processes; ValueError when the loss is not finite."
+def window_mean(window:list[dict], step:int, iteration:int, total:int, draws:Draws|None=None)->dict:
+    "A log record: the mean of each term over a window of iterations and all processes; ValueError, naming the pictures from `draws`, when the loss is not finite."
     means = mean_over_processes(torch.stack([torch.stack([terms[k] for terms in window]).float().mean() for k in window[0]]))
     record = dict(zip(window[0], means.tolist()))
     if not math.isfinite(record["loss"]):
-        raise ValueError(f"the loss of step {step} is {record['loss']} near iteration {iteration}: expected a finite number; lower training.lr or look at the terms {record}")
+        bad = next((k for k, terms in enumerate(window) if not math.isfinite(terms["loss"])), 0)
+        seen = f" (pictures {', '.join(draws.ids(iteration - len(window) + bad))})" if draws else ""
+        terms = {k: v.item() for k, v in window[bad].items()}
+        raise ValueError(f"the loss of step {step} is {terms['loss']} in iteration {iteration - len(window) + bad + 1}{seen}: expected a finite number; lower training.lr or look at the terms {terms}")
     return dict(step=step, iteration=iteration, iterations=total) | record
 
 # %% ../nbs/50_training.ipynb #48ca36f8
@@ -168,8 +171,9 @@ def looking_times(total:int)->set[int]:
 # %% ../nbs/50_training.ipynb #1fa15e51
 class Training:
     "What changes while a step is trained, and how to save it and go on with it."
-    def __init__(self, student:nn.Module, optimizer, accelerator:Accelerator, recipe:Recipe, step:int, total:int, judges:Sequence[Judge]):
-        self.student, self.optimizer, self.accelerator, self.recipe, self.step, self.total, self.judges = student, optimizer, accelerator, recipe, step, total, judges
+    def __init__(self, student:nn.Module, optimizer, accelerator:Accelerator, recipe:Recipe, draws:Draws, total:int, judges:Sequence[Judge]):
+        self.student, self.optimizer, self.accelerator, self.recipe, self.draws, self.total, self.judges = student, optimizer, accelerator, recipe, draws, total, judges
+        self.step = draws.view.step
         self.iteration, self.window = 0, []
 
     def set_rate(self):
@@ -219,16 +223,17 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     accelerator, total = make_accelerator(recipe), step_iterations(recipe, len(view), view.step)
     set_seed(seed + 1_000_000 * accelerator.process_index)  # what drops paths; pictures have seeds of their own
     student = joint_statistics(student, accelerator).train()
-    training = Training(*accelerator.prepare(student, make_optimizer(student, recipe, view.step)), accelerator, recipe, view.step, total, judges)
+    student, optimizer = accelerator.prepare(student, make_optimizer(student, recipe, view.step))
+    training = Training(student, optimizer, accelerator, recipe, Draws(view, recipe.batch, seed), total, judges)
     workers = default_workers(recipe.crop) if workers is None else workers
     if teacher is not None:
         teacher = teacher.to(accelerator.device)
         with accelerator.autocast(): method.prepare(teacher, one_pass(view, recipe.batch, workers, accelerator.device, seed))
     if progress: training.go_on(progress)
-    stream = batches(Draws(view, recipe.batch, seed), range(training.iteration, total), workers)
+    stream = batches(training.draws, range(training.iteration, total), workers)
     training.set_rate()
     with noticing_signals() as asked:
-        for terms in losses(training.student, teacher, method, stream, training.optimizer, accelerator, len(view.protocol.steps[view.step])):
+        for terms in losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step])):
             after_iteration(training, terms, log, judges)
             if not progress: continue
             if (stop := training.stopping(asked)) or training.iteration == total or (training.iteration % LOG_EVERY == 0 and progress.due()): training.save(progress)
@@ -241,7 +246,7 @@ def after_iteration(training:Training, terms:dict, log:Callable[[dict], None], j
     training.window.append(terms)
     training.set_rate()
     if training.iteration % LOG_EVERY == 0 or training.iteration == training.total:
-        log(window_mean(training.window, training.step, training.iteration, training.total))
+        log(window_mean(training.window, training.step, training.iteration, training.total, training.draws))
         training.window = []
     if judges and training.iteration in looking_times(training.total):
         for judge in judges: judge.look(training.model())

@@ -16,6 +16,10 @@ QUIET = dict(crop=48, batch=8, iterations=20, optimizer="adamw", lr=1e-3, scale=
 SMALL = dict(scenes=dict(n_train=40, n_test=13, size=48), protocol="5-1", samples=1, share_base=False, workers=0, **NETWORK)
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch): monkeypatch.setenv("MBS_HOME", str(tmp_path))
+
+
 @pytest.mark.parametrize("method", ["mbs", "plop"])
 def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
     "The same losses, and the same model up to rounding; then the same confusion matrix of the same weights, exactly."
