@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FACTS := settings.ini setup.py pyproject.toml
 
-.PHONY: help demo test lint export clean
+.PHONY: help demo test lint export docs readme picture clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,5 +37,14 @@ lint: .venv/developer ## style
 export: .venv/developer ## notebooks → package, notebooks cleaned
 	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export
 
+docs: .venv/developer ## the documentation site: _docs/html/index.html
+	@$(BIN)/python docs/build.py && echo "_docs/html/index.html"
+
+readme: .venv/developer ## README.md from nbs/index.ipynb
+	@$(BIN)/python docs/readme.py
+
+picture: .venv/installed ## the picture of README.md, from the runs that make demo leaves
+	@$(BIN)/python docs/picture.py
+
 clean: ## remove the virtual environment and build products
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist _docs *.egg-info

@@ -28,7 +28,7 @@ def page_of(path):
     if path.endswith(".ipynb") and folder == "nbs": return f"reference/{re.sub(r'^[0-9]+_', '', name)}" if name != "index" else "index"
     if path.endswith(".ipynb") and folder in ("nbs/tutorials", "nbs/runs"): return f"{folder[4:]}/{name}"
     if path.endswith(".md") and folder == "docs": return name
-    return {"README.md": "index", "CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}.get(path)
+    return {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}.get(path)
 
 
 class Site:
@@ -48,8 +48,8 @@ class Site:
         if text.startswith("mbs.") and name in self.modules: return f"{{py:mod}}`{text} <mbs.{name}>`"
         if first in self.modules and rest in self.modules[first].names: return f"{{py:obj}}`{text} <mbs.{name}>`"
         owners = [m for m in self.modules if name in self.modules[m].names]
-        if module in owners or self.public.get(first) in owners or len(owners) == 1 and re.search("[_A-Z]", name):
-            owner = module if module in owners else self.public.get(first) or owners[0]
+        if module in owners or self.public.get(first) in owners or (len(owners) == 1 and re.search("[_A-Z]", name)):
+            owner = next(m for m in (module, self.public.get(first), *owners) if m in owners)
             return f"{{py:obj}}`{text} <mbs.{owner}.{name}>`"
         notebook = next((p for p in self.notebooks if p.stem == name or p.relative_to(ROOT).as_posix() == name), None)
         return f"{{doc}}`{text} </{page_of(notebook.relative_to(ROOT).as_posix())}>`" if notebook else None
@@ -58,8 +58,10 @@ class Site:
         "Markdown of the file `source` with its links turned to pages of the site, and with names as links."
         def turn(m):
             target = posixpath.normpath(posixpath.join(posixpath.dirname(source), m[2]))
-            page = page_of(target) or (posixpath.relpath(target, "docs") if target.startswith("docs/images/") else None)
-            if not page: raise ValueError(f"{source} links to {m[2]}, which is no page of the site: expected a notebook, a page of docs/ or a picture in docs/images")
+            page = page_of(target)
+            if page: page += posixpath.splitext(target)[1]
+            elif target.startswith("docs/images/"): page = posixpath.relpath(target, "docs")
+            else: raise ValueError(f"{source} links to {m[2]}, which is no page of the site: expected a notebook, a page of docs/ or a picture in docs/images")
             return f"{m[1]}/{page}{m[3] or ''})"
         def name(m): return m[0] if m[1] else self.role(m[3], module) or m[0]
         return CODE.sub(name, LINK.sub(turn, text))
@@ -122,8 +124,10 @@ class Site:
             source = path.relative_to(ROOT).as_posix()
             self.write(f"{page_of(source)}.md", self.linked(path.read_text(encoding="utf-8"), source))
         self.reference()
+        found = [p.read_text(encoding="utf-8") for p in sorted((HERE / "results").glob("*.md")) if p.stem != "README"]
+        self.write("results.md", self.linked((HERE / "results.md").read_text(encoding="utf-8"), "docs/results.md").replace("RESULTS\n", "\n\n".join(found)))
         if self.unwritten: raise ValueError(f"{', '.join(sorted(self.unwritten))} would not be in the reference: expected a definition in an exported cell")
-        for folder in ("images", "results"): shutil.copytree(HERE / folder, self.folder / folder)
+        shutil.copytree(HERE / "images", self.folder / "images")
 
 
 def shown(cell, up):

@@ -14,12 +14,11 @@ project = "mbs"
 version = release = re.search(r'__version__ = "(.*)"', (ROOT / "mbs/__init__.py").read_text(encoding="utf-8"))[1]
 copyright = "the mbs authors"
 extensions = ["myst_nb", "sphinx.ext.viewcode"]
-exclude_patterns = ["results"]
 
 nb_execution_mode = "off"      # pages show what the notebooks store
 nb_code_prompt_show = "Show the {type}"
 nb_code_prompt_hide = "Hide the {type}"
-myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 3
 
 viewcode_follow_imported_members = False  # it would import the package to see where a name comes from

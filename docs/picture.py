@@ -1,0 +1,37 @@
+"The picture of background shift on the front page, from the runs of the demo: `make demo picture`, or `mbs demo` and then `python docs/picture.py`."
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from mbs import load_run
+from mbs.layouts import home
+from mbs.viz import class_legend, grid, overlay, show
+
+METHODS = "finetune", "kd", "mbs"
+OUT = Path(__file__).parent / "images/background_shift.png"
+
+
+def picture(runs, n=2):
+    "The `n` test pictures with the most classes: everything in them, what each step's labels name, and what each run makes of them after its last step."
+    steps, names = len(runs[0].iterations), runs[0].names
+    fig, axes = grid(n, 2 + steps + len(runs), 1.3)
+    shown = []
+    for k, row in enumerate(axes):
+        image, truth, _ = runs[0].samples()[k]
+        labels = [np.where(np.isin(truth, list(runs[0].protocol.new_channels(t))), truth, 0) for t in range(steps)]
+        predicted = [run.samples()[k][2][-1] for run in runs]
+        titles = ["photo", "everything in it", *(f"labels of step {t}" for t in range(steps)), *(f"in the end:\n{run.settings.method}" for run in runs)]
+        for ax, content, title in zip(row, [image, *(overlay(image, m) for m in [truth, *labels, *predicted])], titles): show(ax, content, "" if k else title)
+        shown += [truth, *predicted]
+    class_legend(fig, shown, names)
+    return fig
+
+
+if __name__ == "__main__":
+    fig = picture([load_run(home("outputs", f"demo-{m}-s0")) for m in METHODS])
+    fig.savefig(OUT, dpi=110, facecolor="white")
+    plt.close(fig)
+    Image.open(OUT).convert("RGB").quantize(256).save(OUT, optimize=True)  # a third of the bytes
+    print(f"{OUT}: {OUT.stat().st_size} bytes")
