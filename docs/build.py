@@ -18,7 +18,7 @@ from reference import Module
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 DIRECTIVE = re.compile(r"#\|\s*(\w+)")
-CODE = re.compile(r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$|<[^>]*>)|(?<![`\\}])`([^`\n]+)`(?!`)", re.M | re.S)  # what stays as it is, or code in the text
+CODE = re.compile(r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$|</?[a-zA-Z][^>\n]*>)|(?<![`\\}])`([^`\n]+)`(?!`)", re.M | re.S)  # what stays as it is, or code in the text
 LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -46,7 +46,7 @@ class Site:
         name = re.sub(r"\(.*\)$|^mbs\.", "", text)
         first, _, rest = name.partition(".")
         if text.startswith("mbs.") and name in self.modules: return f"{{py:mod}}`{text} <mbs.{name}>`"
-        if first in self.modules and rest in self.modules[first].names: return f"{{py:obj}}`{text} <mbs.{name}>`"
+        if first in self.modules and rest in self.modules[first].names and (text.startswith("mbs.") or re.search("[_A-Z]", rest)): return f"{{py:obj}}`{text} <mbs.{name}>`"
         owners = [m for m in self.modules if name in self.modules[m].names]
         if module in owners or self.public.get(first) in owners or (len(owners) == 1 and re.search("[_A-Z]", name)):
             owner = next(m for m in (module, self.public.get(first), *owners) if m in owners)
@@ -80,7 +80,7 @@ class Site:
         for cell in book.cells:
             if cell.cell_type == "markdown":
                 cells.append(new_markdown_cell(self.linked(cell.source, source, stem)))
-                if module and len(cells) == 1: cells.append(new_markdown_cell(f"```{{py:module}} {module.name}\n```\n\nModule `{module.name}`, made from `{source}`."))
+                if module and len(cells) == 1: cells.append(new_markdown_cell(f"```{{py:module}} {module.name}\n```\n\nModule <a href=\"../_modules/mbs/{stem}.html\">`{module.name}`</a>, made from `{source}`."))
             elif cell.cell_type == "code":
                 words = set(DIRECTIVE.findall(cell.source))
                 cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source)

@@ -22,6 +22,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"
 myst_heading_anchors = 3
 
 viewcode_follow_imported_members = False  # it would import the package to see where a name comes from
+highlight_language = "text"  # of blocks that do not say; most are shell
 add_module_names = False
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
@@ -39,7 +40,8 @@ html_show_sphinx = False
 
 def mathml(text, display):
     "TeX as MathML, which browsers draw by themselves: no script, no font, no network."
-    known = re.sub(r"\\[bB]ig+[lr]?(?=\\)", "", text).replace(r"\arg", r"\operatorname{arg}")  # latex2mathml takes neither
+    known = re.sub(r"\\[bB]ig+[lr]?(?=[\\|])", "", text).replace(r"\arg", r"\operatorname{arg}")  # latex2mathml takes neither
+    known = re.sub(r"(?<!\\)\||\\[lr]vert", r"\\vert ", known)  # and sets these as operators, with space around them
     found = convert(known, display=display)
     if "\\" in found: logging.getLogger(__name__).warning("this formula uses a command that latex2mathml does not know: %s", text)
     return found

@@ -53,14 +53,13 @@ def signature(rows, returns=""):
 
 
 def table(rows, header):
-    "A Markdown table of (name, type, default, note) rows; nothing when no row has a note."
+    "A Markdown table of (name, type, default, note) rows; nothing when no row has a note. Defaults stand in the signature."
     rows = [r for r in rows if r[0] != "*"]
     if not any(note for *_, note in rows): return ""
     def code(text): return f"`{text}`" if text else ""
-    cells = [(header, "type", "default", "")] + [(code(name), code(kind), code(default), note) for name, kind, default, note in rows]
-    if not any(default for _, _, default, _ in rows): cells = [(name, kind, note) for name, kind, _, note in cells]
+    cells = [(header, "type", "")] + [(code(name), code(kind), note) for name, kind, _, note in rows]
     lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
-    return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]]) + "\n\n"
+    return "\n".join([lines[0], "|---|---|---|", *lines[1:]]) + "\n\n"
 
 
 def directive(kind, head, body, module, depth, **options):

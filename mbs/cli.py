@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 import yaml
 
-app = typer.Typer(help="Class-incremental semantic segmentation: run, look, compare.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # %% ../nbs/80_cli.ipynb #b13efddb
 def parse_words(words:list[str], values:dict|None=None)->dict:
@@ -54,6 +54,7 @@ def plain_errors():
 
 @app.callback()
 def main(home:Annotated[Path|None, typer.Option(help="Folder that holds data/ and outputs/; default MBS_HOME, the checkout, or the current folder.")]=None):
+    "Class-incremental semantic segmentation: run, look, compare."
     if home is not None: os.environ["MBS_HOME"] = str(home.absolute())
 
 # %% ../nbs/80_cli.ipynb #5eabcc05

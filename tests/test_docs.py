@@ -72,7 +72,6 @@ def test_links_lead_somewhere(site, pages):
 
 def test_pages_load_nothing_from_elsewhere(site, pages):
     assert [(p.relative_to(site), x) for p, page in pages.items() for x in page.loads if urlsplit(x).netloc or urlsplit(x).scheme not in ("", "data")] == []
-    assert not [p for p in site.rglob("*.html") if "mathjax" in p.read_text(encoding="utf-8").lower()]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -103,7 +102,7 @@ def test_parameters_of_a_signature():
     source = 'def f(self, a, # first\n  b:int|None=None, c=2, # both\n  *rest, k:str="x", **more)->int: # out\n    "Doc."\n'
     entry = function_entry(ast.parse(source).body[0], "mbs.m", comments(source), "C.")
     assert "{py:method} C.f(a, b: int | None = None, c=2, *rest, k: str = 'x', **more) -> int" in entry and "**Returns** out" in entry
-    assert "| `a` |  |  | first |" in entry and "| `c` |  | `2` | both |" in entry and r"| `b` | `int \| None` | `None` |  |" in entry
+    assert "| `a` |  | first |" in entry and "| `c` |  | both |" in entry and r"| `b` | `int \| None` |  |" in entry
     assert table([("a", "int", "", "")], "parameter") == ""
 
 
@@ -188,7 +187,7 @@ def test_chart_is_drawn(opened, site, tmp_path):
     chart = json.loads(go.Figure(go.Bar(x=["old", "new"], y=[3, 1]), dict(title="</script>")).to_json())
     cell = new_code_cell("fig", outputs=[new_output("display_data", {"application/vnd.plotly.v1+json": chart, "text/plain": "Figure"})])
     (tmp_path / "pages").mkdir()
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# A chart"), shown(cell, "")], metadata=dict(kernelspec=dict(name="python3", display_name="python3"))), tmp_path / "pages/index.ipynb")
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# A chart"), shown(cell, "")], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), tmp_path / "pages/index.ipynb")
     subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", "-c", DOCS, tmp_path / "pages", tmp_path / "html"], check=True)
     page = opened(tmp_path / "html/index.html")
     page.wait_for_selector(".plotly-chart svg.main-svg")
