@@ -21,6 +21,7 @@ def exported(tree):
 def bare(annotation):
     "(type, help) of an annotation: what the command line adds with `Annotated[type, Option(help=…)]` becomes the help."
     if annotation is None: return "", ""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str): return annotation.value, ""
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
         kind, extra = annotation.slice.elts
         return ast.unparse(kind), next((ast.literal_eval(k.value) for k in getattr(extra, "keywords", []) if k.arg == "help"), "")
@@ -43,7 +44,8 @@ def parameters(function, notes, method):
         kind, text = bare(arg.annotation)
         rows.append([stars + arg.arg, kind, ast.unparse(default) if default else "", text])
         last[(default or arg).end_lineno] = rows[-1]
-    for line, row in last.items(): row[3] = row[3] or notes.get(line, "")  # a comment belongs to the last parameter of its line
+    for line, row in last.items():  # a comment belongs to the last parameter of its line, or to what is returned
+        if not (function.returns and line == function.returns.end_lineno): row[3] = row[3] or notes.get(line, "")
     return [tuple(row) for row in rows]
 
 
@@ -71,7 +73,7 @@ def directive(kind, head, body, module, depth, **options):
 def function_entry(node, module, notes, owner=""):
     names = {ast.unparse(d) for d in node.decorator_list}
     rows = parameters(node, notes, method=bool(owner) and "staticmethod" not in names)
-    returns, head = ast.unparse(node.returns) if node.returns else "", f"{owner}{node.name}"
+    (returns, _), head = bare(node.returns), f"{owner}{node.name}"
     text = (ast.get_docstring(node) or "") + "\n\n"
     if "property" in names: return directive("property", head, text, module, 3, type=returns or None)
     text += table(rows, "parameter")

@@ -103,6 +103,8 @@ def test_parameters_of_a_signature():
     entry = function_entry(ast.parse(source).body[0], "mbs.m", comments(source), "C.")
     assert "{py:method} C.f(a, b: int | None = None, c=2, *rest, k: str = 'x', **more) -> int" in entry and "**Returns** out" in entry
     assert "| `a` |  | first |" in entry and "| `c` |  | both |" in entry and r"| `b` | `int \| None` |  |" in entry
+    entry = function_entry(ast.parse(one := "def g(a:int)->'B': # out\n    'Doc.'\n").body[0], "mbs.m", comments(one))
+    assert "{py:function} g(a: int) -> B" in entry and "**Returns** out" in entry and "| `a`" not in entry
     assert table([("a", "int", "", "")], "parameter") == ""
 
 
@@ -187,7 +189,8 @@ def test_chart_is_drawn(opened, site, tmp_path):
     chart = json.loads(go.Figure(go.Bar(x=["old", "new"], y=[3, 1]), dict(title="</script>")).to_json())
     cell = new_code_cell("fig", outputs=[new_output("display_data", {"application/vnd.plotly.v1+json": chart, "text/plain": "Figure"})])
     (tmp_path / "pages").mkdir()
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# A chart"), shown(cell, "")], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), tmp_path / "pages/index.ipynb")
+    kernel = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# A chart"), shown(cell, "")], metadata=dict(kernelspec=kernel)), tmp_path / "pages/index.ipynb")
     subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", "-c", DOCS, tmp_path / "pages", tmp_path / "html"], check=True)
     page = opened(tmp_path / "html/index.html")
     page.wait_for_selector(".plotly-chart svg.main-svg")
