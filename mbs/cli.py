@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data', 'To', 'From', 'parse_words', 'parse_value', 'plain_errors', 'main', 'run', 'demo', 'with_progress',
-           'table', 'report', 'predict', 'prepared', 'voc', 'ade', 'coco', 'check', 'inspect', 'duration',
-           'steps_table']
+           'table', 'report', 'predict', 'prepared', 'voc', 'ade', 'coco', 'check', 'inspect', 'steps_table']
 
 # %% ../nbs/80_cli.ipynb #c84a4711
 import os
@@ -22,17 +21,9 @@ app = typer.Typer(help="Class-incremental semantic segmentation: run, look, comp
 # %% ../nbs/80_cli.ipynb #b13efddb
 def parse_words(words:list[str], values:dict|None=None)->dict:
     "Parameters `values` with the words 'name=value' or 'group.name=value' put in; ValueError for a word without =."
-    values = {k: dict(v) if isinstance(v, dict) else v for k, v in (values or {}).items()}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or not name: raise ValueError(f"{word!r} is no parameter: expected name=value")
-        *groups, key = name.split(".")
-        place = values
-        for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict): raise ValueError(f"parameter {name!r} has no part {key!r}: {group!r} is a single value")
-        place[key] = parse_value(text)
-    return values
+    from mbs.notebooks import changed
+    if wrong := [word for word in words if not word.partition("=")[0] or "=" not in word]: raise ValueError(f"{wrong[0]!r} is no parameter: expected name=value")
+    return changed(values or {}, {name: parse_value(text) for name, _, text in (word.partition("=") for word in words)})
 
 def parse_value(text:str):
     "YAML value of a word; numbers like 1e-3, which YAML takes for text, are numbers too."
@@ -61,7 +52,7 @@ def main(home:Annotated[Path|None, typer.Option(help="Folder that holds data/ an
 def run(words:Annotated[list[str]|None, typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help="Parameter file or built-in name, then parameters.")]=None):
     "One run of a protocol: an executed notebook and a run folder in outputs/."
     with plain_errors():
-        from mbs.batch import read_parameters
+        from mbs.notebooks import read_parameters
         words = words or []
         values = read_parameters(words.pop(0)) if words and "=" not in words[0] else {}
         values = parse_words(words, values)
@@ -74,7 +65,7 @@ def demo(seeds:Annotated[int, typer.Option(min=1, help="How many seeds to run.")
          methods:Annotated[str, typer.Option(help="Methods, separated by commas.")]="finetune,kd,mbs"):
     "Class-incremental learning on generated scenes: what forgetting is, and what MBS does about it. Minutes on two cores."
     with plain_errors():
-        from mbs.batch import read_parameters
+        from mbs.notebooks import read_parameters
         from mbs.layouts import home
         from mbs.report import write_report
         plan = [read_parameters("demo") | dict(name=f"demo-{m}-s{s}", method=m, seed=s) for s in range(seeds) for m in methods.replace(" ", "").split(",")]
@@ -200,6 +191,7 @@ def inspect(data:Annotated[str, typer.Argument(help="voc, ade, scenes or a folde
     with plain_errors():
         from mbs.inspect import inspect_steps, measured, show_inspection, times_seen
         from mbs.run import Settings, Setup
+        from mbs.tables import duration
         published = dict(encoder="vit_base_patch16_384", encoder_options={}, recipe="paper", training={})
         setup = Setup(Settings.checked(**parse_words(words or [], published | dict(data=data, protocol=protocol, setting=setting))))
         rows = inspect_steps(setup)
@@ -212,17 +204,13 @@ def inspect(data:Annotated[str, typer.Argument(help="voc, ade, scenes or a folde
         if figure: show_inspection(rows, f"{data} {protocol} {setting}").savefig(figure, dpi=150)
 
 # %% ../nbs/80_cli.ipynb #1fd2bac3
-def duration(seconds:float)->str:
-    "Seconds as a person says it."
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size: return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
 def steps_table(rows:list[dict]):
     "Print a line for each step."
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
+
+    from mbs.tables import duration
     timed = "seconds" in rows[0]
     out = Table("step", "new classes", "images", "again", "old", "future", "iter.", *(["time"] if timed else []),
                 title="old, future: share of pixels whose class is hidden in the background", box=SIMPLE)
