@@ -108,7 +108,7 @@ class Job:
     @property
     def has_base(self)->bool:
         "Whether others can take over its base step, which is on disk."
-        return self.seen.steps > 0 and (self.seen.base == self.base or self.future is not None and not self.steps_before)
+        return self.seen.steps > 0 and (self.seen.base == self.base or (self.future is not None and not self.steps_before))
 
     def submit(self, executor, notebook:Path):
         "Hand it to `executor`."
@@ -124,6 +124,14 @@ class Job:
         elif worker(self.folder) != self.worker: self.state = "running"
         if self.mark is None or self.mark[0] != self.seen.steps: self.mark = self.seen.steps, self.seen.iterations, now
         elif self.seen.iterations > self.mark[1]: self.rate = (self.seen.iterations - self.mark[1]) / (now - self.mark[2])
+
+    def row(self)->tuple:
+        "Its row in the table of a batch."
+        seen, total = self.seen, sum(self.iterations)
+        to_go = duration((total - seen.iterations) / self.rate) if self.rate and self.state == "running" else ""
+        why = self.reason or (f"before: {self.before}" if self.before and self.state != "done" else "")
+        return (self.name, self.state, f"{seen.steps} of {len(self.iterations)}", f"{seen.iterations:,} of {total:,}",
+                None if seen.loss is None else f"{seen.loss:.3f}", None if seen.miou is None else f"{100 * seen.miou:.1f}", to_go, why)
 
     def verdict(self)->str:
         "Why it failed, empty when it did not."
@@ -166,7 +174,7 @@ class Batch:
 
     def remaining(self, job:Job)->list[int]:
         "Iterations that each step of `job` has yet to do, none in a base step that it takes over."
-        return [0 if t < job.seen.steps or not t and self.trainer(job) is not job else n for t, n in enumerate(job.iterations)]
+        return [0 if t < job.seen.steps or (t == 0 and self.trainer(job) is not job) else n for t, n in enumerate(job.iterations)]
 
     def seconds(self, measure:bool=False)->tuple[list[float|None], set[str]]:
         "Seconds of computation that each run has yet to do, and how they were found; None where nothing is known and `measure` does not ask to time it."
@@ -191,16 +199,16 @@ class Batch:
         note = f"{' · '.join(f'{n} {state}' for state, n in counts.items())}; {bases} base step{'s' * (bases != 1)} to train; {sum(todo):,} iterations; {known if any(todo) else 'nothing to do'}"
         return Table(f"{self.grid.name}: {len(self.jobs)} runs", ("run", "state", "steps", "base step", "iterations", "time", "stopped before with"), rows, note)
 
+    def seconds_left(self)->float|None:
+        "Until the end, at the speed of what is running now; None while that is not known."
+        speed = sum(job.rate for job in self.jobs if job.rate and job.state == "running")
+        return sum(sum(self.remaining(job)) for job in self.jobs if job.state not in ("done", "failed")) / speed if speed else None
+
     def table(self)->Table:
         "Where the batch is now."
-        left = [sum(job.iterations) - job.seen.iterations for job in self.jobs]
-        speed, todo = sum(job.rate for job in self.jobs if job.rate and job.state == "running"), sum(sum(self.remaining(job)) for job in self.jobs if job.state not in ("done", "failed"))
-        def why(job): return job.reason or (f"before: {job.before}" if job.before and job.state != "done" else "")
-        rows = [(job.name, job.state, f"{job.seen.steps} of {len(job.iterations)}", f"{job.seen.iterations:,} of {sum(job.iterations):,}", None if job.seen.loss is None else f"{job.seen.loss:.3f}",
-                 None if job.seen.miou is None else f"{100 * job.seen.miou:.1f}", duration(n / job.rate) if job.rate and job.state == "running" else "", why(job)) for job, n in zip(self.jobs, left)]
-        counts = Counter(job.state for job in self.jobs)
-        title = f"{self.grid.name}: " + " · ".join(f"{counts[state]} {state}" for state in STATES if counts[state]) + f" · about {duration(todo / speed)} to go" * bool(speed and todo)
-        return Table(title, ("run", "state", "steps", "iterations", "loss", "mIoU", "to go", "why"), rows)
+        counts, left = Counter(job.state for job in self.jobs), self.seconds_left()
+        title = f"{self.grid.name}: " + " · ".join(f"{counts[state]} {state}" for state in STATES if counts[state]) + (f" · about {duration(left)} to go" if left else "")
+        return Table(title, ("run", "state", "steps", "iterations", "loss", "mIoU", "to go", "why"), [job.row() for job in self.jobs])
 
     def run(self,
             executor:Local|OnRay|None=None, # None: `Local` with room for as many runs as this machine has GPUs

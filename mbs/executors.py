@@ -13,14 +13,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Queue
 
 # %% ../nbs/66_executors.ipynb #96bf78ac
 def start(notebook:str, output:str, parameters:dict, environment:dict[str, str], folder:str=".")->subprocess.Popen:
     "The process of a run, with `folder` as its current one. It ends when its standard input does: with this process at the latest."
     command = [sys.executable, "-m", "mbs.notebooks", notebook, output, json.dumps(parameters)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=os.environ | environment, cwd=folder, start_new_session=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    return subprocess.Popen(command, **pipes, env=os.environ | environment, cwd=folder, start_new_session=True)
 
 def follow(process:subprocess.Popen, name:str)->str|None:
     "Print what `process` prints until it ends; why it failed, or None. An interrupt ends the process first."
@@ -125,7 +126,7 @@ class OnRay:
         try: import ray
         except ImportError: raise ValueError("executor 'ray' needs Ray, which is not installed: expected pip install 'mbs[cluster]'") from None
         try: ray.init(address=address or "local", include_dashboard=None if address else False, logging_level="warning")
-        except (ConnectionError, ValueError, RuntimeError) as e: raise ValueError(f"no Ray cluster at {address} can be used ({str(e).splitlines()[0]}): expected host:port of its head, or auto") from None
+        except (ConnectionError, ValueError, RuntimeError) as e: raise ValueError(f"Ray at {address} cannot be used ({str(e).splitlines()[0]}): expected host:port of its head, or auto") from None
         there = ray.cluster_resources()
         cpus, gpus = cpus or processes, processes * bool(there.get("GPU")) if gpus is None else gpus
         for what, wanted in dict(CPU=cpus, GPU=gpus).items():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from typing_extensions import Self
 
 from .notebooks import changed, parameter_file, read_parameters
 from .parameters import Parameters

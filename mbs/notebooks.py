@@ -79,7 +79,7 @@ def execute(notebook:Path,
     try:
         with tempfile.TemporaryDirectory(prefix="mbs-") as folder:  # socket files of this user instead of open TCP ports
             sockets = Config(KernelManager=dict(transport="ipc", ip=f"{folder}/kernel"))
-            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, stdout_file=to, cwd=str(Path.cwd()), config=sockets)
+            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", language="python", progress_bar=False, stdout_file=to, cwd=str(Path.cwd()), config=sockets)
     except papermill.PapermillExecutionError as e:
         raise RunFailed(f"the run stopped with {e.ename}: {e.evalue}; its notebook {output} shows where") from None
 
