@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -212,13 +213,14 @@ class Batch:
 
     def run(self,
             executor:Local|OnRay|None=None, # None: `Local` with room for as many runs as this machine has GPUs
+            show:Callable[[Table], None]|None=None, # what to do with each table; None: see `mbs.live`
             every:float=1,                  # seconds between looks at the run folders
            )->list[Run]:                    # all of them, finished
         "Execute what is not finished, under a live table; RunFailed naming the runs that failed, after all others have ended. An interrupt ends everything; the same call goes on."
         todo = [job for job in self.jobs if not job.finished]
         executor = executor or Local(processes=self.processes)
         try:
-            with live() as show:
+            with nullcontext(show) if show else live() as show:
                 while True:
                     for job in self.jobs: job.look()
                     for job in [job for job in todo if self.trainer(job) is job or self.trainer(job).has_base]:
