@@ -113,7 +113,7 @@ class Job:
 
     def submit(self, executor, notebook:Path):
         "Hand it to `executor`."
-        self.worker, self.steps_before, self.state = worker(self.folder), self.seen.steps, "waiting"
+        self.worker, self.steps_before = worker(self.folder), self.seen.steps
         self.future = executor.submit(str(notebook), str(self.folder / "train.ipynb"), self.settings.model_dump(mode="json"), dict(MBS_HOME=str(home().absolute())), str(Path.cwd()))
 
     def look(self):
