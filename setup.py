@@ -11,7 +11,7 @@ extras = {name: text.split() for name, text in settings["extras"].items()}
 setup(
     install_requires=settings["DEFAULT"]["requirements"].split(),
     extras_require=extras,
-    packages=["mbs", "mbs.runs", "mbs.runs.protocols"],
-    package_dir={"mbs": "mbs", "mbs.runs": "nbs/runs", "mbs.runs.protocols": "nbs/runs/protocols"},
-    package_data={"mbs.runs": ["*.ipynb", "*.yaml"], "mbs.runs.protocols": ["*.yaml"]},
+    packages=["mbs", "mbs.runs", "mbs.runs.protocols", "mbs.runs.grids"],
+    package_dir={"mbs": "mbs", "mbs.runs": "nbs/runs", "mbs.runs.protocols": "nbs/runs/protocols", "mbs.runs.grids": "nbs/runs/grids"},
+    package_data={"mbs.runs": ["*.ipynb", "*.yaml"], "mbs.runs.protocols": ["*.yaml"], "mbs.runs.grids": ["*.yaml"]},
 )

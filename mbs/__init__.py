@@ -22,6 +22,7 @@ _HOME = {
     "Recipe": "training",
     "Settings": "run", "Run": "run", "load_run": "run",
     "Experiment": "experiment",
+    "Batch": "batch", "Local": "executors", "OnRay": "executors",
     "find_runs": "report", "write_report": "report",
 }
 __all__ = sorted(_HOME)

@@ -18,7 +18,7 @@ from mbs.notebooks import RunFailed, runs_folder, worker
 from mbs.run import load_run
 
 TINY = dict(protocol="6-2", scenes=dict(n_train=40, n_test=8, size=32), samples=1, workers=0, decoder=dict(depth=1),
-            encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1), training=dict(crop=32, batch=4, iterations=20, optimizer="adamw"))
+            encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1), training=dict(crop=32, batch=4, iterations=30, optimizer="adamw"))
 TWELVE = dict(method=["finetune", "kd", "mbs"], setting=["overlapped", "disjoint"], seed=[0, 1])
 TRAIN = """
 from pathlib import Path
@@ -47,30 +47,33 @@ def write_batch(home, **grid) -> Path:
     return home / "twelve.yaml"
 
 
-def mbs(*words) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "mbs", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+class Driver(subprocess.Popen):
+    "The command in a process of its own; what it says goes into a file."
+    def __init__(self, *words):
+        self.file = Path(f"said-{time.monotonic_ns()}.txt").absolute()
+        with open(self.file, "w") as out: super().__init__([sys.executable, "-m", "mbs", *map(str, words)], stdout=out, stderr=subprocess.STDOUT)
 
+    def said(self) -> str: return self.file.read_text()
 
-def until(what, process, seconds=150):
-    "What `what` gives, as soon as it is something; `process` must not end before."
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, "it takes too long"
-        time.sleep(.1)
-    return found
+    def until(self, what, seconds=150):
+        "What `what` gives, as soon as it is something; the process must not end before."
+        deadline = time.monotonic() + seconds
+        while not (found := what()):
+            assert self.poll() is None and time.monotonic() < deadline, self.said()
+            time.sleep(.05)
+        return found
 
 
 def runs_in(folder: Path) -> list: return [load_run(path.parent) for path in sorted(folder.glob("*/run.json"))]
 
 
-def finished(folder: Path, n: int) -> list: return [run for run in runs_in(folder) if run.finished][:n] if sum(run.finished for run in runs_in(folder)) >= n else []
+def finished(folder: Path, n: int) -> list: return found if len(found := [run for run in runs_in(folder) if run.finished]) >= n else []
 
 
 def at_work(folder: Path):
-    "A run that is being trained now, with the number of its process."
+    "A run that trains its first step now, with the number of its process."
     for run in runs_in(folder):
-        if not run.finished and run.log() and psutil.pid_exists(worker(run.folder)["pid"]): return run.folder, worker(run.folder)["pid"]
+        if run.n_steps == 0 and run.log() and psutil.pid_exists(worker(run.folder)["pid"]): return run.folder, worker(run.folder)["pid"]
 
 
 def stamps(folder: Path) -> dict: return {path: path.stat().st_mtime_ns for path in folder.glob("*/step-*/*")}
@@ -87,24 +90,22 @@ def test_twelve_runs_on_this_machine(home, kept):
     "A worker is killed, then the driver; nothing is left running, nothing that was finished is lost or done again, and the next call ends it all."
     grid, folder = write_batch(home), home / "outputs" / "twelve"
     (home / "trouble").touch()
-    driver = mbs("batch", grid, "--workers", 2)
-    until(lambda: finished(folder, 1), driver)
-    victim, pid = until(lambda: at_work(folder), driver)
+    driver = Driver("batch", grid, "--workers", 2)
+    victim, pid = driver.until(lambda: at_work(folder))
     os.kill(pid, signal.SIGKILL)
-    until(lambda: finished(folder, 4), driver)
-    until(lambda: list(folder.glob("kd-*/train.ipynb")) and "there is trouble" in next(folder.glob("kd-*/train.ipynb")).read_text(), driver)
+    driver.until(lambda: f"{victim.name}: failed" in driver.said())
+    driver.until(lambda: finished(folder, 3) and "there is trouble; its notebook" in driver.said())
     others = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
-    output = driver.communicate()[0]
+    driver.wait()
     assert not psutil.wait_procs(others, 30)[1], "processes outlive their driver"
-    assert f"{victim.name}: failed" in output and "signal 9" in output and "there is trouble" in output and f"twelve/{finished(folder, 1)[0].folder.name}: step 1" in output
+    assert "its process was ended by signal 9" in driver.said() and f"twelve/{finished(folder, 1)[0].folder.name}: step 1" in driver.said()
     before, plan = stamps(folder), {row[0]: row for row in Batch(grid).plan(measure=False).rows}
-    assert {row[1] for row in plan.values()} == {"done", "broken", "new"} and sum(row[1] == "done" for row in plan.values()) == len(finished(folder, 4)) >= 4
+    assert {row[1] for row in plan.values()} == {"done", "broken", "new"} and sum(row[1] == "done" for row in plan.values()) == len(finished(folder, 3)) >= 3
     assert any("RuntimeError: there is trouble" in row[6] for name, row in plan.items() if name.startswith("kd-"))
     (home / "trouble").unlink()
-    again = mbs("batch", grid, "--workers", 2)
-    output = again.communicate(timeout=300)[0]
-    assert again.returncode == 0 and "12 done" in output, output
+    again = Driver("batch", grid, "--workers", 2)
+    assert again.wait(300) == 0 and "12 done" in again.said(), again.said()
     assert before.items() <= stamps(folder).items()
     kept["local"] = result(folder)
     assert len(kept["local"]) == 12 and all(len(steps) == 2 for _, steps in kept["local"].values())
@@ -121,17 +122,15 @@ def test_twelve_runs_on_two_nodes(home, kept):
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     try:
         node = cluster.add_node(num_cpus=1)
-        driver = mbs("batch", grid, "--executor", "ray", "--address", cluster.address)
-        until(lambda: finished(folder, 1), driver)
-        _, pid = until(lambda: at_work(folder), driver)
+        driver = Driver("batch", grid, "--executor", "ray", "--address", cluster.address)
+        _, pid = driver.until(lambda: at_work(folder))
         psutil.Process(pid).parent().kill()
-        until(lambda: finished(folder, 3), driver)
+        driver.until(lambda: finished(folder, 3))
         before = stamps(folder)
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
-        output = driver.communicate(timeout=300)[0]
-        assert driver.returncode == 0 and "12 done" in output, output
-        assert "on_node" in output and "step 1" in output  # the runs' own words came back
+        assert driver.wait(300) == 0 and "12 done" in driver.said(), driver.said()
+        assert "on_node" in driver.said() and "step 1" in driver.said()  # the runs' own words came back
         assert before.items() <= stamps(folder).items()
     finally: cluster.shutdown()
     assert result(folder) == kept["local"]
@@ -140,13 +139,12 @@ def test_twelve_runs_on_two_nodes(home, kept):
 def test_an_interrupt_ends_all(home):
     "Ctrl-C: exit code 130 and not one process left; a finished step stays."
     grid = write_batch(home, grid=dict(method=["finetune"]), parameters=TINY | dict(training=TINY["training"] | dict(new_iterations=100_000)))
-    driver = mbs("batch", grid)
-    run = until(lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 3), None), driver)
+    driver = Driver("batch", grid)
+    run = driver.until(lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 5), None))
     others = psutil.Process(driver.pid).children(recursive=True)
     assert len(others) >= 2  # the run's process and its kernel
     driver.send_signal(signal.SIGINT)
-    output = driver.communicate(timeout=60)[0]
-    assert driver.returncode == 130 and "the same command goes on" in output
+    assert driver.wait(60) == 130 and "the same command goes on" in driver.said()
     assert not psutil.wait_procs(others, 5)[1] and load_run(run.folder).n_steps == 1
 
 
@@ -212,4 +210,4 @@ def test_a_notebook_that_does_not_train(home):
     book = nbformat.read(home / "plain.ipynb", 4)
     book.cells = book.cells[:1]
     nbformat.write(book, home / "plain.ipynb")
-    with pytest.raises(RunFailed, match="(?s)2 of 2 runs failed.*before the run was finished"): Batch(path).run(show=lambda table: None, every=.2)
+    with pytest.raises(RunFailed, match=r"(?s)2 of 2 runs failed.*before the run was finished"): Batch(path).run(show=lambda table: None, every=.2)
