@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['looked_at', 'find_problems', 'Index', 'files_key', 'read_index', 'SegmentationFolder', 'tuning_parts', 'located',
-           'open_data', 'StepView']
+           'apart', 'open_data', 'StepView']
 
 # %% ../nbs/10_data.ipynb #b550986e
 import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .files import read_arrays, write_arrays
 from .layouts import Layout, Part, find_layout, home
 from .pictures import Facts, pair_facts, read_image, read_mask
 from .protocol import Protocol
@@ -60,16 +63,13 @@ class Index:
     def load(cls, file:Path, key:str)->"Index|None":
         "The index in `file` if it is whole and has this `key`."
         try:
-            with np.load(file, allow_pickle=False) as kept: return cls(kept["counts"], kept["sizes"], kept["digests"]) if kept["key"] == key else None
+            kept = read_arrays(file)
+            return cls(kept["counts"], kept["sizes"], kept["digests"]) if kept["key"] == key else None
         except (OSError, ValueError, KeyError, EOFError): return None
 
     def save(self, file:Path, key:str):
-        "Write `file` in one piece, if the folder lets us."
-        temporary = file.with_name(f"{file.stem}.{os.getpid()}.npz")
-        try:
-            np.savez_compressed(temporary, counts=self.counts, sizes=self.sizes, digests=self.digests, key=key)
-            os.replace(temporary, file)
-        except OSError: temporary.unlink(missing_ok=True)
+        "Write `file`, if the folder lets us."
+        with suppress(OSError): write_arrays(file, counts=self.counts, sizes=self.sizes, digests=self.digests, key=key)
 
 # %% ../nbs/10_data.ipynb #e360ed0e
 def files_key(layout:Layout, part:Part)->str:
@@ -140,6 +140,13 @@ def located(name:str)->Path:
     if not Path(name).expanduser().is_dir(): raise ValueError(f"data set {name!r} is not known: expected 'scenes', 'voc', 'ade' or a folder with pictures and masks")
     return Path(name).expanduser()
 
+def apart(train:SegmentationFolder, test:SegmentationFolder)->tuple[SegmentationFolder, SegmentationFolder]:
+    "Both parts; warns when a test picture seems to be in the training part, under whatever name."
+    if copies := set(train.digests) & set(test.digests):
+        one, other = (next(i for i, digest in zip(part.ids, part.digests) if digest == min(copies)) for part in (train, test))
+        warnings.warn(f"{len(copies)} test pictures of {test.root} look like training pictures, {other!r} like {one!r} (same mask, photo of the same size): such scores say little", stacklevel=2)
+    return train, test
+
 def open_data(name:str,              # "scenes", "voc", "ade" or a folder
               scenes:dict|None=None, # arguments of `write_scenes` (n_train, n_test, size, seed), for "scenes"
               tuning:float=0,        # share of the training part that takes the place of the test part, which is not opened then
@@ -153,7 +160,7 @@ def open_data(name:str,              # "scenes", "voc", "ade" or a folder
     if both := set(layout.train.ids) & set(layout.test.ids):
         raise ValueError(f"{len(both)} images of {root} are in the train and in the test part, e.g. {min(both)!r}: expected no image in both")
     train = SegmentationFolder(layout, "train")
-    return tuning_parts(train, tuning) if tuning else (train, SegmentationFolder(layout, "test"))
+    return tuning_parts(train, tuning) if tuning else apart(train, SegmentationFolder(layout, "test"))
 
 # %% ../nbs/10_data.ipynb #67aa26b2
 class StepView(Dataset):

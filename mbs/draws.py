@@ -32,12 +32,20 @@ class Draws(Dataset):
 
     def shuffled(self, epoch:int)->np.ndarray: return np.random.default_rng([self.seed, epoch]).permutation(len(self.view))
 
-    def __getitem__(self, k:int)->tuple[Tensor, Tensor]:
+    def picture(self, k:int)->int:
+        "Which picture of the view is drawn."
         epoch, place = divmod(k, self.epoch)
+        return self.order(epoch)[place]
+
+    def __getitem__(self, k:int)->tuple[Tensor, Tensor]:
         state = random.getstate()
         random.seed(f"{self.seed} {k}")  # transforms draw from `random`
-        try: return self.view[self.order(epoch)[place]]
+        try: return self.view[self.picture(k)]
         finally: random.setstate(state)
+
+    def ids(self, iteration:int)->list[str]:
+        "Names of the pictures of an iteration, 0 the first."
+        return [self.view.data.ids[self.view.positions[self.picture(k)]] for k in range(iteration * self.batch, (iteration + 1) * self.batch)]
 
 # %% ../nbs/12_draws.ipynb #86e5beb5
 def default_workers(crop:int)->int:

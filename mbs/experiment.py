@@ -9,10 +9,9 @@ __all__ = ['sample_positions', 'difference', 'refuse_other', 'unwritable', 'open
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +19,19 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+from .checkpoint import Progress, load_model, save_model
 from .data import SegmentationFolder, StepView
 from .evaluation import evaluate, new_class_score
+from .files import only_writer, replacing_folder, write_arrays, write_json, write_text
 from .layouts import home
 from .methods import Method
 from .metrics import Confusion, PseudoLabelCounts, background_shift, pseudo_label_quality, scores
 from .objective import training_labels
 from .processes import agreed, processes
 from .protocol import Protocol
-from .run import Run, Settings, Setup, base_fingerprint, load_run, normalised_batch, run_card, segment, write_arrays, write_json
+from .run import Run, Settings, Setup, base_fingerprint, load_run, normalised_batch, run_card, segment
 from .segmenter import Segmenter
-from .training import Judge, Recipe, load_model, make_accelerator, peak_memory, save_model, test_view, train_step, train_view
+from .training import Judge, Recipe, make_accelerator, peak_memory, test_view, train_step, train_view
 
 # %% ../nbs/52_experiment.ipynb #f6f1c27d
 def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndarray:
@@ -40,9 +41,9 @@ def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndar
 
 # %% ../nbs/52_experiment.ipynb #a66094c7
 def difference(there:dict, now:dict)->str:
-    "What changed between two run cards, in settings, recipe, parts or data; empty when nothing did. How many processes work on it may change."
+    "What changed between two run cards, in settings, recipe, parts or data; empty when nothing did. How many processes work on it, and how often they save, may change."
     parts = [(f"{group}.{k}", there[group].get(k), v) for group in ("settings", "recipe", "parts", "data") for k, v in now[group].items()
-             if there[group].get(k) != v and k not in ("processes", "workers")]
+             if there[group].get(k) != v and k not in ("processes", "workers", "save_minutes")]
     return ", ".join(f"{name}: {a!r} there, {b!r} now" for name, a, b in parts)
 
 # %% ../nbs/52_experiment.ipynb #3471be57
@@ -77,17 +78,15 @@ def write_samples(folder:Path, setup:Setup):
 # %% ../nbs/52_experiment.ipynb #40bfc3a7
 def write_step(folder:Path, setup:Setup, step:int, student:Segmenter, confusion:Confusion, facts:dict, columns:dict[str, Confusion]):
     "Model, confusion matrix – and those of the two `columns` where they were measured –, metrics and sample predictions of a complete step."
-    final, temporary, p = folder / f"step-{step:02d}", folder / f".step-{step:02d}", setup.protocol
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_model(student, temporary / "model.safetensors")
-    write_arrays(temporary / "confusion.npz", counts=confusion.counts)
-    for name, other in columns.items(): write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
+    p = setup.protocol
     images = [setup.test[i][0] for i in sample_positions(setup.test, p, setup.settings.samples)]
-    write_arrays(temporary / "samples.npz", **{f"predicted{k}": segment(student, image, setup.statistics(student)) for k, image in enumerate(images)})
-    write_json(temporary / "metrics.json", dict(step=step, scores=scores(confusion, p, step), step_scores=scores(confusion, p, step, "step"),
-                                                shift=background_shift(confusion, p, step), columns={name: scores(other, p, step) for name, other in columns.items()}, **facts))
-    os.replace(temporary, final)
+    with replacing_folder(folder / f"step-{step:02d}") as temporary:
+        save_model(student, temporary / "model.safetensors")
+        write_arrays(temporary / "confusion.npz", counts=confusion.counts)
+        for name, other in columns.items(): write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
+        write_arrays(temporary / "samples.npz", **{f"predicted{k}": segment(student, image, setup.statistics(student)) for k, image in enumerate(images)})
+        write_json(temporary / "metrics.json", dict(step=step, scores=scores(confusion, p, step), step_scores=scores(confusion, p, step, "step"), shift=background_shift(confusion, p, step),
+                                                    columns={name: scores(other, p, step) for name, other in columns.items()}, **facts))
 
 # %% ../nbs/52_experiment.ipynb #280a2ba9
 class Log:
@@ -98,13 +97,11 @@ class Log:
         if not processes().is_main_process: return
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
 
-    def cut(self, step:int):
-        "Drop what an unfinished attempt at `step` left behind."
+    def cut(self, step:int, iteration:int=0):
+        "Drop what an unfinished attempt at `step` left behind after `iteration`."
         if not processes().is_main_process: return
-        kept = [r for r in load_run(self.path.parent).log() if r["step"] < step]
-        temporary = self.path.with_name(f".log.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        kept = [r for r in load_run(self.path.parent).log() if (r["step"], r["iteration"]) <= (step, iteration)]
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
 # %% ../nbs/52_experiment.ipynb #28f2d727
 def shared_base(outputs:Path, fingerprint:str, but:Path)->Run|None:
@@ -187,17 +184,24 @@ class Experiment:
         "Go through the steps, yielding the number of each when its folder is complete."
         student, fresh = self.setup.model(), True
         with processes().main_process_first(): open_folder(self.folder, self.setup, student)
-        for step in range(len(self.setup.protocol.sizes)):
-            if agreed(lambda: load_run(self.folder).n_steps) > step: fresh = False
-            else:
-                if not fresh: student, fresh = load_model(self.setup.model(step - 1), self.folder / f"step-{step - 1:02d}" / "model.safetensors"), True
-                self.log.cut(step)
-                student = self.base(student) if step == 0 else self.increment(student, step)
-            yield step
+        with only_writer(self.folder) if processes().is_main_process else nullcontext():
+            for step in range(len(self.setup.protocol.sizes)):
+                if agreed(lambda: load_run(self.folder).n_steps) > step: fresh = False
+                else:
+                    if not fresh: student, fresh = load_model(self.setup.model(step - 1), self.folder / f"step-{step - 1:02d}" / "model.safetensors"), True
+                    self.log.cut(step, self.reached(step))
+                    student = self.base(student) if step == 0 else self.increment(student, step)
+                yield step
+
+    def progress(self, step:int)->Progress: return Progress(self.folder / "resume", step, self.settings.save_minutes)
+
+    def reached(self, step:int)->int:
+        "Iterations of `step` that a saved state has behind it."
+        return found[1]["iteration"] if (found := self.progress(step).latest()) else 0
 
     def base(self, student:Segmenter)->Segmenter:
         "The base step: taken over from a run that shares it, else trained."
-        other = agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder)) if self.settings.share_base else None
+        other = agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder)) if self.settings.share_base and not self.reached(0) else None
         if other is None: return self.train(student, None, 0)
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():
@@ -218,7 +222,7 @@ class Experiment:
         views = judged_views(s, step, s.statistics(student))
         judges = {name: Judge(partial(new_score, s, view=view)) for name, view in views.items()}
         student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,
-                             self.settings.seed + 1000 * step, self.settings.workers, self.log, list(judges.values()))
+                             self.settings.seed + 1000 * step, self.settings.workers, self.log, list(judges.values()), self.progress(step))
         iterates = {"last": {k: v.clone() for k, v in student.state_dict().items()} if judges else student.state_dict()} | {name: judge.state for name, judge in judges.items()}
         columns = {name: measured(s, student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
         confusion = measured(s, student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
@@ -232,4 +236,5 @@ class Experiment:
             parts = self.setup.method.parts
             if teacher and (parts.pseudo_labels or parts.ignore_uncertain): facts |= dict(pseudo_labels=quality_of_labels(self.setup, teacher, step))
             write_step(self.folder, self.setup, step, student, confusion, facts, columns)
+            self.progress(step).clear()
         processes().wait_for_everyone()

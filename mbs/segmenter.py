@@ -275,11 +275,22 @@ def make_encoder(name:str,              # timm name
 # %% ../nbs/20_segmenter.ipynb #ceac247f
 class SegmenterOutput(NamedTuple):
     "What one forward pass gives; C channels, D width, h × w patch grid."
-    logits:Tensor          # (B, C, H, W) at the picture's size
+    full:Tensor|None       # (B, C, H, W) logits at the picture's size where they are given; else `logits` makes them
     patch_logits:Tensor    # (B, C, h, w)
     patches:Tensor         # (B, h·w, D) before L2 normalisation: distilled
     class_features:Tensor  # (B, C, D) before L2 normalisation: distilled
     class_tokens:Tensor    # (C, D) the parameters themselves
+    size:tuple[int, int]|None=None    # (H, W) of the picture …
+    canvas:tuple[int, int]|None=None  # … and with its padding, which the patches cover
+
+    @property
+    def n_channels(self)->int: return (self.patch_logits if self.full is None else self.full).shape[1]
+
+    @property
+    def logits(self)->Tensor: # (B, C, H, W)
+        "At the picture's size, made anew each time: a loss that can do without reads `patch_logits`."
+        if self.full is not None: return self.full
+        return F.interpolate(self.patch_logits, size=self.canvas, mode="bilinear", align_corners=False)[..., :self.size[0], :self.size[1]]
 
 # %% ../nbs/20_segmenter.ipynb #9da190e9
 class Segmenter(nn.Module):
@@ -315,11 +326,10 @@ class Segmenter(nn.Module):
     def forward(self, images:Tensor)->SegmenterOutput:
         (height, width), stride = images.shape[2:], self.encoder.stride
         images = F.pad(images, (0, -width % stride, 0, -height % stride))
-        grid = images.shape[2] // stride, images.shape[3] // stride
+        canvas = images.shape[2], images.shape[3]
         z, patches, classes = self.decoder(self.encoder(images))
-        z = z.mT.unflatten(2, grid)                                                        # (B, C, h, w)
-        logits = F.interpolate(z, size=images.shape[2:], mode="bilinear", align_corners=False)[..., :height, :width]
-        return SegmenterOutput(logits, z, patches, classes, self.decoder.tokens())
+        z = z.mT.unflatten(2, (canvas[0] // stride, canvas[1] // stride))                  # (B, C, h, w)
+        return SegmenterOutput(None, z, patches, classes, self.decoder.tokens(), (height, width), canvas)
 
     def frozen(self)->"Segmenter":
         "A copy in eval mode that learns no more: the teacher of the next step."

@@ -71,3 +71,40 @@ def test_flat_logits_have_no_nan():
     assert torch.isfinite(out.logits).all()
     out.logits.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_loss_that_is_not_finite_names_its_pictures(tmp_path, monkeypatch):
+    "The error says in which iteration, with which pictures; the step is not written."
+    from mbs.draws import Draws
+    from mbs.experiment import Experiment
+    from mbs.methods import Method
+    from mbs.run import Settings, Setup, load_run
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    class Exploding(Method):
+        seen = 0
+        def loss(self, student, teacher, target, n_new):
+            Exploding.seen += 1
+            terms = super().loss(student, teacher, target, n_new)
+            return {k: v * float("nan") for k, v in terms.items()} if Exploding.seen == 14 else terms
+    settings = Settings(name="run", samples=0)
+    with pytest.raises(ValueError, match=r"the loss of step 0 is nan in iteration 14 \(pictures (.*)\): expected a finite number") as failure: Experiment(settings, method=Exploding).run()
+    setup = Setup(settings)
+    view = setup.train
+    drawn = Draws(type("View", (), dict(step=0, data=view, positions=setup.positions[0], __len__=lambda self: len(setup.positions[0])))(), 8, settings.seed).ids(13)
+    assert len(drawn) == 8 and ", ".join(drawn) in str(failure.value) and load_run(tmp_path / "outputs" / "run").n_steps == 0
+
+
+def test_test_pictures_among_the_training_pictures(tmp_path):
+    "The same name in both parts is an error; the same picture under another name is a loud warning."
+    import shutil
+
+    from mbs.data import open_data
+    from mbs.scenes import write_scenes
+    root = tmp_path / "data"
+    write_scenes(root, n_train=4, n_test=2, size=32)
+    lists = root / "ImageSets" / "Segmentation"
+    seen = (lists / "trainaug.txt").read_text().split()[1]
+    for photo in (root / "JPEGImages").glob(f"{seen}.*"): shutil.copy(photo, photo.with_stem("copy"))
+    shutil.copy(root / "SegmentationClassAug" / f"{seen}.png", root / "SegmentationClassAug" / "copy.png")
+    with open(lists / "val.txt", "a") as f: f.write("copy\n")
+    with pytest.warns(UserWarning, match=f"1 test pictures of .* look like training pictures, 'copy' like '{seen}'"): open_data(str(root))

@@ -7,12 +7,17 @@ import time
 
 import numpy as np
 import pytest
+
 from mbs import Experiment, Settings, load_run
 from mbs.launch import launch
 
 NETWORK = dict(encoder="vit_tiny_patch16_224", encoder_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2), decoder=dict(depth=1, drop_path=0.))
 QUIET = dict(crop=48, batch=8, iterations=20, optimizer="adamw", lr=1e-3, scale=(1, 1), flip=False)  # augmentation off: short sides are 48
 SMALL = dict(scenes=dict(n_train=40, n_test=13, size=48), protocol="5-1", samples=1, share_base=False, workers=0, **NETWORK)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch): monkeypatch.setenv("MBS_HOME", str(tmp_path))
 
 
 @pytest.mark.parametrize("method", ["mbs", "plop"])

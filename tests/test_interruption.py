@@ -1,0 +1,117 @@
+"A run that is killed or stopped again and again ends bit for bit like one that never was."
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mbs.checkpoint import Interrupted
+from mbs.experiment import Experiment
+from mbs.run import Settings, load_run
+
+KILLS = int(os.environ.get("MBS_KILLS", 10))
+PARAMETERS = dict(name="run", protocol="4-2", samples=1, share_base=False, save_minutes=0, workers=0, scenes=dict(n_train=24, n_test=10, size=32),
+                  encoder_options=dict(patch_size=8, embed_dim=32, depth=2, num_heads=2), training=dict(crop=32, batch=4, iterations=60, optimizer="adamw", both=True))
+
+
+def go(outputs, changes):
+    Experiment(Settings(**PARAMETERS | changes), outputs).run()
+
+
+@pytest.fixture(scope="module")
+def forked():
+    "Processes with everything imported already, on one thread."
+    torch.set_num_threads(1)
+    return multiprocessing.get_context("fork")
+
+
+@pytest.fixture(params=[{}, dict(method="plop"), dict(training=PARAMETERS["training"] | dict(optimizer="sgd", selection="held-out"))], ids=["mbs", "plop", "sgd and held-out"])
+def changes(request): return request.param
+
+
+def same(run, whole):
+    "Weights, metrics and log, without the times."
+    assert run.finished and run.log() == whole.log()
+    assert [(r["step"], r["iteration"]) for r in run.log()] == [(t, i) for t in range(3) for i in range(10, 61, 10)]
+    for t in range(3):
+        mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (run, whole))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+        assert (run.confusion(t).counts == whole.confusion(t).counts).all()
+        mine, theirs = ({k: v for k, v in r.metrics(t).items() if k not in ("seconds", "memory")} for r in (run, whole))
+        assert json.dumps(mine) == json.dumps(theirs)
+    assert not list((run.folder / "resume").glob("*")) and [p.name for p in run.folder.glob(".*")] == [".lock"]
+
+
+def test_killed_at_random_moments(tmp_path, monkeypatch, forked, changes):
+    "kill -9 inside steps, while states are written, in evaluation, between steps."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    began = time.monotonic()
+    go(tmp_path / "whole", changes)
+    took, drawn, caught = time.monotonic() - began, random.Random(0), set()
+    for _ in range(KILLS):
+        process = forked.Process(target=go, args=(tmp_path / "killed", changes))
+        process.start()
+        process.join(drawn.uniform(.02, 3 * took / KILLS + .3))
+        process.kill()
+        process.join()
+        folder = tmp_path / "killed" / "run"
+        caught.add((load_run(folder).n_steps, len(load_run(folder).log())) if (folder / "run.json").is_file() else None)
+    assert len(caught) > 2  # the kills met the run at several places
+    go(tmp_path / "killed", changes)
+    same(load_run(tmp_path / "killed" / "run"), load_run(tmp_path / "whole" / "run"))
+
+
+def test_asked_to_stop(tmp_path, monkeypatch, forked):
+    "SIGTERM and SIGINT save first; with states saved only then, nothing but a part of an iteration is done twice."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    changes = dict(save_minutes=1000)
+    go(tmp_path / "whole", changes)
+    log = tmp_path / "stopped" / "run" / "log.jsonl"
+    for reached, asked in ((2, signal.SIGTERM), (8, signal.SIGINT), (14, signal.SIGUSR1)):
+        process = forked.Process(target=stopped_go, args=(tmp_path / "stopped", changes))
+        process.start()
+        while process.is_alive() and not (log.is_file() and len(log.read_text().splitlines()) >= reached): time.sleep(.002)
+        os.kill(process.pid, asked)
+        process.join(30)
+        assert process.exitcode == 75
+        (state,) = (tmp_path / "stopped" / "run" / "resume").iterdir()
+        assert state.name.startswith(f"step-{(reached - 1) // 6:02d}-")
+    go(tmp_path / "stopped", changes)
+    same(load_run(tmp_path / "stopped" / "run"), load_run(tmp_path / "whole" / "run"))
+
+
+def stopped_go(outputs, changes):
+    try: go(outputs, changes)
+    except Interrupted: os._exit(75)
+
+
+def test_a_damaged_state_is_passed_over(tmp_path, monkeypatch, forked):
+    "A state cut short by a power cut is no state: the run goes on from the one before, or begins the step anew."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    go(tmp_path / "whole", {})
+    process = forked.Process(target=go, args=(tmp_path / "cut", {}))
+    process.start()
+    resume = tmp_path / "cut" / "run" / "resume"
+    while not list(resume.glob("step-01-*")): time.sleep(.002)
+    process.kill(); process.join()
+    (resume / "step-01-00000059.safetensors").write_bytes(b"\x10" * 100)
+    go(tmp_path / "cut", {})
+    same(load_run(tmp_path / "cut" / "run"), load_run(tmp_path / "whole" / "run"))
+
+
+def test_one_writer(tmp_path, monkeypatch, forked):
+    "A second process is refused while the first writes, and let in when that one was killed."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    process = forked.Process(target=go, args=(tmp_path, dict(training=PARAMETERS["training"] | dict(iterations=5000))))
+    process.start()
+    while not list((tmp_path / "run").glob("log.jsonl")): time.sleep(.01)
+    with pytest.raises(ValueError, match=f"is being written by process {process.pid} on"): go(tmp_path, dict(training=PARAMETERS["training"] | dict(iterations=5000)))
+    process.kill(); process.join()
+    experiment = Experiment(Settings(**PARAMETERS | dict(training=PARAMETERS["training"] | dict(iterations=5000))), tmp_path)
+    monkeypatch.setattr(experiment, "base", lambda student: student)
+    assert next(experiment.steps()) == 0
