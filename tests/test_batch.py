@@ -23,9 +23,11 @@ TWELVE = dict(method=["finetune", "kd", "mbs"], setting=["overlapped", "disjoint
 TRAIN = """
 from pathlib import Path
 from mbs.experiment import Experiment
+from mbs.launch import launch
 from mbs.run import from_notebook
 settings = from_notebook({k: v for k, v in globals().items() if k != "Path"})
 if settings.method == "kd" and Path("trouble").exists(): raise RuntimeError("there is trouble")
+if settings.processes > 1: launch(settings)
 for step in Experiment(settings).steps(): print("step", step)
 """
 
@@ -137,15 +139,15 @@ def test_twelve_runs_on_two_nodes(home, kept):
 
 
 def test_an_interrupt_ends_all(home):
-    "Ctrl-C: exit code 130 and not one process left; a finished step stays."
-    grid = write_batch(home, grid=dict(method=["finetune"]), parameters=TINY | dict(training=TINY["training"] | dict(new_iterations=100_000)))
+    "Ctrl-C: exit code 130 and not one process left, not even of a run that has several; a finished step stays."
+    grid = write_batch(home, grid=dict(method=["finetune"]), parameters=TINY | dict(processes=2, training=TINY["training"] | dict(new_iterations=100_000)))
     driver = Driver("batch", grid)
     run = driver.until(lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 5), None))
     others = psutil.Process(driver.pid).children(recursive=True)
-    assert len(others) >= 2  # the run's process and its kernel
+    assert len(others) >= 5  # the run's process, its kernel, the launcher and two that train
     driver.send_signal(signal.SIGINT)
     assert driver.wait(60) == 130 and "the same command goes on" in driver.said()
-    assert not psutil.wait_procs(others, 5)[1] and load_run(run.folder).n_steps == 1
+    assert not psutil.wait_procs(others, 15)[1] and load_run(run.folder).n_steps == 1
 
 
 def test_a_plan_costs_nothing(home):
