@@ -213,3 +213,38 @@ def test_a_notebook_that_does_not_train(home):
     book.cells = book.cells[:1]
     nbformat.write(book, home / "plain.ipynb")
     with pytest.raises(RunFailed, match=r"(?s)2 of 2 runs failed.*before the run was finished"): Batch(path).run(show=lambda table: None, every=.2)
+
+
+def test_the_table_in_a_notebook_and_in_a_terminal(monkeypatch, capsys):
+    "A widget that changes in place; a table with colours; nothing of a run's name is taken for markup."
+    import IPython.display
+    from rich.console import Console
+
+    from mbs import live
+    from mbs.tables import Table
+    table = Table("toy: 1 running", ("run", "state", "loss"), [("[red]<b>-s0", "running", "0.1")])
+    shown = []
+    monkeypatch.setattr(live, "in_notebook", lambda: True)
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    with live.live() as show:
+        for k in range(2): show(table._replace(title=f"{k}"))
+    assert len(shown) == 1 and "<h3>1</h3>" in shown[0].value and "&lt;b&gt;-s0" in shown[0].value
+    monkeypatch.setattr(live, "in_notebook", lambda: False)
+    Console(force_terminal=True, width=80).print(live.console_table(table))
+    assert "[red]<b>-s0" in capsys.readouterr().out
+
+
+def test_curves(home):
+    "Event files in TensorBoard's format, drawn anew where a run has begun a step again."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mbs.curves import Curves
+    from mbs.experiment import Experiment
+    run = Experiment(Batch(dict(name="x", parameters=TINY, grid=dict(seed=[0]))).jobs[0].settings).run()
+    curves = Curves([home / "outputs"], home / "events")
+    def losses(): return [(e.step, e.value) for e in EventAccumulator(str(home / "events/x/s0")).Reload().Scalars("loss/loss")]
+    assert losses() == [(30 * r["step"] + r["iteration"], pytest.approx(r["loss"], rel=1e-6)) for r in run.log()] and curves.update() == 0
+    (run.folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in run.log()[:2]))
+    curves.update()
+    assert [at for at, _ in losses()] == [10, 20]
+    with pytest.raises(ValueError, match="there is no run in"): Curves([home / "events"], home / "more")
