@@ -156,7 +156,7 @@ def test_a_plan_costs_nothing(home):
     plan = batch.plan()
     assert [row[0] for row in plan.rows[:3]] == ["finetune-overlapped-s0", "finetune-overlapped-s1", "finetune-disjoint-s0"]
     assert [row[3] for row in plan.rows] == ["trains it"] * 4 + ["of finetune-overlapped-s0", "of finetune-overlapped-s1", "of finetune-disjoint-s0", "of finetune-disjoint-s1"] * 2
-    assert [row[4] for row in plan.rows] == ["40"] * 4 + ["20"] * 8 and "12 new; 4 base steps to train; 320 iterations" in plan.note and "timed here" in plan.note
+    assert [row[4] for row in plan.rows] == ["60"] * 4 + ["30"] * 8 and "12 new; 4 base steps to train; 480 iterations" in plan.note and "timed here" in plan.note
     assert not (home / "outputs").exists()
     alone = Batch(write_batch(home, parameters=TINY | dict(share_base=False)))
     assert {row[3] for row in alone.plan(measure=False).rows} == {"trains it"}
