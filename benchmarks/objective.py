@@ -27,13 +27,12 @@ def literal(z, old, target, size, weight=25., threshold=.7):
     labels = torch.where((target == 0) & (best > 0) & (sure >= threshold), best, target)
     labels = torch.where((labels == 0) & (q[:, 0] < q[:, 1:].sum(1)), 255, labels)
     entropy = F.cross_entropy(logits, labels, ignore_index=255)
-    p, total = logits.log_softmax(1), 0
+    targets = []
     for c in range(n):
-        if c == 0: r = torch.where((target >= n_old) & (target != 255), 0, q[:, 0])
-        elif c < n_old: r = q[:, c]
-        else: r = torch.where(target == c, q[:, 0], 0)
-        total = total - (r * p[:, c]).mean()
-    return entropy + weight * total / n
+        if c == 0: targets.append(torch.where((target >= n_old) & (target != 255), 0, q[:, 0]))
+        elif c < n_old: targets.append(q[:, c])
+        else: targets.append(torch.where(target == c, q[:, 0], 0))
+    return entropy - weight * (torch.stack(targets, 1) * logits.log_softmax(1)).mean()
 
 
 def composed(z, old, target, size):
