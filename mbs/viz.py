@@ -7,7 +7,7 @@ __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FA
            'METHOD_COLOURS', 'class_colours', 'label_colours', 'rgb', 'hatched', 'outlined', 'overlay', 'show',
            'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares', 'show_pseudo_labels', 'shift_flow',
            'show_shift', 'show_background_shift', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting',
-           'show_reliability', 'token_cosines', 'compare_methods']
+           'show_reliability', 'token_cosines', 'compare_methods', 'show_features', 'show_probabilities']
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
 from collections.abc import Sequence
@@ -292,4 +292,37 @@ def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU
         for t, ax in enumerate(row[1:]): show(ax, overlay(image, predictions[method][t]) if t < len(predictions[method]) else np.full_like(image, 255), f"after step {t}" if k == 0 else "")
         row[1].set_ylabel(method, fontsize=9)
     class_legend(fig, [truth, *(p for series in predictions.values() for p in series)], names)
+    return fig
+
+# %% ../nbs/60_viz.ipynb #a7246a7c
+def show_features(image:np.ndarray,                # (H, W, 3) uint8
+                  maps:dict[str, np.ndarray],      # by title: (h, w, 3) uint8 colours or (h, w) numbers, on the patch grid
+                  ranges:dict[str, tuple]={},      # (lowest, highest) number of a map; else its own
+                 )->Figure:
+    "Photo and feature maps in a row; numbers with a colour bar."
+    fig, axes = grid(1, 1 + len(maps), 1.9)
+    show(axes[0, 0], image, "photo")
+    for ax, (title, values) in zip(axes[0, 1:], maps.items()):
+        low, high = ranges.get(title, (None, None))
+        show(ax, values, title, **({} if values.ndim == 3 else dict(cmap="cividis", vmin=low, vmax=high)))
+        if values.ndim == 2: fig.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=.8).ax.tick_params(labelsize=7)
+    return fig
+
+def show_probabilities(old:np.ndarray,      # (C_old,) of the previous model
+                       new:np.ndarray,      # (C,) of the current one
+                       names:Sequence[str],
+                       threshold:float,     # τ, a line
+                       top:int=6,           # classes shown
+                       ax=None,             # None: a figure of its own
+                      ):
+    "Bars of the most probable classes at one pixel; the figure, or None when drawn into `ax`."
+    fig = None
+    if ax is None: fig, ((ax,),) = grid(1, 1, 3.4, .5 + .3 * top)
+    padded = np.pad(old, (0, len(new) - len(old)))
+    first = np.argsort(-np.maximum(padded, new), kind="stable")[:top]
+    y = np.arange(len(first))
+    ax.barh(y - .2, padded[first], .38, color=GREY, label="old model"); ax.barh(y + .2, new[first], .38, color=BLUE, label="new model")
+    ax.axvline(threshold, color="k", lw=1, ls="--"); ax.text(threshold, -.75, "τ", ha="center", fontsize=8)
+    ax.set_yticks(y, [names[c] for c in first], fontsize=8); ax.set_ylim(len(first) - .5, -.5); ax.set_xlim(0, 1); ax.tick_params(axis="x", labelsize=7)
+    ax.legend(fontsize=7, frameon=False, loc="lower right")
     return fig
