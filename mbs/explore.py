@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'FLOWS', 'IGNORED_OLD', 'IGNORED_OTHER', 'TAUS', 'ORDERS', 'SOURCES', 'COLOURS', 'FAINT', 'FATE_STYLE',
-           'FLOW_STYLE', 'KEYS', 'CURVE_LINES', 'Evidence', 'look', 'pixel_probabilities', 'step_labels', 'seen_truth',
-           'labels_at', 'flow_of', 'counted', 'threshold_curve', 'Basis', 'pca_basis', 'pca_rgb', 'cosine_map',
-           'feature_distance', 'token_cosine', 'as_picture', 'Moment', 'Pictures', 'checked', 'PictureState', 'Shift',
-           'ShiftState', 'Style', 'style', 'class_style', 'group_style', 'paint', 'packed', 'encoded', 'quantised',
-           'thinned', 'panel', 'picture_part', 'rows', 'shift_picture', 'shift_labels', 'shift_point']
+           'FLOW_STYLE', 'KEYS', 'CURVE_LINES', 'SHIFT_PANELS', 'Evidence', 'look', 'pixel_probabilities',
+           'step_labels', 'seen_truth', 'labels_at', 'flow_of', 'counted', 'threshold_curve', 'Basis', 'pca_basis',
+           'pca_rgb', 'cosine_map', 'feature_distance', 'token_cosine', 'as_picture', 'Moment', 'Pictures', 'checked',
+           'PictureState', 'Shift', 'ShiftState', 'Style', 'style', 'class_style', 'group_style', 'paint', 'packed',
+           'encoded', 'quantised', 'thinned', 'panel', 'stamp', 'picture_part', 'rows', 'shift_picture', 'shift_labels',
+           'shift_point', 'asset', 'live', 'canvas_class', 'run_title', 'PictureExplorer', 'follow', 'picture_controls',
+           'wrapped', 'legend_handles', 'show_curve', 'ShiftExplorer', 'draw_shift', 'opened', 'comparable',
+           'picture_states', 'explore_pseudo_labels']
 
 # %% ../nbs/61_explore.ipynb #4bbe4aaf
 import base64
@@ -214,7 +217,12 @@ ORDERS = ("as stored", "most forgotten", "most intruded", "most ignored", "least
 
 class Pictures:
     "The pictures to explore with a run, and what the models of its steps say about them."
-    def __init__(self, run:Run, images:Sequence|None=None): # images: see `as_picture`; None: the run's samples
+    def __init__(self,
+                 run:Run,
+                 images:Sequence|None=None, # see `as_picture`; None: the run's samples
+                 n_steps:int|None=None,     # look at the first so many steps; None: all that are complete
+                ):
+        self.n_steps = n_steps or run.n_steps
         if run.n_steps < 2: raise ValueError(f"run {run.folder.name} has {run.n_steps} complete steps: expected at least 2, a base step and one that could shift the background")
         self.run, self.own = run, images is not None
         self.items = [(*as_picture(item, len(run.names)), []) for item in images] if self.own else run.samples()
@@ -265,7 +273,7 @@ class PictureState(T.HasTraits):
     def __init__(self, pictures:Pictures, step:int|None=None, **chosen):
         super().__init__()
         self.pictures, self.run = pictures, pictures.run
-        self.step = pictures.run.n_steps - 1 if step is None else step
+        self.step = pictures.n_steps - 1 if step is None else step
         self.order = chosen.pop("order", ORDERS[0])
         self.rank()
         self.index = chosen.pop("index", self.ranking[0])
@@ -273,12 +281,13 @@ class PictureState(T.HasTraits):
         for name, value in chosen.items(): setattr(self, name, value)
         self.load()
         self.observe(lambda _: self.load(), ["index", "step"])
-        self.observe(lambda _: self.rank(), ["order", "step"])
+        self.observe(lambda _: self.rank(), "step")
+        self.observe(lambda _: (self.rank(), self.move(0)), "order")
 
     @T.validate("index")
     def _index(self, proposal): return checked("picture", proposal.value, 0, len(self.pictures) - 1)
     @T.validate("step")
-    def _step(self, proposal): return checked("step", proposal.value, 1, self.run.n_steps - 1)
+    def _step(self, proposal): return checked("step", proposal.value, 1, self.pictures.n_steps - 1)
     @T.validate("alpha")
     def _alpha(self, proposal): return checked("opacity", proposal.value, 0, 1)
     @T.validate("pick")
@@ -299,8 +308,8 @@ class PictureState(T.HasTraits):
     def rank(self): self.ranking = self.pictures.ranking(self.order, self.step)
 
     def move(self, by:int):
-        "Go to the next (by=1) or previous (by=-1) picture of the order, round at the ends."
-        self.index = self.ranking[(self.ranking.index(self.index) + by) % len(self.ranking)]
+        "Go to the next (by=1) or previous (by=-1) picture of the order, round at the ends; by=0 goes to its first."
+        self.index = self.ranking[(self.ranking.index(self.index) + by) % len(self.ranking) if by else 0]
 
 # %% ../nbs/61_explore.ipynb #eb14d3e0
 SOURCES = ("prediction", "pseudo-label")
@@ -445,6 +454,10 @@ def panel(key:str, title:str, about:str, kind:str, short:str="", style:str="", g
     columns = 0 if grid is None else grid.shape[1]
     return dict(key=key, title=title, about=about, kind=kind, short=short or title, style=style, columns=columns, cell=cell, range=[float(b) for b in bounds])
 
+def stamp(state:PictureState, *more:str)->str:
+    "What is drawn, for whoever waits for it."
+    return " ".join([f"step {state.step} picture {state.index}", *more])
+
 KEYS = ("arrows: move the pick by a patch · n / p: next, previous picture · m: colours off and on · 1 – 4: background, old, new, ignored · ?: this help", " · [ / ]: τ − 0.01, τ + 0.01")
 
 # %% ../nbs/61_explore.ipynb #b27953d3
@@ -500,7 +513,7 @@ def shift_labels(state:ShiftState, max_side:int=512)->dict:
               panel("predicted", f"prediction after step {state.step}", "what the new model says", "labels", "prediction", "class"),
               panel("flow", f"flow of the {'prediction' if state.source == SOURCES[0] else 'pseudo-labels'}", "in which direction each pixel moved, see the table", "labels", "flow", "flow"),
               panel("weight", "distillation weight", "how far the teacher's features are trusted", "score", "weight", grid=s.weight, cell=m.teacher.stride / k)]
-    return dict(panels=panels, maps=dict(pseudo=packed(labels[::k, ::k]), flow=packed(s.flow[::k, ::k]), weight=packed(quantised(s.weight, 0, 1))),
+    return dict(panels=panels, stamp=stamp(state, f"{state.tau:.2f}", state.source, state.colour_by), maps=dict(pseudo=packed(labels[::k, ::k]), flow=packed(s.flow[::k, ::k]), weight=packed(quantised(s.weight, 0, 1))),
                 tables=[dict(title=f"fate of the pixels at τ = {state.tau:.2f}", rows=rows(fates, FATE_STYLE), filter=False, lines=[f"of the relabelled {precision} right, of the hidden {recall} back"]),
                         dict(title=f"flow of the {of}", rows=rows(flows, FLOW_STYLE), filter=True)])
 
@@ -513,3 +526,236 @@ def shift_point(state:ShiftState, top:int=6)->dict:
     padded = np.pad(old, (0, len(new) - len(old)))
     first = np.argsort(-np.maximum(padded, new), kind="stable")[:top]
     return dict(lines=lines, bars=[dict(name=names[int(c)], old=float(old[c]) if c < len(old) else None, new=float(new[c])) for c in first])
+
+# %% ../nbs/61_explore.ipynb #fe6ef409
+def asset(name:str)->str:
+    "Text of a file that comes with the package."
+    return files("mbs").joinpath(name).read_text(encoding="utf-8")
+
+def live()->bool:
+    "Whether a front end is there that can show widgets: Jupyter, VS Code, Colab or voila, but not papermill, nbconvert or a script."
+    if "MBS_STATIC" in os.environ: return os.environ["MBS_STATIC"] in ("", "0")
+    fronts = any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")) or os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
+    return fronts and find_spec("anywidget") is not None
+
+@cache
+def canvas_class()->type:
+    "The widget that draws the panels of one run."
+    from anywidget import AnyWidget
+    class Canvas(AnyWidget):
+        _esm, _css = asset("explore.js"), asset("explore.css")
+        title = T.Unicode().tag(sync=True)
+        picture, labels, point = (T.Dict().tag(sync=True) for _ in range(3))
+        alpha, tau = (T.Float(.5).tag(sync=True) for _ in range(2))
+        hidden, flow_filter = (T.List(T.Int()).tag(sync=True) for _ in range(2))
+        pick = T.Tuple(T.Int(), T.Int()).tag(sync=True)
+    return Canvas
+
+# %% ../nbs/61_explore.ipynb #dcce64fa
+def run_title(run:Run)->str: return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
+
+class PictureExplorer:
+    "What the explorers of pictures share: the states of one or two runs, linked, the view, and the ways out."
+    linked = ("index", "step", "alpha", "hidden", "pick")  # between the states of two runs
+    synced = ("alpha", "hidden", "pick")                   # between a state and its canvas
+    redrawn = ("moment",)                                  # what the labels part depends on
+
+    def __init__(self, states:Sequence[PictureState], max_side:int, palette:np.ndarray|None):
+        self.states, self.state, self.max_side, self.palette, self._view = tuple(states), states[0], max_side, palette, None
+        self.links = [T.link((self.state, name), (other, name)) for other in self.states[1:] for name in self.linked]
+
+    def depends(self, state:PictureState)->tuple: return (state.moment,)  # what the picture part depends on
+
+    @property
+    def view(self):
+        "The live view, an ipywidgets box; built when it is first asked for."
+        if self._view is None:
+            import ipywidgets as W
+            self.canvases = [self.canvas(state) for state in self.states]
+            self._view = W.VBox([*self.controls(), *self.canvases])
+        return self._view
+
+    def canvas(self, state:PictureState):
+        "A canvas that follows `state` and sets what is chosen on it."
+        parts = dict(picture=self.picture(state), labels=self.labels(state), point=self.point(state))
+        canvas = canvas_class()(title=run_title(state.run), **{name: getattr(state, name) for name in self.synced}, **parts)
+        canvas.add_class("mbs-canvas")
+        shown = [self.depends(state)]
+        def draw(_):
+            now, before = self.depends(state), shown.pop()
+            shown.append(now)
+            with canvas.hold_sync():
+                if any(a is not b for a, b in zip(now, before)): canvas.picture = self.picture(state)
+                canvas.labels, canvas.point = self.labels(state), self.point(state)
+        def point(_): canvas.point = self.point(state)
+        state.observe(draw, list(self.redrawn))
+        state.observe(point, "pick")
+        canvas.on_msg(lambda _, message, __: self.state.move(message["move"]))
+        self.links += [T.link((state, name), (canvas, name)) for name in self.synced]
+        return canvas
+
+    def close(self):
+        "Take the view away and undo the links; the states stay."
+        for link in self.links: link.unlink()
+        if self._view is not None: self._view.close()
+        self.links, self._view = [], None
+
+    def _repr_mimebundle_(self, include=None, exclude=None)->tuple[dict, dict]:
+        "A picture for whoever cannot show widgets, and the live view where there is a front end."
+        out = BytesIO()
+        self.to_figure().savefig(out, format="png", dpi=72, bbox_inches="tight")
+        bundle = {"text/plain": repr(self), "image/png": base64.b64encode(out.getvalue()).decode()}
+        if live(): bundle |= {k: v for k, v in self.view._repr_mimebundle_().items() if k.endswith("widget-view+json")}
+        return bundle, {}
+
+    def __repr__(self): return f"{type(self).__name__}({', '.join(state.run.folder.name for state in self.states)}; {stamp(self.state)})"
+
+# %% ../nbs/61_explore.ipynb #157d6493
+def follow(control, state:T.HasTraits, name:str):
+    "`control`, with its value linked to a trait of `state`."
+    T.link((state, name), (control, "value"))
+    return control
+
+def picture_controls(explorer:PictureExplorer)->list:
+    "Opacity, step, order and a way through the pictures; plain ipywidgets."
+    import ipywidgets as W
+    state = explorer.state
+    alpha = W.FloatSlider(min=0, max=1, step=.05, description="opacity", value=state.alpha)
+    for canvas in explorer.canvases: explorer.links.append(W.jslink((alpha, "value"), (canvas, "alpha")))
+    step = follow(W.Dropdown(options=range(1, state.pictures.n_steps), description="step", value=state.step), state, "step")
+    order = follow(W.Dropdown(options=ORDERS, description="order", value=state.order), state, "order")
+    place = W.IntSlider(min=1, max=len(state.ranking), description="picture", value=state.ranking.index(state.index) + 1)
+    before, after = (W.Button(description=text, tooltip=tip, layout=W.Layout(width="36px")) for text, tip in (("◀", "previous picture (key p)"), ("▶", "next picture (key n)")))
+    before.on_click(lambda _: state.move(-1)); after.on_click(lambda _: state.move(1))
+    place.observe(lambda change: setattr(state, "index", state.ranking[change.new - 1]), "value")
+    state.observe(lambda _: setattr(place, "value", state.ranking.index(state.index) + 1), ["index", "step", "order"])
+    return [alpha, step, order, before, place, after]
+
+def wrapped(*controls):
+    "Controls in a row that breaks when it is too long."
+    import ipywidgets as W
+    for control in controls: control.add_class("mbs-control")
+    return W.HBox(controls, layout=W.Layout(flex_flow="row wrap"))
+
+# %% ../nbs/61_explore.ipynb #c9d8d6b5
+def legend_handles(style:Style, maps:Sequence[np.ndarray], hidden:Sequence[int]=())->list:
+    "Legend entries of the labels that `maps` hold, as `paint` draws them."
+    from matplotlib.patches import Patch
+    present = sorted({int(v) for m in maps for v in np.unique(m)} - set(hidden))
+    shown = [c for c in present if style.colours[c, 3] and tuple(style.colours[c]) != FAINT]
+    return [Patch(facecolor=style.colours[c, :3] / 255, edgecolor="#FFFFFF" if c in style.hatched else "#808080", hatch="////" if c in style.hatched else None,
+                  label=style.names[c].replace("->", " → ")) for c in shown]
+
+def show_curve(ax, curve:dict[str, np.ndarray], n_pixels:int, tau:float):
+    "Kept, relabelled and ignored shares, precision and recall against τ, with a line at τ."
+    for name, colour, dash in CURVE_LINES:
+        values = curve[name] if name in ("precision", "recall") else curve[name] / n_pixels
+        ax.plot(TAUS, values, color=colour, lw=1.5, ls=(0, tuple(map(int, dash.split()))) if dash else "-", label=name)
+    ax.axvline(tau, color="k", lw=1); ax.set_xlim(0, 1); ax.set_ylim(0, 1.02); ax.set_xlabel("τ", fontsize=8); ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7, frameon=False, ncols=1, loc="center left", bbox_to_anchor=(1, .5))
+
+# %% ../nbs/61_explore.ipynb #03b2cffa
+SHIFT_PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
+
+class ShiftExplorer(PictureExplorer):
+    "Pseudo-labels, flow and distillation weights; see `explore_pseudo_labels`."
+    linked = (*PictureExplorer.linked, "tau", "source", "colour_by", "flow_filter")
+    synced = (*PictureExplorer.synced, "tau", "flow_filter")
+    redrawn = ("shift", "colour_by")
+
+    def depends(self, state:ShiftState)->tuple: return state.moment, state.ignore
+    def picture(self, state:ShiftState)->dict: return shift_picture(state, self.max_side, self.palette)
+    def labels(self, state:ShiftState)->dict: return shift_labels(state, self.max_side)
+    def point(self, state:ShiftState)->dict: return shift_point(state)
+
+    def controls(self)->list:
+        import ipywidgets as W
+        state, own = self.state, self.state.run.card["parts"]["threshold"]
+        tau = follow(W.FloatSlider(min=0, max=1, step=.01, description="τ", value=state.tau), state, "tau")
+        back = W.Button(description=f"τ of the run: {own:.2f}", tooltip="set τ to what the run was trained with", layout=W.Layout(width="auto"))
+        back.on_click(lambda _: setattr(state, "tau", own))
+        source = follow(W.ToggleButtons(options=SOURCES, description="flow of the", style=dict(button_width="auto"), value=state.source), state, "source")
+        colour = follow(W.ToggleButtons(options=COLOURS, description="colours by", style=dict(button_width="auto"), value=state.colour_by), state, "colour_by")
+        rules = [follow(W.Checkbox(description="ignore doubtful" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), indent=False,
+                                   layout=W.Layout(width="auto"), value=s.ignore), s, "ignore") for s in self.states]
+        alpha, step, order, *way = picture_controls(self)
+        return [wrapped(tau, alpha, back), wrapped(*way, step, order), wrapped(source, colour, *rules)]
+
+    def to_figure(self, panels:Sequence[str]=SHIFT_PANELS, annotate:bool=True)->Figure:
+        "The state as a matplotlib figure; without `annotate` only the panels."
+        fig = plt.figure(figsize=(1.75 * len(panels) + .2, len(self.states) * (2. + 1.9 * annotate) + .3 * annotate), layout="constrained")
+        plt.close(fig)
+        handles = {}
+        for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
+            top, bottom = part.subfigures(2, 1, height_ratios=[2.1, 1.7]) if annotate else (part, None)
+            handles |= {h.get_label(): h for h in draw_shift(state, top, panels, self.palette, annotate)}
+            if not annotate: continue
+            top.suptitle(f"{run_title(state.run)}, step {state.step}, picture {state.index}", fontsize=9)
+            left, right = bottom.subplots(1, 2, width_ratios=[1, 1])
+            show_curve(left, state.curve, state.moment.view.size, state.tau)
+            show_probabilities(*state.probabilities, state.run.names, state.tau, ax=right)
+            right.set_title(f"pixel {state.pick}", fontsize=8)
+        if annotate: fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=6, fontsize=7, frameon=False, handlelength=1.2)
+        return fig
+
+    def to_frame(self):
+        "pandas table, a row for every picture of every run at the step and τ of the state: pixels by fate and flow, precision and recall."
+        import pandas as pd
+        chosen = dict(step=self.state.step, tau=self.state.tau, source=self.state.source)
+        table = []
+        for state in self.states:
+            for i in range(len(state.pictures)):
+                one = ShiftState(state.pictures, index=i, ignore=state.ignore, **chosen)
+                table.append(dict(run=state.run.folder.name, picture=i, **chosen, pixels=one.moment.view.size, **one.counts, **dict(zip(("precision", "recall"), one.quality))))
+        return pd.DataFrame(table)
+
+# %% ../nbs/61_explore.ipynb #5e4eee68
+def draw_shift(state:ShiftState, fig, panels:Sequence[str], palette:np.ndarray|None, annotate:bool)->list:
+    "Draw the panels of a state into a (sub)figure; the legend entries of what they show."
+    m, s = state.moment, state.shift
+    classes, groups = class_style(state.run.names, palette), group_style(state.n_old, state.n_channels, len(state.run.names))
+    pseudo = dict(zip(COLOURS, (classes, groups, FATE_STYLE)))[state.colour_by]
+    drawn = dict(truth=("truth", m.truth, classes), view=(f"labels of step {state.step}", m.view, classes), predicted=("prediction", m.predicted, classes),
+                 pseudo=(f"pseudo-labels, τ = {state.tau:.2f}", s.fate if state.colour_by == "fate" else s.pseudo, pseudo), flow=(f"flow of the {state.source}", s.flow, FLOW_STYLE))
+    if alien := set(panels) - set(SHIFT_PANELS): raise ValueError(f"panel {alien.pop()!r} is not known: expected some of {', '.join(SHIFT_PANELS)}")
+    faint = ~np.isin(s.flow, state.flow_filter) if state.flow_filter else None
+    handles = []
+    for ax, name in zip(np.ravel(fig.subplots(1, len(panels))), panels):
+        if name == "weight":
+            show(ax, s.weight, "distillation weight" if annotate else "", cmap="cividis", vmin=0, vmax=1)
+            if annotate: fig.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=.8).ax.tick_params(labelsize=7)
+            continue
+        title, labels, style = drawn[name]
+        hidden = state.hidden if style.outline else []
+        show(ax, paint(m.photo, labels, style, state.alpha, hidden, faint), title if annotate else "")
+        handles += legend_handles(style, [labels], hidden)
+    return handles
+
+# %% ../nbs/61_explore.ipynb #d046b271
+def opened(run:Run|Path|str)->Run: return run if isinstance(run, Run) else Run(run)
+
+def comparable(run:Run, other:Run, images:Sequence|None):
+    "ValueError unless two runs can be explored side by side: the same classes in the same steps, and the same pictures."
+    if (run.names, run.card["steps"]) != (other.names, other.card["steps"]):
+        raise ValueError(f"runs {run.folder.name} and {other.folder.name} learn other classes or in other steps: expected the same, so that a step means the same in both")
+    if images is None and [image.tobytes() for image, *_ in run.samples()] != [image.tobytes() for image, *_ in other.samples()]:
+        raise ValueError(f"runs {run.folder.name} and {other.folder.name} kept other pictures: expected images=[...] to explore both with")
+
+def picture_states(kind:type, run:Run|Path|str, other:Run|Path|str|None, images:Sequence|None, chosen:dict)->list[PictureState]:
+    "A state of `kind` for one run, or for two that can be compared."
+    runs = [opened(r) for r in (run, other) if r is not None]
+    if alien := set(chosen) - set(kind.class_trait_names()): raise ValueError(f"{alien.pop()!r} cannot be chosen: expected some of {', '.join(sorted(set(kind.class_trait_names()) - {'moment', 'shift', 'maps'}))}")
+    if len(runs) == 2: comparable(*runs, images)
+    n_steps = min(r.n_steps for r in runs)
+    first = kind(Pictures(runs[0], images, n_steps), **chosen)
+    return [first, *(kind(Pictures(r, images, n_steps), **chosen | dict(step=first.step, index=first.index)) for r in runs[1:])]
+
+def explore_pseudo_labels(run:Run|Path|str,              # or its folder
+                          other:Run|Path|str|None=None,  # a second run of the same classes and steps, side by side
+                          *, images:Sequence|None=None,  # files, PIL pictures, (H, W, 3) uint8 arrays, or pairs with a truth; None: the run's samples
+                          max_side:int=512,              # larger pictures are thinned out for display
+                          palette:np.ndarray|None=None,  # (C, 3) uint8 colours of the channels
+                          **chosen,                      # of `ShiftState`: step, tau, source, order, index, …
+                         )->ShiftExplorer:
+    "Truth, what the step sees, pseudo-labels at any τ, the flow of the background shift and the distillation weights."
+    return ShiftExplorer(picture_states(ShiftState, run, other, images, dict(order="most forgotten") | chosen), max_side, palette)
