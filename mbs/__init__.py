@@ -20,6 +20,7 @@ _HOME = {
     "Recipe": "training",
     "Settings": "run", "Run": "run", "load_run": "run",
     "Experiment": "experiment",
+    "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
 }
 __all__ = sorted(_HOME)
 

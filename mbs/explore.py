@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'FLOWS', 'IGNORED_OLD', 'IGNORED_OTHER', 'TAUS', 'ORDERS', 'SOURCES', 'COLOURS', 'FAINT', 'FATE_STYLE',
-           'FLOW_STYLE', 'KEYS', 'CURVE_LINES', 'SHIFT_PANELS', 'Evidence', 'look', 'pixel_probabilities',
-           'step_labels', 'seen_truth', 'labels_at', 'flow_of', 'counted', 'threshold_curve', 'Basis', 'pca_basis',
-           'pca_rgb', 'cosine_map', 'feature_distance', 'token_cosine', 'as_picture', 'Moment', 'Pictures', 'checked',
-           'PictureState', 'Shift', 'ShiftState', 'Style', 'style', 'class_style', 'group_style', 'paint', 'packed',
-           'encoded', 'quantised', 'thinned', 'panel', 'stamp', 'picture_part', 'rows', 'shift_picture', 'shift_labels',
-           'shift_point', 'asset', 'live', 'canvas_class', 'run_title', 'PictureExplorer', 'follow', 'picture_controls',
-           'wrapped', 'legend_handles', 'show_curve', 'ShiftExplorer', 'draw_shift', 'opened', 'comparable',
-           'picture_states', 'explore_pseudo_labels']
+           'FLOW_STYLE', 'KEYS', 'CURVE_LINES', 'SHIFT_PANELS', 'KINDS', 'FITTED', 'Evidence', 'look',
+           'pixel_probabilities', 'step_labels', 'seen_truth', 'labels_at', 'flow_of', 'counted', 'threshold_curve',
+           'Basis', 'pca_basis', 'pca_rgb', 'cosine_map', 'feature_distance', 'token_cosine', 'as_picture', 'Moment',
+           'Pictures', 'checked', 'PictureState', 'Shift', 'ShiftState', 'Style', 'style', 'class_style', 'group_style',
+           'paint', 'packed', 'encoded', 'quantised', 'thinned', 'panel', 'stamp', 'picture_part', 'rows',
+           'shift_picture', 'shift_labels', 'shift_point', 'asset', 'live', 'canvas_class', 'run_title', 'for_script',
+           'PictureExplorer', 'control', 'picture_controls', 'wrapped', 'legend_handles', 'show_curve', 'ShiftExplorer',
+           'draw_shift', 'opened', 'comparable', 'picture_states', 'explore_pseudo_labels', 'FeatureMaps',
+           'FeatureState', 'central', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features', 'TokenState',
+           'token_title', 'TokenExplorer', 'explore_class_tokens']
 
 # %% ../nbs/61_explore.ipynb #4bbe4aaf
 import base64
+import html
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -33,7 +37,6 @@ import traitlets as T
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
-from torch.nn import functional as F
 
 from .data import read_image
 from .feature_distillation import reliability
@@ -41,8 +44,8 @@ from .orthogonality import orthogonality
 from .protocol import VOID, Protocol, channel_map
 from .run import Run, normalised_batch
 from .segmenter import Segmenter
-from .viz import (AGREE, FATES, GREY, BLUE, ORANGE, SHIFT_COLOURS, UNCOUNTED, VERMILLION, class_legend, grid, label_colours, outlined, pixel_fate, rgb, shift_flow, show,
-                     show_features, show_probabilities, token_cosines)
+from .viz import (AGREE, BLUE, FATES, GREEN, GREY, ORANGE, PURPLE, SHIFT_COLOURS, UNCOUNTED, VERMILLION, draw_matrix, label_colours, outlined, pixel_fate, rgb, shift_flow, show,
+                     show_maps, show_probabilities)
 
 # %% ../nbs/61_explore.ipynb #88c68f1a
 LEVELS = ("encoder", "decoder", "distilled")
@@ -401,7 +404,7 @@ def group_style(n_old:int, n_channels:int, n_classes:int)->Style:
     "Background, old, new and later classes."
     group = np.r_[0, np.full(n_old - 1, 1), np.full(n_channels - n_old, 2), np.full(n_classes - n_channels, 3)]
     table = np.zeros((256, 4), np.uint8)
-    table[:n_classes] = np.array([FAINT, *((*c, 255) for c in rgb([BLUE, ORANGE, "#CC79A7"]))])[group]
+    table[:n_classes] = np.array([FAINT, *((*c, 255) for c in rgb([BLUE, ORANGE, PURPLE]))])[group]
     table[VOID] = 235, 235, 235, 160
     return Style(table, {**{c: ("background", "an old class", "a new class", "a later class")[g] for c, g in enumerate(group.tolist())}, VOID: "ignored or void"}, (VOID,), True)
 
@@ -479,11 +482,12 @@ def picture_part(state:PictureState, maps:dict[str, np.ndarray], styles:dict[str
 def rows(counts:dict[str, int], style:Style)->list[dict]:
     "Rows of a table of counts, with the colours of their labels."
     total = sum(counts.values())
-    return [dict(code=code, name=name.replace("->", " → "), count=n, share=n / total, colour=style.colours[code, :3].tolist() if code not in (AGREE,) else [64, 64, 64], hatched=code in style.hatched)
+    def colour(code): return [64, 64, 64] if tuple(style.colours[code]) == FAINT else style.colours[code, :3].tolist()
+    return [dict(code=code, name=name.replace("->", " → "), count=n, share=n / total, colour=colour(code), hatched=code in style.hatched)
             for code, (name, n) in enumerate(counts.items())]
 
 # %% ../nbs/61_explore.ipynb #fa8e64f6
-CURVE_LINES = (("kept", GREY, ""), ("relabelled", BLUE, ""), ("ignored", VERMILLION, ""), ("precision", "#009E73", "5 3"), ("recall", "#CC79A7", "2 2"))
+CURVE_LINES = (("kept", GREY, ""), ("relabelled", BLUE, ""), ("ignored", VERMILLION, ""), ("precision", GREEN, "5 3"), ("recall", PURPLE, "2 2"))
 
 def shift_picture(state:ShiftState, max_side:int=512, palette:np.ndarray|None=None)->dict:
     "The pseudo-label explorer's part that changes with picture, step or rule."
@@ -513,8 +517,10 @@ def shift_labels(state:ShiftState, max_side:int=512)->dict:
               panel("predicted", f"prediction after step {state.step}", "what the new model says", "labels", "prediction", "class"),
               panel("flow", f"flow of the {'prediction' if state.source == SOURCES[0] else 'pseudo-labels'}", "in which direction each pixel moved, see the table", "labels", "flow", "flow"),
               panel("weight", "distillation weight", "how far the teacher's features are trusted", "score", "weight", grid=s.weight, cell=m.teacher.stride / k)]
-    return dict(panels=panels, stamp=stamp(state, f"{state.tau:.2f}", state.source, state.colour_by), maps=dict(pseudo=packed(labels[::k, ::k]), flow=packed(s.flow[::k, ::k]), weight=packed(quantised(s.weight, 0, 1))),
-                tables=[dict(title=f"fate of the pixels at τ = {state.tau:.2f}", rows=rows(fates, FATE_STYLE), filter=False, lines=[f"of the relabelled {precision} right, of the hidden {recall} back"]),
+    maps = dict(pseudo=packed(labels[::k, ::k]), flow=packed(s.flow[::k, ::k]), weight=packed(quantised(s.weight, 0, 1)))
+    told = [f"of the relabelled {precision} right, of the hidden {recall} back"]
+    return dict(panels=panels, maps=maps, stamp=stamp(state, f"{state.tau:.2f}", state.source, state.colour_by),
+                tables=[dict(title=f"fate of the pixels at τ = {state.tau:.2f}", rows=rows(fates, FATE_STYLE), filter=False, lines=told),
                         dict(title=f"flow of the {of}", rows=rows(flows, FLOW_STYLE), filter=True)])
 
 def shift_point(state:ShiftState, top:int=6)->dict:
@@ -554,11 +560,17 @@ def canvas_class()->type:
 # %% ../nbs/61_explore.ipynb #dcce64fa
 def run_title(run:Run)->str: return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
 
+def for_script(content:Any)->str:
+    "JSON for a script element of a page, bytes as {'base64': …}."
+    def coded(value): return dict(base64=base64.b64encode(value).decode())
+    return json.dumps(content, default=coded).replace("<", "\\u003c")
+
 class PictureExplorer:
     "What the explorers of pictures share: the states of one or two runs, linked, the view, and the ways out."
     linked = ("index", "step", "alpha", "hidden", "pick")  # between the states of two runs
     synced = ("alpha", "hidden", "pick")                   # between a state and its canvas
     redrawn = ("moment",)                                  # what the labels part depends on
+    kind = "Pictures"
 
     def __init__(self, states:Sequence[PictureState], max_side:int, palette:np.ndarray|None):
         self.states, self.state, self.max_side, self.palette, self._view = tuple(states), states[0], max_side, palette, None
@@ -594,6 +606,21 @@ class PictureExplorer:
         self.links += [T.link((state, name), (canvas, name)) for name in self.synced]
         return canvas
 
+    def to_html(self, path:Path|str)->Path:
+        "Write the picture as one live file that needs neither a kernel nor a network; its path."
+        states = [dict(title=run_title(s.run), tau=0., flow_filter=[]) | {name: getattr(s, name) for name in self.synced} | self.saved(s) for s in self.states]
+        shown = f"step {self.state.step}, picture {self.state.index}"
+        about = f"Saved from the explorer at {shown}. Point at a panel for its labels, click to mark a pixel, click a class or a row of the flow table to filter, press ? on a picture for keys."
+        parts = dict(title=html.escape(f"{self.kind}: {', '.join(s.run.folder.name for s in self.states)}, {shown}"), about=about, css=asset("explore.css"),
+                     states=for_script(states), view=for_script(asset("explore.js")))
+        page = re.sub(r"{{(\w+)}}", lambda m: parts[m[1]], asset("explore.html"))
+        Path(path).write_text(page, encoding="utf-8")
+        return Path(path)
+
+    def saved(self, state:PictureState)->dict:
+        "What a saved page holds of a state: the parts, and nothing to slide."
+        return dict(picture=self.picture(state), labels=self.labels(state), point=self.point(state), saved=list(state.pick), frames=[])
+
     def close(self):
         "Take the view away and undo the links; the states stay."
         for link in self.links: link.unlink()
@@ -611,21 +638,24 @@ class PictureExplorer:
     def __repr__(self): return f"{type(self).__name__}({', '.join(state.run.folder.name for state in self.states)}; {stamp(self.state)})"
 
 # %% ../nbs/61_explore.ipynb #157d6493
-def follow(control, state:T.HasTraits, name:str):
-    "`control`, with its value linked to a trait of `state`."
-    T.link((state, name), (control, "value"))
-    return control
+def control(kind:str, description:str, state:T.HasTraits|None=None, name:str="", width:str="", **options):
+    "An ipywidgets control called `kind`; its value linked to a trait of `state`."
+    import ipywidgets as W
+    made = getattr(W, kind)(description=description, layout=W.Layout(width=width or "max-content", flex="0 0 auto"), **options)
+    if hasattr(made.style, "description_width"): made.style.description_width = "initial"
+    if state is not None: T.link((state, name), (made, "value"))
+    return made
 
 def picture_controls(explorer:PictureExplorer)->list:
     "Opacity, step, order and a way through the pictures; plain ipywidgets."
     import ipywidgets as W
     state = explorer.state
-    alpha = W.FloatSlider(min=0, max=1, step=.05, description="opacity", value=state.alpha)
+    alpha = control("FloatSlider", "opacity", width="250px", min=0, max=1, step=.05, value=state.alpha)
     for canvas in explorer.canvases: explorer.links.append(W.jslink((alpha, "value"), (canvas, "alpha")))
-    step = follow(W.Dropdown(options=range(1, state.pictures.n_steps), description="step", value=state.step), state, "step")
-    order = follow(W.Dropdown(options=ORDERS, description="order", value=state.order), state, "order")
-    place = W.IntSlider(min=1, max=len(state.ranking), description="picture", value=state.ranking.index(state.index) + 1)
-    before, after = (W.Button(description=text, tooltip=tip, layout=W.Layout(width="36px")) for text, tip in (("◀", "previous picture (key p)"), ("▶", "next picture (key n)")))
+    step = control("Dropdown", "step", state, "step", options=range(1, state.pictures.n_steps))
+    order = control("Dropdown", "order", state, "order", options=ORDERS)
+    place = control("IntSlider", "picture", width="220px", min=1, max=len(state.ranking), value=state.ranking.index(state.index) + 1)
+    before, after = (control("Button", text, width="36px", tooltip=tip) for text, tip in (("◀", "previous picture (key p)"), ("▶", "next picture (key n)")))
     before.on_click(lambda _: state.move(-1)); after.on_click(lambda _: state.move(1))
     place.observe(lambda change: setattr(state, "index", state.ranking[change.new - 1]), "value")
     state.observe(lambda _: setattr(place, "value", state.ranking.index(state.index) + 1), ["index", "step", "order"])
@@ -634,8 +664,7 @@ def picture_controls(explorer:PictureExplorer)->list:
 def wrapped(*controls):
     "Controls in a row that breaks when it is too long."
     import ipywidgets as W
-    for control in controls: control.add_class("mbs-control")
-    return W.HBox(controls, layout=W.Layout(flex_flow="row wrap"))
+    return W.HBox(controls, layout=W.Layout(flex_flow="row wrap", grid_gap="0 10px"))
 
 # %% ../nbs/61_explore.ipynb #c9d8d6b5
 def legend_handles(style:Style, maps:Sequence[np.ndarray], hidden:Sequence[int]=())->list:
@@ -662,6 +691,7 @@ class ShiftExplorer(PictureExplorer):
     linked = (*PictureExplorer.linked, "tau", "source", "colour_by", "flow_filter")
     synced = (*PictureExplorer.synced, "tau", "flow_filter")
     redrawn = ("shift", "colour_by")
+    kind = "Pseudo-labels"
 
     def depends(self, state:ShiftState)->tuple: return state.moment, state.ignore
     def picture(self, state:ShiftState)->dict: return shift_picture(state, self.max_side, self.palette)
@@ -669,15 +699,14 @@ class ShiftExplorer(PictureExplorer):
     def point(self, state:ShiftState)->dict: return shift_point(state)
 
     def controls(self)->list:
-        import ipywidgets as W
         state, own = self.state, self.state.run.card["parts"]["threshold"]
-        tau = follow(W.FloatSlider(min=0, max=1, step=.01, description="τ", value=state.tau), state, "tau")
-        back = W.Button(description=f"τ of the run: {own:.2f}", tooltip="set τ to what the run was trained with", layout=W.Layout(width="auto"))
+        tau = control("FloatSlider", "τ", state, "tau", "320px", min=0, max=1, step=.01)
+        back = control("Button", f"τ of the run: {own:.2f}", tooltip="set τ to what the run was trained with")
         back.on_click(lambda _: setattr(state, "tau", own))
-        source = follow(W.ToggleButtons(options=SOURCES, description="flow of the", style=dict(button_width="auto"), value=state.source), state, "source")
-        colour = follow(W.ToggleButtons(options=COLOURS, description="colours by", style=dict(button_width="auto"), value=state.colour_by), state, "colour_by")
-        rules = [follow(W.Checkbox(description="ignore doubtful" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), indent=False,
-                                   layout=W.Layout(width="auto"), value=s.ignore), s, "ignore") for s in self.states]
+        source = control("ToggleButtons", "flow of the", state, "source", options=SOURCES)
+        colour = control("ToggleButtons", "colours by", state, "colour_by", options=COLOURS)
+        for toggle in (source, colour): toggle.style.button_width = "auto"
+        rules = [control("Checkbox", "ignore doubtful" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), s, "ignore", indent=False) for s in self.states]
         alpha, step, order, *way = picture_controls(self)
         return [wrapped(tau, alpha, back), wrapped(*way, step, order), wrapped(source, colour, *rules)]
 
@@ -697,6 +726,14 @@ class ShiftExplorer(PictureExplorer):
             right.set_title(f"pixel {state.pick}", fontsize=8)
         if annotate: fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=6, fontsize=7, frameon=False, handlelength=1.2)
         return fig
+
+    def saved(self, state:ShiftState)->dict:
+        "The parts, and the labels at every twentieth of τ, at the run's own and at the chosen one; no second implementation of the rules."
+        frames = []
+        for tau in sorted({*(TAUS[::5].round(2).tolist()), state.tau, *(s.run.card["parts"]["threshold"] for s in self.states)}):
+            one = ShiftState(state.pictures, **{name: getattr(state, name) for name in ("step", "index", "ignore", "source", "colour_by")}, tau=tau)
+            frames.append(dict(tau=tau, labels=self.labels(one)))
+        return super().saved(state) | dict(frames=frames)
 
     def to_frame(self):
         "pandas table, a row for every picture of every run at the step and τ of the state: pixels by fate and flow, precision and recall."
@@ -744,7 +781,8 @@ def comparable(run:Run, other:Run, images:Sequence|None):
 def picture_states(kind:type, run:Run|Path|str, other:Run|Path|str|None, images:Sequence|None, chosen:dict)->list[PictureState]:
     "A state of `kind` for one run, or for two that can be compared."
     runs = [opened(r) for r in (run, other) if r is not None]
-    if alien := set(chosen) - set(kind.class_trait_names()): raise ValueError(f"{alien.pop()!r} cannot be chosen: expected some of {', '.join(sorted(set(kind.class_trait_names()) - {'moment', 'shift', 'maps'}))}")
+    settable = set(kind.class_trait_names()) - {"moment", "shift", "maps"}
+    if alien := set(chosen) - settable: raise ValueError(f"{alien.pop()!r} cannot be chosen: expected some of {', '.join(sorted(settable))}")
     if len(runs) == 2: comparable(*runs, images)
     n_steps = min(r.n_steps for r in runs)
     first = kind(Pictures(runs[0], images, n_steps), **chosen)
@@ -759,3 +797,276 @@ def explore_pseudo_labels(run:Run|Path|str,              # or its folder
                          )->ShiftExplorer:
     "Truth, what the step sees, pseudo-labels at any τ, the flow of the background shift and the distillation weights."
     return ShiftExplorer(picture_states(ShiftState, run, other, images, dict(order="most forgotten") | chosen), max_side, palette)
+
+# %% ../nbs/61_explore.ipynb #84e7a271
+KINDS = ("components", "channel")
+FITTED = 4  # pictures that the components are fitted on
+
+class FeatureMaps(NamedTuple):
+    "Features of one picture for the eye; (h, w, 3) uint8 colours, or (h, w) numbers of one channel with a common range."
+    teacher:np.ndarray
+    student:np.ndarray
+    bounds:tuple[float, float]
+    distance:np.ndarray  # (h, w) mean squared difference
+
+class FeatureState(PictureState):
+    "What is chosen in the feature explorer, and what follows from it."
+    level = T.Enum(LEVELS, LEVELS[-1], help="where in the network")
+    kind = T.Enum(KINDS, KINDS[0], help="three principal components as colours, or one channel")
+    channel = T.Int(help="the one channel")
+    maps = T.Instance(FeatureMaps, help="what follows; read only")
+
+    def __init__(self, pictures:Pictures, **chosen):
+        self.basis = lru_cache(len(LEVELS))(lambda level: pca_basis(np.concatenate([pictures.evidence(0, i).features[level].reshape(-1, pictures.evidence(0, i).features[level].shape[-1])
+                                                                                      for i in range(min(FITTED, len(pictures)))])))
+        super().__init__(pictures, **chosen)
+        self.project()
+        self.observe(lambda _: self.project(), ["moment", "level", "kind", "channel"])
+
+    @T.validate("channel")
+    def _channel(self, proposal): return checked("channel", proposal.value, 0, self.width - 1)
+
+    @property
+    def features(self)->tuple[np.ndarray, np.ndarray]:
+        "(h, w, D) of teacher and student."
+        return self.moment.teacher.features[self.level], self.moment.student.features[self.level]
+
+    @property
+    def width(self)->int: return self.pictures.evidence(self.step, self.index).features[self.level].shape[-1]
+
+    def project(self):
+        "Colours and distance of the moment."
+        self.channel = min(self.channel, self.width - 1)
+        teacher, student = self.features
+        shown = [pca_rgb(f, self.basis(self.level)) if self.kind == KINDS[0] else f[..., self.channel] for f in (teacher, student)]
+        self.maps = FeatureMaps(*shown, (float(min(s.min() for s in shown)), float(max(s.max() for s in shown))), feature_distance(student, teacher))
+
+    @property
+    def cosines(self)->tuple[np.ndarray, np.ndarray]:
+        "(h, w) cosines to the picked patch, within teacher and within student."
+        row, column = (at // self.moment.teacher.stride for at in self.pick)
+        return tuple(cosine_map(f, row, column) for f in self.features)
+
+# %% ../nbs/61_explore.ipynb #ba818cc5
+def central(cosines:Sequence[np.ndarray])->tuple[float, float]:
+    "Second to 98th percentile of all: -1 … 1 would be flat."
+    return tuple(np.percentile(np.concatenate([c.ravel() for c in cosines]), (2, 98)).tolist())
+
+class FeatureExplorer(PictureExplorer):
+    "Features of teacher and student; see `explore_features`."
+    linked = (*PictureExplorer.linked, "level", "kind")
+    redrawn = ("maps",)
+    kind = "Features"
+
+    def picture(self, state:FeatureState)->dict:
+        basis = state.basis(state.level)
+        note = (f"Colours: the first three principal components of the base step's {state.level} features, {basis.explained:.0%} of their variance, fitted once on {min(FITTED, len(state.pictures))} "
+                "pictures; the same for every picture and step, sign fixed. Equal colours mean alike in these three components, no more.")
+        return picture_part(state, dict(truth=state.moment.truth), {"class": class_style(state.run.names, self.palette)}, note, self.max_side)
+
+    def depends(self, state:FeatureState)->tuple: return state.moment, state.level
+
+    def labels(self, state:FeatureState)->dict:
+        s, cell = state.maps, state.moment.teacher.stride / thinned(state.moment.view.shape, self.max_side)
+        kind, what = ("rgb", "components") if state.kind == KINDS[0] else ("score", f"channel {state.channel}")
+        values = {name: f if kind == "rgb" else quantised(f, *s.bounds) for name, f in (("teacher", s.teacher), ("student", s.student))}
+        top = float(s.distance.max())
+        panels = [panel("truth", "truth", "the full truth, later classes included", "labels", style="class"),
+                  *(panel(name, f"{name}, {what}", f"{state.level} features of the {age} model", kind, f"{name}, {what}", grid=s.distance, cell=cell, bounds=s.bounds)
+                    for name, age in (("teacher", "old"), ("student", "new"))),
+                  panel("distance", "how far the student moved", f"mean squared difference of the {state.level} features", "score", "moved", grid=s.distance, cell=cell, bounds=(0, top)),
+                  *(panel(f"cosine_{name}", f"{name}: cosine to the pick", "how alike each patch is to the picked one", "score", f"cosine ({name})", grid=s.distance, cell=cell)
+                    for name in ("teacher", "student"))]
+        maps = {name: packed(v) for name, v in values.items()} | dict(distance=packed(quantised(s.distance, 0, top)))
+        return dict(panels=panels, maps=maps, tables=[], stamp=stamp(state, state.level, state.kind, str(state.channel)))
+
+    def point(self, state:FeatureState)->dict:
+        m, cosines, bounds = state.moment, state.cosines, central(state.cosines)
+        here = [c.mean() for c in cosines]
+        names = class_style(state.run.names).names
+        patch = tuple(at // m.teacher.stride for at in state.pick)
+        lines = [f"pixel {state.pick}, patch {patch}", f"truth: {names[int(m.truth[state.pick])]}", f"mean cosine to all patches: teacher {here[0]:.2f}, student {here[1]:.2f}",
+                 f"the student moved by {state.maps.distance[patch]:.3g} here, {state.maps.distance.mean():.3g} on average"]
+        keys = ("cosine_teacher", "cosine_student")
+        return dict(lines=lines, maps={k: packed(quantised(c, *bounds)) for k, c in zip(keys, cosines)}, ranges={k: list(bounds) for k in keys})
+
+    def controls(self)->list:
+        state = self.state
+        level, kind = (control("ToggleButtons", text, state, name, options=options) for text, name, options in (("level", "level", LEVELS), ("show", "kind", KINDS)))
+        for toggle in (level, kind): toggle.style.button_width = "auto"
+        channels = [control("BoundedIntText", "channel" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), s, "channel", "150px", min=0, max=s.width - 1) for s in self.states]
+        for s, box in zip(self.states, channels): s.observe(lambda _, s=s, box=box: setattr(box, "max", s.width - 1), "level")
+        alpha, step, order, *way = picture_controls(self)
+        return [wrapped(level, kind, *channels), wrapped(*way, step, order, alpha)]
+
+    def to_figure(self)->Figure:
+        "The state as a matplotlib figure, a row a run."
+        fig = plt.figure(figsize=(11.5, 2.75 * len(self.states)), layout="constrained")
+        plt.close(fig)
+        for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
+            s, what = state.maps, "components" if state.kind == KINDS[0] else f"channel {state.channel}"
+            part.suptitle(f"{run_title(state.run)}, step {state.step}, picture {state.index}, {state.level} features", fontsize=9)
+            bounds = central(state.cosines)
+            maps = {f"teacher, {what}": (s.teacher, s.bounds), f"student, {what}": (s.student, s.bounds), "squared difference": (s.distance, (0, s.distance.max())),
+                    "teacher: cosine to pick": (state.cosines[0], bounds), "student: cosine to pick": (state.cosines[1], bounds)}
+            draw_features(part, state, {k: v for k, (v, _) in maps.items()}, {k: b for k, (_, b) in maps.items()})
+        return fig
+
+    def saved(self, state:FeatureState)->dict:
+        "The parts, and the cosines of all patches to all others."
+        h, w = state.maps.distance.shape
+        low, high = np.array([central([cosine_map(f, row, column) for f in state.features]) for row in range(h) for column in range(w)]).T
+        rows = {}
+        for key, f in zip(("cosine_teacher", "cosine_student"), state.features):
+            values = np.stack([quantised(cosine_map(f, k // w, k % w), low[k], high[k]) for k in range(h * w)])
+            rows[key] = dict(values=packed(values), low=low.tolist(), high=high.tolist())
+        return super().saved(state) | dict(rows=rows)
+
+    def to_frame(self):
+        "pandas table, a row for every picture, level and kind of patch: how far the student moved, and its mean cosine to the teacher."
+        import pandas as pd
+        return pd.DataFrame([row for state in self.states for i in range(len(state.pictures)) for row in moved(state.pictures, state.step, i)])
+
+# %% ../nbs/61_explore.ipynb #02bdac74
+def draw_features(fig, state:FeatureState, maps:dict[str, np.ndarray], ranges:dict[str, tuple]):
+    "Draw truth and feature maps into a (sub)figure, with the picked pixel."
+    m = state.moment
+    axes = fig.subplots(1, 1 + len(maps))
+    show(axes[0], paint(m.photo, m.truth, class_style(state.run.names), state.alpha, state.hidden), "truth and pick")
+    axes[0].plot(state.pick[1], state.pick[0], "s", mfc="none", mec="w", ms=7, mew=1.5)
+    show_maps(axes[1:], maps, ranges)
+
+def moved(pictures:Pictures, step:int, i:int)->list[dict]:
+    "Rows of one picture: distance and cosine between student and teacher at each level, over patches whose centre is background, old, new or not counted."
+    m, n_old = pictures.at(step, i), pictures.run.protocol.n_channels(step - 1)
+    h, w = m.teacher.patch_logits.shape[1:]
+    y, x = (np.minimum(np.arange(n) * m.teacher.stride + m.teacher.stride // 2, side - 1) for n, side in zip((h, w), m.view.shape))
+    centre = m.seen[np.ix_(y, x)]
+    group = np.select([centre == 0, centre == VOID, centre < n_old], ["background", "not counted", "old"], "new")
+    rows = []
+    for level in LEVELS:
+        teacher, student = m.teacher.features[level], m.student.features[level]
+        distance = feature_distance(student, teacher)
+        cosine = (teacher * student).sum(-1) / np.maximum(np.linalg.norm(teacher, axis=-1) * np.linalg.norm(student, axis=-1), 1e-12)
+        rows += [dict(run=pictures.run.folder.name, picture=i, step=step, level=level, patches_of=g, patches=int((group == g).sum()),
+                      distance=float(distance[group == g].mean()), cosine=float(cosine[group == g].mean())) for g in np.unique(group).tolist()]
+    return rows
+
+def explore_features(run:Run|Path|str,              # or its folder
+                     other:Run|Path|str|None=None,  # a second run of the same classes and steps, side by side
+                     *, images:Sequence|None=None,  # as in `explore_pseudo_labels`
+                     max_side:int=512,
+                     palette:np.ndarray|None=None,
+                     **chosen,                      # of `FeatureState`: step, level, kind, channel, pick, index, order, …
+                    )->FeatureExplorer:
+    "Features of old and new model at three levels: components as colours, single channels, cosines to a picked patch, and their distance."
+    return FeatureExplorer(picture_states(FeatureState, run, other, images, dict(order="most forgotten") | chosen), max_side, palette)
+
+# %% ../nbs/61_explore.ipynb #7c0e0d57
+class TokenState(T.HasTraits):
+    "What is chosen in the token explorer, and what follows from it."
+    step = T.Int(help="step after which the tokens are looked at")
+    cosine = T.Instance(np.ndarray, help="(C, C); read only")
+    change = T.Instance(np.ndarray, allow_none=True, help="(C_old, C_old) since the step before, None at step 0; read only")
+
+    def __init__(self, run:Run, n_steps:int|None=None, step:int|None=None):
+        super().__init__()
+        self.run, self.n_steps = run, n_steps or run.n_steps
+        if not self.n_steps: raise ValueError(f"run {run.folder.name} has no complete step: expected at least the base step")
+        self.tokens = lru_cache(None)(lambda t: run.model(t).decoder.tokens().detach().numpy())
+        self.step = self.n_steps - 1 if step is None else step
+        self.compute()
+        self.observe(lambda _: self.compute(), "step")
+
+    @T.validate("step")
+    def _step(self, proposal): return checked("step", proposal.value, 0, self.n_steps - 1)
+
+    @property
+    def n_old(self)->int: return self.run.protocol.n_channels(self.step - 1) if self.step else self.run.protocol.n_channels(0)
+
+    def compute(self):
+        "Cosines after the step and their change."
+        now = token_cosine(self.tokens(self.step))
+        before = token_cosine(self.tokens(self.step - 1)) if self.step else None
+        self.change = None if before is None else now[:len(before), :len(before)] - before
+        self.cosine = now
+
+    @property
+    def objective(self)->float:
+        "What the orthogonal objective measures after the step, without its factor: mean absolute cosine of the new tokens to all others; NaN at step 0."
+        n_new = len(self.cosine) - self.n_old
+        return orthogonality(torch.from_numpy(self.tokens(self.step)), n_new).item() * len(self.cosine) / n_new if n_new else float("nan")
+
+def token_title(state:TokenState)->str:
+    with_it = "with" if state.run.card["parts"]["orthogonality"] else "without"
+    mean = "" if np.isnan(state.objective) else f": new tokens |cos| {state.objective:.3f}"
+    return f"{state.run.folder.name} ({state.run.settings.method}, {with_it} orthogonality), step {state.step}{mean}"
+
+# %% ../nbs/61_explore.ipynb #b019d97c
+class TokenExplorer:
+    "Cosines between class tokens; see `explore_class_tokens`."
+    def __init__(self, states:Sequence[TokenState]):
+        self.states, self.state, self._view = tuple(states), states[0], None
+        self.links = [T.link((self.state, "step"), (other, "step")) for other in self.states[1:]]
+
+    def chart(self):
+        "plotly figure: a row a run, the cosines and their change since the step before."
+        from plotly import graph_objects as go
+        from plotly.subplots import make_subplots
+        fig = make_subplots(len(self.states), 2, subplot_titles=[t for s in self.states for t in (token_title(s), "change since the step before")], vertical_spacing=.35 / len(self.states))
+        for row, state in enumerate(self.states, 1):
+            names = state.run.names
+            for column, values in ((1, state.cosine), (2, state.change)):
+                if values is None: continue
+                n, hover = len(values), "%{y} · %{x}: %{z:.3f}<extra></extra>"
+                fig.add_trace(go.Heatmap(z=values.round(4), x=names[:n], y=names[:n], zmin=-1, zmax=1, colorscale="RdBu_r", hovertemplate=hover, showscale=row == column == 1), row, column)
+                for edge in (.5, state.n_old - .5):
+                    fig.add_hline(edge, line_width=1, row=row, col=column); fig.add_vline(edge, line_width=1, row=row, col=column)
+        fig.update_yaxes(autorange="reversed").update_annotations(font_size=11)
+        return fig.update_layout(height=430 * len(self.states), margin=dict(l=70, r=10, t=40, b=70), template="plotly_white", font_size=11)
+
+    @property
+    def view(self):
+        "The live view, an ipywidgets box; built when it is first asked for."
+        if self._view is None:
+            import ipywidgets as W
+            out = W.Output()
+            def draw(_=None): out.outputs = (dict(output_type="display_data", data={"application/vnd.plotly.v1+json": json.loads(self.chart().to_json())}, metadata={}),)
+            self.states[-1].observe(draw, "cosine")
+            draw()
+            self._view = W.VBox([control("ToggleButtons", "after step", self.state, "step", options=range(self.state.n_steps)), out])
+            self._view.children[0].style.button_width = "auto"
+        return self._view
+
+    def to_figure(self)->Figure:
+        "The state as a matplotlib figure: cosines and their change, a row a run."
+        fig = plt.figure(figsize=(8, 3.7 * len(self.states)), layout="constrained")
+        plt.close(fig)
+        for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
+            part.suptitle(token_title(state), fontsize=9)
+            for ax, values, title in zip(part.subplots(1, 2), (state.cosine, state.change), ("cosine", "change since the step before")):
+                if values is None: ax.axis("off")
+                else: draw_matrix(ax, values, state.run.names, state.n_old, title)
+        return fig
+
+    def to_html(self, path:Path|str)->Path:
+        "Write the chart as one file that needs no network; its path."
+        self.chart().write_html(path, include_plotlyjs=True)
+        return Path(path)
+
+    def to_frame(self):
+        "pandas table, a row for every pair of classes: cosine after the step, and its change."
+        import pandas as pd
+        return pd.DataFrame([dict(run=s.run.folder.name, step=s.step, first=s.run.names[i], second=s.run.names[j], cosine=float(s.cosine[i, j]),
+                                  change=float(s.change[i, j]) if s.change is not None and max(i, j) < len(s.change) else float("nan"))
+                             for s in self.states for i in range(len(s.cosine)) for j in range(i)])
+
+    close, _repr_mimebundle_ = PictureExplorer.close, PictureExplorer._repr_mimebundle_
+
+    def __repr__(self): return f"TokenExplorer({', '.join(state.run.folder.name for state in self.states)}; step {self.state.step})"
+
+def explore_class_tokens(run:Run|Path|str, other:Run|Path|str|None=None, *, step:int|None=None)->TokenExplorer:
+    "Cosines between class tokens, grouped background / old / new, and how they changed; two runs one above the other."
+    runs = [opened(r) for r in (run, other) if r is not None]
+    if len(runs) == 2: comparable(*runs, images=[])
+    return TokenExplorer([TokenState(r, min(r.n_steps for r in runs), step) for r in runs])

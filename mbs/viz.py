@@ -7,7 +7,8 @@ __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FA
            'METHOD_COLOURS', 'class_colours', 'label_colours', 'rgb', 'hatched', 'outlined', 'overlay', 'show',
            'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares', 'show_pseudo_labels', 'shift_flow',
            'show_shift', 'show_background_shift', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting',
-           'show_reliability', 'token_cosines', 'compare_methods', 'show_features', 'show_probabilities']
+           'show_reliability', 'draw_matrix', 'token_cosines', 'compare_methods', 'show_maps', 'show_features',
+           'show_probabilities']
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
 from collections.abc import Sequence
@@ -252,15 +253,20 @@ def show_reliability(image:np.ndarray,  # (H, W, 3) uint8
     fig.colorbar(axes[0, 1].images[0], ax=axes[0, 1], shrink=.8).ax.tick_params(labelsize=7)
     return fig
 
+def draw_matrix(ax, cosines:np.ndarray, names:Sequence[str], n_old:int, title:str=""):
+    "(C, C) cosines between classes, or differences of them, with lines between background, old and new."
+    shown = ax.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    for edge in (.5, n_old - .5): ax.axvline(edge, color="k", lw=1); ax.axhline(edge, color="k", lw=1)
+    n, size = len(cosines), 7 if len(cosines) < 30 else 3
+    ax.set_xticks(range(n), names[:n], rotation=90, fontsize=size); ax.set_yticks(range(n), names[:n], fontsize=size)
+    ax.set_title(title, fontsize=8)
+    ax.figure.colorbar(shown, ax=ax, shrink=.7).ax.tick_params(labelsize=7)
+
 def token_cosines(tokens:np.ndarray, names:Sequence[str], n_old:int, title:str="")->Figure:
     "Cosines between class tokens (C, D), grouped into background, old and new."
     e = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
     fig, ((ax,),) = grid(1, 1, 3.6)
-    shown = ax.imshow(e @ e.T, cmap="RdBu_r", vmin=-1, vmax=1)
-    for edge in (.5, n_old - .5): ax.axvline(edge, color="k", lw=1); ax.axhline(edge, color="k", lw=1)
-    ax.set_xticks(range(len(e)), names[:len(e)], rotation=90, fontsize=7); ax.set_yticks(range(len(e)), names[:len(e)], fontsize=7)
-    ax.set_title(title, fontsize=8)
-    fig.colorbar(shown, ax=ax, shrink=.7).ax.tick_params(labelsize=7)
+    draw_matrix(ax, e @ e.T, names, n_old, title)
     return fig
 
 # %% ../nbs/60_viz.ipynb #ed033372
@@ -295,17 +301,22 @@ def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU
     return fig
 
 # %% ../nbs/60_viz.ipynb #a7246a7c
-def show_features(image:np.ndarray,                # (H, W, 3) uint8
-                  maps:dict[str, np.ndarray],      # by title: (h, w, 3) uint8 colours or (h, w) numbers, on the patch grid
-                  ranges:dict[str, tuple]={},      # (lowest, highest) number of a map; else its own
+def show_maps(axes, maps:dict[str, np.ndarray], ranges:dict[str, tuple]):
+    "Maps by title into axes: (h, w, 3) uint8 colours as they are, (h, w) numbers in cividis with a colour bar."
+    for ax, (title, values) in zip(axes, maps.items()):
+        if values.ndim == 3: show(ax, values, title); continue
+        low, high = ranges.get(title, (None, None))
+        show(ax, values, title, cmap="cividis", vmin=low, vmax=high)
+        ax.figure.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=.8).ax.tick_params(labelsize=7)
+
+def show_features(image:np.ndarray,            # (H, W, 3) uint8
+                  maps:dict[str, np.ndarray],  # by title, on the patch grid: (h, w, 3) uint8 colours or (h, w) numbers
+                  ranges:dict[str, tuple]|None=None, # (lowest, highest) number of a map; else its own
                  )->Figure:
-    "Photo and feature maps in a row; numbers with a colour bar."
+    "Photo and feature maps in a row."
     fig, axes = grid(1, 1 + len(maps), 1.9)
     show(axes[0, 0], image, "photo")
-    for ax, (title, values) in zip(axes[0, 1:], maps.items()):
-        low, high = ranges.get(title, (None, None))
-        show(ax, values, title, **({} if values.ndim == 3 else dict(cmap="cividis", vmin=low, vmax=high)))
-        if values.ndim == 2: fig.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=.8).ax.tick_params(labelsize=7)
+    show_maps(axes[0, 1:], maps, ranges or {})
     return fig
 
 def show_probabilities(old:np.ndarray,      # (C_old,) of the previous model
