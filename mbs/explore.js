@@ -65,7 +65,7 @@ export default {
     const chips = element("div", main, { class: "mbs-chips", role: "group", "aria-label": "classes and groups shown" });
     const note = element("div", main, { class: "mbs-note" });
     const help = element("div", main, { class: "mbs-note", hidden: "" });
-    const table = element("div", side, { class: "mbs-tables" }), chart = element("div", side), card = element("div", side, { class: "mbs-card", role: "status", "aria-live": "polite" });
+    const table = element("div", side, { class: "mbs-tables" }), chart = element("div", side, { class: "mbs-chart" }), card = element("div", side, { class: "mbs-card", role: "status", "aria-live": "polite" });
 
     let picture = null, photo = null, fixed = {}, moving = {}, pointed = {}, panels = new Map(), colours = true, waiting = 0, turn = { picture: 0, labels: 0, point: 0 };
     const maps = () => ({ ...fixed, ...moving, ...pointed });
@@ -130,6 +130,7 @@ export default {
       const labels = get("labels"), all = maps();
       if (!picture || !photo || !labels.panels) return;
       const [h, w] = picture.size;
+      root.classList.toggle("mbs-wide", picture.wide);
       layout(labels.panels);
       const alpha = colours ? get("alpha") : 0, hidden = new Set(get("hidden")), none = new Set(), filter = new Set(get("flow_filter"));
       const fits = all.flow && all.flow.length === h * w;

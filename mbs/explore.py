@@ -10,10 +10,10 @@ __all__ = ['LEVELS', 'FLOWS', 'IGNORED_OLD', 'IGNORED_OTHER', 'TAUS', 'ORDERS', 
            'Pictures', 'checked', 'PictureState', 'Shift', 'ShiftState', 'Style', 'style', 'class_style', 'group_style',
            'paint', 'packed', 'encoded', 'quantised', 'thinned', 'panel', 'stamp', 'picture_part', 'rows',
            'shift_picture', 'shift_labels', 'shift_point', 'asset', 'live', 'canvas_class', 'run_title', 'for_script',
-           'PictureExplorer', 'control', 'picture_controls', 'wrapped', 'legend_handles', 'show_curve', 'ShiftExplorer',
-           'draw_shift', 'opened', 'comparable', 'picture_states', 'explore_pseudo_labels', 'FeatureMaps',
-           'FeatureState', 'central', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features', 'TokenState',
-           'token_title', 'TokenExplorer', 'explore_class_tokens']
+           'PictureExplorer', 'control', 'choice', 'picture_controls', 'wrapped', 'legend_handles', 'show_curve',
+           'ShiftExplorer', 'draw_shift', 'opened', 'comparable', 'picture_states', 'explore_pseudo_labels',
+           'FeatureMaps', 'FeatureState', 'central', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features',
+           'TokenState', 'token_title', 'TokenExplorer', 'explore_class_tokens']
 
 # %% ../nbs/61_explore.ipynb #4bbe4aaf
 import base64
@@ -477,7 +477,7 @@ def picture_part(state:PictureState, maps:dict[str, np.ndarray], styles:dict[str
     return dict(size=list(photo.shape[:2]), full=list(m.view.shape), reduced=k, patch=m.teacher.stride, photo=encoded(photo), note=shown, groups=groups, chips=chips,
                 maps={key: packed(v[::k, ::k]) for key, v in maps.items()}, ramp=(255 * colormaps["cividis"](np.arange(256))[:, :3]).round().astype(np.uint8).tobytes(),
                 styles={key: dict(colours=s.colours.tobytes(), hatched=list(s.hatched), outline=s.outline, names={str(c): n for c, n in s.names.items()}) for key, s in styles.items()},
-                curve=None, keys=KEYS[0]) | more
+                curve=None, keys=KEYS[0], wide=False) | more
 
 def rows(counts:dict[str, int], style:Style)->list[dict]:
     "Rows of a table of counts, with the colours of their labels."
@@ -489,7 +489,7 @@ def rows(counts:dict[str, int], style:Style)->list[dict]:
 # %% ../nbs/61_explore.ipynb #fa8e64f6
 CURVE_LINES = (("kept", GREY, ""), ("relabelled", BLUE, ""), ("ignored", VERMILLION, ""), ("precision", GREEN, "5 3"), ("recall", PURPLE, "2 2"))
 
-def shift_picture(state:ShiftState, max_side:int=512, palette:np.ndarray|None=None)->dict:
+def shift_picture(state:ShiftState, max_side:int=512, palette:np.ndarray|None=None, wide:bool=False)->dict:
     "The pseudo-label explorer's part that changes with picture, step or rule."
     m, parts = state.moment, state.run.card["parts"]
     styles = {"class": class_style(state.run.names, palette), "group": group_style(state.n_old, state.n_channels, len(state.run.names)), "fate": FATE_STYLE, "flow": FLOW_STYLE}
@@ -500,7 +500,7 @@ def shift_picture(state:ShiftState, max_side:int=512, palette:np.ndarray|None=No
     curve = state.curve
     lines = [dict(name=name, colour=colour, dash=dash, values=[None if np.isnan(v) else float(v) for v in curve[name] / (1 if name in ("precision", "recall") else m.view.size)])
              for name, colour, dash in CURVE_LINES]
-    return picture_part(state, dict(truth=m.truth, view=m.view, predicted=m.predicted), styles, " ".join(said), max_side,
+    return picture_part(state, dict(truth=m.truth, view=m.view, predicted=m.predicted), styles, " ".join(said), max_side, wide=wide,
                         curve=dict(lines=lines, own=parts["threshold"]), keys="".join(KEYS))
 
 def shift_labels(state:ShiftState, max_side:int=512)->dict:
@@ -646,6 +646,13 @@ def control(kind:str, description:str, state:T.HasTraits|None=None, name:str="",
     if state is not None: T.link((state, name), (made, "value"))
     return made
 
+def choice(description:str, state:T.HasTraits, name:str, options:Sequence):
+    "Buttons of which one is pressed, with their name before them."
+    import ipywidgets as W
+    buttons = control("ToggleButtons", "", state, name, options=options, tooltips=[f"{description} {option}" for option in options])
+    buttons.style.button_width = "auto"
+    return W.HBox([W.Label(description), buttons], layout=W.Layout(width="max-content"))
+
 def picture_controls(explorer:PictureExplorer)->list:
     "Opacity, step, order and a way through the pictures; plain ipywidgets."
     import ipywidgets as W
@@ -694,7 +701,7 @@ class ShiftExplorer(PictureExplorer):
     kind = "Pseudo-labels"
 
     def depends(self, state:ShiftState)->tuple: return state.moment, state.ignore
-    def picture(self, state:ShiftState)->dict: return shift_picture(state, self.max_side, self.palette)
+    def picture(self, state:ShiftState)->dict: return shift_picture(state, self.max_side, self.palette, wide=len(self.states) > 1)
     def labels(self, state:ShiftState)->dict: return shift_labels(state, self.max_side)
     def point(self, state:ShiftState)->dict: return shift_point(state)
 
@@ -703,9 +710,7 @@ class ShiftExplorer(PictureExplorer):
         tau = control("FloatSlider", "τ", state, "tau", "320px", min=0, max=1, step=.01)
         back = control("Button", f"τ of the run: {own:.2f}", tooltip="set τ to what the run was trained with")
         back.on_click(lambda _: setattr(state, "tau", own))
-        source = control("ToggleButtons", "flow of the", state, "source", options=SOURCES)
-        colour = control("ToggleButtons", "colours by", state, "colour_by", options=COLOURS)
-        for toggle in (source, colour): toggle.style.button_width = "auto"
+        source, colour = choice("flow of the", state, "source", SOURCES), choice("pseudo-labels by", state, "colour_by", COLOURS)
         rules = [control("Checkbox", "ignore doubtful" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), s, "ignore", indent=False) for s in self.states]
         alpha, step, order, *way = picture_controls(self)
         return [wrapped(tau, alpha, back), wrapped(*way, step, order), wrapped(source, colour, *rules)]
@@ -862,7 +867,7 @@ class FeatureExplorer(PictureExplorer):
         basis = state.basis(state.level)
         note = (f"Colours: the first three principal components of the base step's {state.level} features, {basis.explained:.0%} of their variance, fitted once on {min(FITTED, len(state.pictures))} "
                 "pictures; the same for every picture and step, sign fixed. Equal colours mean alike in these three components, no more.")
-        return picture_part(state, dict(truth=state.moment.truth), {"class": class_style(state.run.names, self.palette)}, note, self.max_side)
+        return picture_part(state, dict(truth=state.moment.truth), {"class": class_style(state.run.names, self.palette)}, note, self.max_side, wide=len(self.states) > 1)
 
     def depends(self, state:FeatureState)->tuple: return state.moment, state.level
 
@@ -892,8 +897,7 @@ class FeatureExplorer(PictureExplorer):
 
     def controls(self)->list:
         state = self.state
-        level, kind = (control("ToggleButtons", text, state, name, options=options) for text, name, options in (("level", "level", LEVELS), ("show", "kind", KINDS)))
-        for toggle in (level, kind): toggle.style.button_width = "auto"
+        level, kind = choice("level", state, "level", LEVELS), choice("show", state, "kind", KINDS)
         channels = [control("BoundedIntText", "channel" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), s, "channel", "150px", min=0, max=s.width - 1) for s in self.states]
         for s, box in zip(self.states, channels): s.observe(lambda _, s=s, box=box: setattr(box, "max", s.width - 1), "level")
         alpha, step, order, *way = picture_controls(self)
@@ -1013,17 +1017,25 @@ class TokenExplorer:
         "plotly figure: a row a run, the cosines and their change since the step before."
         from plotly import graph_objects as go
         from plotly.subplots import make_subplots
-        fig = make_subplots(len(self.states), 2, subplot_titles=[t for s in self.states for t in (token_title(s), "change since the step before")], vertical_spacing=.35 / len(self.states))
+        titles = [t for s in self.states for t in (token_title(s), "change since the step before")]
+        fig = make_subplots(len(self.states), 2, subplot_titles=titles, horizontal_spacing=.2, vertical_spacing=.35 / len(self.states))
         for row, state in enumerate(self.states, 1):
-            names = state.run.names
             for column, values in ((1, state.cosine), (2, state.change)):
                 if values is None: continue
-                n, hover = len(values), "%{y} · %{x}: %{z:.3f}<extra></extra>"
-                fig.add_trace(go.Heatmap(z=values.round(4), x=names[:n], y=names[:n], zmin=-1, zmax=1, colorscale="RdBu_r", hovertemplate=hover, showscale=row == column == 1), row, column)
-                for edge in (.5, state.n_old - .5):
-                    fig.add_hline(edge, line_width=1, row=row, col=column); fig.add_vline(edge, line_width=1, row=row, col=column)
-        fig.update_yaxes(autorange="reversed").update_annotations(font_size=11)
-        return fig.update_layout(height=430 * len(self.states), margin=dict(l=70, r=10, t=40, b=70), template="plotly_white", font_size=11)
+                n = len(values)
+                fig.add_trace(go.Heatmap(z=values.round(4), x=state.run.names[:n], y=state.run.names[:n], coloraxis=f"coloraxis{column}",
+                                         hovertemplate="%{y} · %{x}: %{z:.3f}<extra></extra>"), row, column)
+                for edge in {.5, state.n_old - .5} - {n - .5}:
+                    fig.add_hline(edge, line=dict(width=1, color="#808080"), row=row, col=column); fig.add_vline(edge, line=dict(width=1, color="#808080"), row=row, col=column)
+        fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False).update_annotations(font_size=11)
+        def colours(limit, x): return dict(cmin=-limit, cmax=limit, colorscale="RdBu_r", colorbar=dict(x=x, thickness=12))
+        return fig.update_layout(coloraxis1=colours(1, .41), coloraxis2=colours(self.limit, 1.01), height=430 * len(self.states), margin=dict(l=70, r=10, t=40, b=70),
+                                 paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=11, color="#808080"))  # readable on light and dark
+
+    @property
+    def limit(self)->float:
+        "Largest change of all runs: the end of its colours."
+        return max((float(np.abs(s.change).max()) for s in self.states if s.change is not None), default=1)
 
     @property
     def view(self):
@@ -1034,8 +1046,7 @@ class TokenExplorer:
             def draw(_=None): out.outputs = (dict(output_type="display_data", data={"application/vnd.plotly.v1+json": json.loads(self.chart().to_json())}, metadata={}),)
             self.states[-1].observe(draw, "cosine")
             draw()
-            self._view = W.VBox([control("ToggleButtons", "after step", self.state, "step", options=range(self.state.n_steps)), out])
-            self._view.children[0].style.button_width = "auto"
+            self._view = W.VBox([choice("after step", self.state, "step", range(self.state.n_steps)), out])
         return self._view
 
     def to_figure(self)->Figure:
@@ -1044,9 +1055,9 @@ class TokenExplorer:
         plt.close(fig)
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             part.suptitle(token_title(state), fontsize=9)
-            for ax, values, title in zip(part.subplots(1, 2), (state.cosine, state.change), ("cosine", "change since the step before")):
+            for ax, values, title, limit in zip(part.subplots(1, 2), (state.cosine, state.change), ("cosine", "change since the step before"), (1, self.limit)):
                 if values is None: ax.axis("off")
-                else: draw_matrix(ax, values, state.run.names, state.n_old, title)
+                else: draw_matrix(ax, values, state.run.names, state.n_old, title, limit)
         return fig
 
     def to_html(self, path:Path|str)->Path:

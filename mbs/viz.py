@@ -253,9 +253,9 @@ def show_reliability(image:np.ndarray,  # (H, W, 3) uint8
     fig.colorbar(axes[0, 1].images[0], ax=axes[0, 1], shrink=.8).ax.tick_params(labelsize=7)
     return fig
 
-def draw_matrix(ax, cosines:np.ndarray, names:Sequence[str], n_old:int, title:str=""):
+def draw_matrix(ax, cosines:np.ndarray, names:Sequence[str], n_old:int, title:str="", limit:float=1):
     "(C, C) cosines between classes, or differences of them, with lines between background, old and new."
-    shown = ax.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    shown = ax.imshow(cosines, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for edge in (.5, n_old - .5): ax.axvline(edge, color="k", lw=1); ax.axhline(edge, color="k", lw=1)
     n, size = len(cosines), 7 if len(cosines) < 30 else 3
     ax.set_xticks(range(n), names[:n], rotation=90, fontsize=size); ax.set_yticks(range(n), names[:n], fontsize=size)
