@@ -13,7 +13,7 @@ __all__ = ['LEVELS', 'FLOWS', 'IGNORED_OLD', 'IGNORED_OTHER', 'TAUS', 'ORDERS', 
            'PictureExplorer', 'control', 'choice', 'picture_controls', 'wrapped', 'legend_handles', 'show_curve',
            'ShiftExplorer', 'draw_shift', 'opened', 'comparable', 'picture_states', 'explore_pseudo_labels',
            'FeatureMaps', 'FeatureState', 'central', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features',
-           'TokenState', 'token_title', 'TokenExplorer', 'explore_class_tokens']
+           'TokenState', 'token_title', 'TokenExplorer', 'explore_class_tokens', 'write_tour']
 
 # %% ../nbs/61_explore.ipynb #4bbe4aaf
 import base64
@@ -1081,3 +1081,19 @@ def explore_class_tokens(run:Run|Path|str, other:Run|Path|str|None=None, *, step
     runs = [opened(r) for r in (run, other) if r is not None]
     if len(runs) == 2: comparable(*runs, images=[])
     return TokenExplorer([TokenState(r, min(r.n_steps for r in runs), step) for r in runs])
+
+# %% ../nbs/61_explore.ipynb #d3490518
+def write_tour(run:Run, other:Run|None=None)->Path:
+    "Put the guided tour of a run, or of two, into its folder, unless it is there; its path."
+    import nbformat
+    path = run.folder.resolve() / ("explore.ipynb" if other is None else f"explore-{other.folder.name}.ipynb")
+    if path.is_file(): return path
+    package = Path(str(files("mbs")))
+    source = package / "tutorials" if (package / "tutorials").is_dir() else package.parent / "nbs" / "tutorials"
+    notebook = nbformat.read(source / "explore.ipynb", 4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = f'run_folder = {str(path.parent)!r}\nother_folder = {str(other.folder.resolve()) if other else ""!r}'
+    nbformat.write(notebook, path)
+    return path
