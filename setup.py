@@ -1,4 +1,4 @@
-"Requirements from settings.ini; run notebooks and tutorials as package data of mbs.runs and mbs.tutorials. All else is in pyproject.toml."
+"Requirements from settings.ini; run notebooks, published rows and tutorials from nbs as the package data of mbs.runs and mbs.tutorials. All else is in pyproject.toml."
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -13,5 +13,5 @@ setup(
     extras_require=extras,
     packages=["mbs", "mbs.runs", "mbs.runs.protocols", "mbs.tutorials"],
     package_dir={"mbs": "mbs", "mbs.runs": "nbs/runs", "mbs.runs.protocols": "nbs/runs/protocols", "mbs.tutorials": "nbs/tutorials"},
-    package_data={"mbs": ["explore.*"], "mbs.runs": ["*.ipynb"], "mbs.runs.protocols": ["*.yaml"], "mbs.tutorials": ["*.ipynb"]},
+    package_data={"mbs": ["explore.*"], "mbs.runs": ["*.ipynb", "*.yaml"], "mbs.runs.protocols": ["*.yaml"], "mbs.tutorials": ["*.ipynb"]},
 )

@@ -9,18 +9,21 @@ from importlib import import_module
 _HOME = {
     "Protocol": "protocol",
     "draw_scene": "scenes", "write_scenes": "scenes",
+    "describe_folder": "layouts",
     "SegmentationFolder": "data", "StepView": "data", "open_data": "data",
     "Segmenter": "segmenter", "SegmenterOutput": "segmenter", "MaskTransformer": "segmenter", "MaskNorm": "segmenter", "make_encoder": "segmenter",
-    "selective_pseudo_labels": "pseudo_labels",
-    "reliability": "feature_distillation", "adaptive_feature_distillation": "feature_distillation",
-    "label_guided_distillation": "output_distillation",
+    "selective_pseudo_labels": "pseudo_labels", "entropy_pseudo_labels": "pseudo_labels", "entropy_thresholds": "pseudo_labels",
+    "reliability": "feature_distillation", "adaptive_feature_distillation": "feature_distillation", "local_pod": "feature_distillation",
+    "label_guided_distillation": "output_distillation", "unbiased_distillation": "output_distillation",
     "Parts": "objective", "step_loss": "objective",
-    "Method": "methods", "METHODS": "methods",
-    "Confusion": "metrics", "scores": "metrics", "background_shift": "metrics",
+    "Method": "methods", "METHODS": "methods", "ABLATIONS": "methods",
+    "Confusion": "metrics", "scores": "metrics", "background_shift": "metrics", "check_row": "metrics",
+    "PseudoLabelCounts": "metrics", "pseudo_label_quality": "metrics", "forgetting": "metrics", "backward_transfer": "metrics",
     "Recipe": "training",
     "Settings": "run", "Run": "run", "load_run": "run",
     "Experiment": "experiment",
     "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
+    "find_runs": "report", "write_report": "report",
 }
 __all__ = sorted(_HOME)
 

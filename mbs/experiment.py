@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sample_positions', 'difference', 'refuse_other', 'unwritable', 'open_folder', 'write_samples', 'write_step', 'Log',
-           'shared_base', 'Experiment', 'pseudo_label_examples']
+           'shared_base', 'two_columns', 'judged_views', 'new_score', 'measured', 'relabelled', 'quality_of_labels',
+           'pseudo_label_examples', 'Experiment']
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
@@ -12,19 +13,22 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from .data import SegmentationFolder, home
-from .metrics import Confusion, background_shift, scores
+from .data import SegmentationFolder, StepView
+from .layouts import home
+from .methods import Method
+from .metrics import Confusion, PseudoLabelCounts, background_shift, pseudo_label_quality, scores
 from .objective import training_labels
 from .protocol import Protocol
 from .run import Run, Settings, Setup, base_fingerprint, load_run, normalised_batch, run_card, segment, write_arrays, write_json
 from .segmenter import Segmenter
-from .training import evaluate, load_model, make_accelerator, new_class_score, save_model, test_view, train_step, train_view
+from .training import Judge, Recipe, evaluate, load_model, make_accelerator, new_class_score, peak_memory, save_model, test_view, train_step, train_view
 
 # %% ../nbs/52_experiment.ipynb #f6f1c27d
 def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndarray:
@@ -69,17 +73,18 @@ def write_samples(folder:Path, setup:Setup):
                  **{f"truth{k}": p.to_channels(mask, last, "truth") for k, (_, mask) in enumerate(pairs)})
 
 # %% ../nbs/52_experiment.ipynb #40bfc3a7
-def write_step(folder:Path, setup:Setup, step:int, student:Segmenter, confusion:Confusion, facts:dict):
-    "Model, confusion matrix, metrics and sample predictions of a complete step."
+def write_step(folder:Path, setup:Setup, step:int, student:Segmenter, confusion:Confusion, facts:dict, columns:dict[str, Confusion]):
+    "Model, confusion matrix – and those of the two `columns` where they were measured –, metrics and sample predictions of a complete step."
     final, temporary, p = folder / f"step-{step:02d}", folder / f".step-{step:02d}", setup.protocol
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_model(student, temporary / "model.safetensors")
     write_arrays(temporary / "confusion.npz", counts=confusion.counts)
+    for name, other in columns.items(): write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
     images = [setup.test[i][0] for i in sample_positions(setup.test, p, setup.settings.samples)]
     write_arrays(temporary / "samples.npz", **{f"predicted{k}": segment(student, image, setup.statistics(student)) for k, image in enumerate(images)})
     write_json(temporary / "metrics.json", dict(step=step, scores=scores(confusion, p, step), step_scores=scores(confusion, p, step, "step"),
-                                                shift=background_shift(confusion, p, step), **facts))
+                                                shift=background_shift(confusion, p, step), columns={name: scores(other, p, step) for name, other in columns.items()}, **facts))
     os.replace(temporary, final)
 
 # %% ../nbs/52_experiment.ipynb #280a2ba9
@@ -106,13 +111,64 @@ def shared_base(outputs:Path, fingerprint:str, but:Path)->Run|None:
     return None
 
 # %% ../nbs/52_experiment.ipynb #8541aed2
+def two_columns(recipe:Recipe)->dict[str, tuple[str, str]]:
+    "Iterate and way of testing of the two columns, if the recipe wants both."
+    clean = "held-out" if recipe.selection == "held-out" else "last", "window" if recipe.test == "window" else "whole"
+    return dict(published=("test", "crop"), clean=clean) if recipe.both else {}
+
+def judged_views(setup:Setup, step:int, statistics:tuple)->dict[str, StepView]:
+    "On which pictures iterates of `step` are judged, by name of the judge."
+    p, r, views = setup.protocol, setup.recipe, {}
+    if r.selection == "test" or r.both: views["test"] = test_view(setup.test, p, step, statistics, r, r.test if r.selection == "test" else "crop")
+    if r.selection == "held-out" and len(setup.held_out[step]):
+        views["held-out"] = test_view(setup.train, p, step, statistics, r, labels="train", positions=setup.held_out[step])
+    return views
+
+# %% ../nbs/52_experiment.ipynb #dd9e82d9
+def new_score(setup:Setup, model:Segmenter, view:StepView)->float:
+    "Mean IoU of the step's new classes in `view`."
+    r = setup.recipe
+    return new_class_score(model, view, r.test_batch, make_accelerator(r).device, r.crop if r.test == "window" and view.transform.crop is None else None)
+
+def measured(setup:Setup, student:Segmenter, step:int, state:dict, test:str)->Confusion:
+    "Confusion matrix on the test part, tested as `test` says, of `student` with the tensors of `state`, which it keeps."
+    r = setup.recipe
+    student.load_state_dict(state)
+    view = test_view(setup.test, setup.protocol, step, setup.statistics(student), r, test)
+    return evaluate(student, view, r.test_batch, device=make_accelerator(r).device, window=r.crop if test == "window" else None)
+
+# %% ../nbs/52_experiment.ipynb #9ce8f6d4
+def relabelled(setup:Setup, teacher:Segmenter, step:int, positions:np.ndarray, thresholds:list|None=None)->Iterator[tuple]:
+    "Photo, hidden truth, the step's labels and the labels that the method trains on, for training pictures of `step` at full size."
+    p, device = setup.protocol, next(teacher.parameters()).device
+    for image, mask in (setup.train[i] for i in positions):
+        view = p.to_channels(mask, step)
+        with torch.inference_mode(): out = teacher(normalised_batch(image, setup.statistics(teacher)).to(device))
+        labels = training_labels(torch.from_numpy(view)[None].long().to(device), out, setup.method.parts, thresholds)
+        yield image, p.to_channels(mask, step, "truth"), view, labels[0].cpu().numpy().astype(np.uint8)
+
+def quality_of_labels(setup:Setup, teacher:Segmenter, step:int, n:int=50)->dict[str, float]:
+    "How good the method's pseudo-labels are on `n` random training pictures of `step`, against the truth that training never sees; see `pseudo_label_quality`."
+    drawn = np.random.default_rng(setup.settings.seed).permutation(setup.positions[step])[:n]
+    counted = PseudoLabelCounts(setup.protocol.n_channels(step - 1))
+    for _, truth, view, labels in relabelled(setup, teacher, step, drawn, setup.method.found.get("thresholds")): counted.update(view, labels, truth)
+    return pseudo_label_quality(counted)
+
+def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, list, list, list]:
+    "Photos, hidden truths, the step's labels and the labels that the method trains on, for the `n` richest training pictures of `step`."
+    seen = setup.positions[step]
+    seen = seen[np.argsort(-setup.train.index[seen][:, setup.protocol.order].sum(1), kind="stable")[:n]]
+    return tuple(map(list, zip(*relabelled(setup, run.model(step - 1), step, seen, run.metrics(step).get("thresholds")))))
+
+# %% ../nbs/52_experiment.ipynb #a239a52e
 class Experiment:
     "All steps of a run. `steps()` yields after each one; `run()` goes through to the end."
     def __init__(self,
                  settings:Settings,
                  outputs:Path|str|None=None,  # where run folders are; None: outputs/ at `home`
+                 method:type[Method]=Method,  # your own subclass; its parts are METHODS[settings.method]
                 ):
-        self.settings, self.setup = settings, Setup(settings)
+        self.settings, self.setup = settings, Setup(settings, method)
         self.outputs = Path(outputs) if outputs else home("outputs")
         self.folder = self.outputs / settings.name
         self.log = Log(self.folder)
@@ -141,7 +197,8 @@ class Experiment:
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():
             if record["step"] == 0: self.log(record)
-        write_step(self.folder, self.setup, 0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name))
+        columns = {name: other.confusion(0, name) for name in other.metrics(0)["columns"]}
+        write_step(self.folder, self.setup, 0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name), columns)
         return student
 
     def increment(self, student:Segmenter, step:int)->Segmenter:
@@ -151,25 +208,16 @@ class Experiment:
         return self.train(self.setup.method.grow(student, self.setup.protocol.sizes[step]), teacher, step)
 
     def train(self, student:Segmenter, teacher:Segmenter|None, step:int)->Segmenter:
-        "Train, test and write `step`; the trained student."
-        s, started, device = self.setup, time.perf_counter(), make_accelerator(self.setup.recipe).device
-        tested = test_view(s.test, s.protocol, step, s.statistics(student), s.recipe)
-        def validate(model): return new_class_score(model, tested, s.recipe.test_batch, device)
-        student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe), s.recipe,
-                             self.settings.seed + 1000 * step, self.settings.workers, self.log, validate)
-        confusion = evaluate(student, tested, s.recipe.test_batch, device=device)
-        write_step(self.folder, s, step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2)))
+        "Train, test and write `step`; the iterate that the recipe keeps."
+        s, started = self.setup, time.perf_counter()
+        views = judged_views(s, step, s.statistics(student))
+        judges = {name: Judge(partial(new_score, s, view=view)) for name, view in views.items()}
+        student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,
+                             self.settings.seed + 1000 * step, self.settings.workers, self.log, list(judges.values()))
+        iterates = {"last": {k: v.clone() for k, v in student.state_dict().items()} if judges else student.state_dict()} | {name: judge.state for name, judge in judges.items()}
+        columns = {name: measured(s, student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
+        confusion = measured(s, student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
+        facts = dict(seconds=round(time.perf_counter() - started, 2), memory=round(peak_memory(), 2), **s.method.found)
+        if teacher and (s.method.parts.pseudo_labels or s.method.parts.ignore_uncertain): facts["pseudo_labels"] = quality_of_labels(s, teacher, step)
+        write_step(self.folder, s, step, student, confusion, facts, columns)
         return student
-
-# %% ../nbs/52_experiment.ipynb #c920f183
-def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, list, list, list]:
-    "Photos, hidden truths, the step's labels and the labels that the method trains on, for the `n` richest training pictures of `step`."
-    p, teacher, data = setup.protocol, run.model(step - 1), setup.train
-    seen = setup.positions[step]
-    seen = seen[np.argsort(-data.index[seen][:, p.order].sum(1), kind="stable")[:n]]
-    images, masks = zip(*(data[i] for i in seen))
-    views = [p.to_channels(mask, step) for mask in masks]
-    with torch.inference_mode():
-        outputs = [teacher(normalised_batch(image, run.card["normalisation"])) for image in images]
-    labels = [training_labels(torch.from_numpy(view)[None].long(), out, setup.method.parts)[0].numpy().astype(np.uint8) for view, out in zip(views, outputs)]
-    return list(images), [p.to_channels(mask, step, "truth") for mask in masks], views, labels

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOID', 'N_CLASSES', 'VOC_CLASSES', 'SETTINGS', 'ORDERS', 'SPLITS', 'split_sizes', 'Protocol', 'channel_map',
-           'checked_ids', 'seen_by']
+           'checked_ids', 'drawn_classes', 'seen_by']
 
 # %% ../nbs/00_protocol.ipynb #9966a446
 import re
@@ -17,7 +17,7 @@ VOID = 255  # pixels that neither train nor test anything: object borders, class
 N_CLASSES = {"voc": 20, "ade": 150}
 VOC_CLASSES = tuple("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                     "pottedplant sheep sofa train tvmonitor".split())
-SETTINGS = ("overlapped", "disjoint", "sequential")
+SETTINGS = ("overlapped", "disjoint", "sequential", "partitioned")
 
 # %% ../nbs/00_protocol.ipynb #15138a7a
 ORDERS = {
@@ -67,12 +67,12 @@ class Protocol:
     def __init__(self,
                  name:str,                      # split, e.g. "15-1" or "15-1_b"
                  dataset:str|int="voc",         # "voc", "ade" or a number of classes (background not counted)
-                 setting:str="overlapped",      # one of `SETTINGS`
+                 setting:str="overlapped",      # one of `SETTINGS`, or "joint"
                  order:Sequence[int]|None=None, # class ids in order of arrival; None: the split's own, or 1, 2, 3 …
                 ):
         if isinstance(dataset, str) and dataset not in N_CLASSES:
             raise ValueError(f"dataset {dataset!r} is not known: expected one of {', '.join(N_CLASSES)}, or a number of classes")
-        if setting not in SETTINGS: raise ValueError(f"setting {setting!r} is not known: expected one of {', '.join(SETTINGS)}")
+        if setting not in (*SETTINGS, "joint"): raise ValueError(f"setting {setting!r} is not known: expected one of {', '.join(SETTINGS)}")
         self.name, self.dataset, self.setting = name, dataset, setting
         self.n_classes = N_CLASSES[dataset] if isinstance(dataset, str) else int(dataset)
         if self.n_classes >= VOID: raise ValueError(f"{self.n_classes} classes do not fit: expected at most {VOID - 1}, since {VOID} is void")
@@ -81,6 +81,8 @@ class Protocol:
         if len(set(self.order)) < len(self.order) or not all(1 <= c <= self.n_classes for c in self.order):
             raise ValueError(f"class order {self.order} is not valid: expected different class ids from 1 to {self.n_classes}")
         self.sizes = split_sizes(split if named else name, len(self.order))
+        self.n_base = 1 + self.sizes[0]            # channels that results call old, background included
+        if setting == "joint": self.sizes = [len(self.order)]
         self.background_tested = dataset != "ade"  # ADE20K's test leaves unlabelled pixels out
 
     @property
@@ -137,10 +139,18 @@ def checked_ids(mask:np.ndarray, n_classes:int)->np.ndarray:
     return mask
 
 # %% ../nbs/00_protocol.ipynb #761913ad
+def drawn_classes(index:np.ndarray, classes:Sequence[int], seed:int=0)->np.ndarray:
+    "(N,) class id that each image is given to in the partitioned setting: one of `classes` that it holds, at random; 0 where it holds none."
+    lots = np.random.default_rng(seed).random(index.shape)
+    lots = np.where(index, lots, 0)[:, classes]
+    return np.where(lots.any(1), np.asarray(classes)[lots.argmax(1)], 0)
+
+# %% ../nbs/00_protocol.ipynb #05557a17
 def seen_by(protocol:Protocol, index:np.ndarray, step:int)->np.ndarray:
     "(N,) bool: images that `step` sees. `index` is (N, n_classes + 1) bool, column = class id."
     if index.ndim != 2 or index.shape[1] != protocol.n_classes + 1:
         raise ValueError(f"the class index has shape {index.shape}: expected (images, {protocol.n_classes + 1}), a column per class id")
+    if protocol.setting == "partitioned": return np.isin(drawn_classes(index, protocol.order), protocol.steps[step])
     seen = index[:, protocol.steps[step]].any(1)
     if protocol.setting != "overlapped":
         future = [c for classes in protocol.steps[step + 1:] for c in classes]

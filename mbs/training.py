@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'batches',
-           'train_view', 'test_view', 'equal_size_batches', 'evaluate', 'make_accelerator', 'default_workers', 'losses',
-           'window_mean', 'train_step', 'new_class_score', 'save_model', 'load_model']
+           'train_view', 'test_view', 'equal_size_batches', 'window_starts', 'window_logits', 'evaluate',
+           'make_accelerator', 'default_workers', 'losses', 'window_mean', 'one_pass', 'peak_memory', 'Judge',
+           'looking_times', 'train_step', 'new_class_score', 'save_model', 'load_model']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
 import os
-from collections.abc import Callable, Iterator
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +23,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .augment import TestTransform, TrainTransform
@@ -48,12 +52,14 @@ class Recipe(Parameters):
     flip: bool = True                                       # mirror half of the pictures
     normalisation: Literal["imagenet", "weights"] = "weights"
     precision: Literal["fp32", "fp16", "bf16"] = "bf16"     # on a GPU; on a CPU always fp32
-    selection: Literal["last", "test"] = "last"             # which iterate is kept; "test": best new-class mIoU on the test images
-    test_crop: bool = False                                 # test centre crops instead of whole pictures
+    selection: Literal["last", "held-out", "test"] = "last" # which iterate is kept: the last, or the best for the new classes on held-out training images, or on the test images
+    held_out: float = Field(.1, gt=0, lt=1)                 # share of a step's training images that is set aside for selection="held-out"
+    test: Literal["whole", "window", "crop"] = "whole"      # test whole pictures, in sliding windows of the crop's size, or only centre crops
+    both: bool = False                                      # measure the published way and the clean way side by side
     test_batch: int = Field(16, ge=1)                       # pictures of equal size at once
 
 # %% ../nbs/50_training.ipynb #afd428cb
-PAPER = dict(normalisation="imagenet", precision="fp16", selection="test", test_crop=True)
+PAPER = dict(normalisation="imagenet", precision="fp16", selection="test", test="crop")
 ADE = dict(batch=8, epochs=64, lr_factor=.5)
 
 def make_recipe(name:str="clean",   # "paper" or "clean"
@@ -92,13 +98,13 @@ def batches(view:StepView, batch:int, workers:int=0, seed:int=0)->Iterator:
     while True: yield from loader
 
 # %% ../nbs/50_training.ipynb #4779526e
-def train_view(data, protocol, step:int, statistics:tuple, recipe:Recipe)->StepView:
-    "What `step` trains on, augmented; `statistics` are the mean and std to normalise with."
-    return StepView(data, protocol, step, TrainTransform(recipe.crop, *statistics, recipe.scale, recipe.flip))
+def train_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, positions:np.ndarray|None=None)->StepView:
+    "What `step` trains on, augmented; `statistics` are the mean and std to normalise with, `positions` leave images out."
+    return StepView(data, protocol, step, TrainTransform(recipe.crop, *statistics, recipe.scale, recipe.flip), positions=positions)
 
-def test_view(data, protocol, step:int, statistics:tuple, recipe:Recipe)->StepView:
-    "What `step` is tested on: whole pictures, or centre crops."
-    return StepView(data, protocol, step, TestTransform(*statistics, crop=recipe.crop if recipe.test_crop else None), "test")
+def test_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, test:str="", labels:str="test", positions:np.ndarray|None=None)->StepView:
+    "What `step` is tested on: whole pictures, or centre crops when `test` (else the recipe's) is 'crop'."
+    return StepView(data, protocol, step, TestTransform(*statistics, crop=recipe.crop if (test or recipe.test) == "crop" else None), labels, positions)
 
 # %% ../nbs/50_training.ipynb #4b018aa2
 def equal_size_batches(sizes:np.ndarray, # (N, 2) height, width of the pictures
@@ -110,16 +116,39 @@ def equal_size_batches(sizes:np.ndarray, # (N, 2) height, width of the pictures
     return [group[k:k + batch] for group in groups.values() for k in range(0, len(group), batch)]
 
 # %% ../nbs/50_training.ipynb #36346bca
+def window_starts(length:int, window:int, stride:int)->list[int]:
+    "Where windows begin along a side, the last one flush with its end."
+    return sorted({*range(0, max(1, length - window), stride), max(0, length - window)})
+
+def window_logits(model:Segmenter,
+                  images:Tensor,         # (B, 3, H, W)
+                  window:int,            # side of the squares, pixels
+                  stride:int|None=None,  # from one to the next; None: half a window
+                 )->Tensor:              # (B, C, H, W)
+    "Logits of `model` in overlapping windows, averaged; a picture smaller than a window is padded with zeros at the right and the bottom."
+    height, width = images.shape[2:]
+    images = F.pad(images, (0, max(0, window - width), 0, max(0, window - height)))
+    total = images.new_zeros(len(images), model.n_channels, *images.shape[2:])
+    count = images.new_zeros(images.shape[2:])
+    for top in window_starts(images.shape[2], window, stride or window // 2):
+        for left in window_starts(images.shape[3], window, stride or window // 2):
+            part = (..., slice(top, top + window), slice(left, left + window))
+            total[part] += model(images[part]).logits
+            count[part[1:]] += 1
+    return (total / count)[..., :height, :width]
+
+# %% ../nbs/50_training.ipynb #f7b3f5f9
 @torch.inference_mode()
-def evaluate(model:Segmenter, view:StepView, batch:int=16, workers:int=0, device:torch.device|str="cpu")->Confusion:
-    "Confusion matrix of `model` over all pictures of `view`; the model is left in eval mode."
+def evaluate(model:Segmenter, view:StepView, batch:int=16, workers:int=0, device:torch.device|str="cpu", window:int|None=None)->Confusion:
+    "Confusion matrix of `model` over all pictures of `view`, in sliding windows if `window` is given; the model is left in eval mode."
     model.eval()
     sizes = view.data.sizes[view.positions]
     if view.transform.crop is not None: sizes = np.zeros_like(sizes)  # all pictures are crops of one size
-    confusion = Confusion(model.n_channels)
-    for images, labels in DataLoader(view, batch_sampler=equal_size_batches(sizes, batch), num_workers=workers):
-        predicted = model(images.to(device, non_blocking=True)).logits.argmax(1)
-        confusion.update(labels.numpy(), predicted.cpu().numpy())
+    confusion, own = Confusion(model.n_channels), torch.Generator()  # a random stream of its own, so that testing never changes training
+    for images, labels in DataLoader(view, batch_sampler=equal_size_batches(sizes, batch), num_workers=workers, generator=own):
+        images = images.to(device, non_blocking=True)
+        logits = window_logits(model, images, window) if window else model(images).logits
+        confusion.update(labels.numpy(), logits.argmax(1).cpu().numpy())
     return confusion
 
 # %% ../nbs/50_training.ipynb #53d602cf
@@ -156,6 +185,32 @@ def window_mean(window:list[dict], step:int, iteration:int, total:int)->dict:
     return dict(step=step, iteration=iteration, iterations=total) | record
 
 # %% ../nbs/50_training.ipynb #48ca36f8
+def one_pass(view:StepView, batch:int, workers:int, device:torch.device|str)->Iterator:
+    "Every picture of `view` with its labels, in batches on `device`."
+    for images, labels in DataLoader(view, batch, num_workers=workers): yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+# %% ../nbs/50_training.ipynb #d395612b
+def peak_memory()->float:
+    "Largest memory in GiB: what tensors took on the GPU since this was last asked, or what the process has taken so far."
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+# %% ../nbs/50_training.ipynb #2573c0cf
+class Judge:
+    "Looks at iterates with `score` and keeps the state of the best, the earliest of equals."
+    def __init__(self, score:Callable[[Segmenter], float]): self.score, self.best, self.state = score, -math.inf, None
+
+    def look(self, student:Segmenter):
+        if (score := self.score(student)) > self.best: self.best, self.state = score, {k: v.clone() for k, v in student.state_dict().items()}
+
+def looking_times(total:int)->set[int]:
+    "Iterations after which judges look: every max(100, total / 10), as the released program does, and at the end."
+    return {*range(max(100, total // 10), total, max(100, total // 10)), total}
+
+# %% ../nbs/50_training.ipynb #1fa15e51
 def train_step(student:Segmenter,        # grown for the step; trained in place
                teacher:Segmenter|None,   # the previous model, frozen; None in the base step
                method:Method,
@@ -164,34 +219,33 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
                seed:int=0,
                workers:int|None=None,    # loader processes; None: by the crop's size
                log:Callable[[dict], None]=lambda record: None,     # called every LOG_EVERY iterations
-               validate:Callable[[Segmenter], float]|None=None,    # score of an iterate, for selection="test"
-              )->Segmenter:              # the student, in eval mode, on its device
-    "Train one step and return the iterate that the recipe keeps."
+               judges:Sequence[Judge]=(),                          # look at some iterates
+              )->Segmenter:              # the student after the last iteration, in eval mode, on its device
+    "Train one step."
     set_seed(seed)
     accelerator, total = make_accelerator(recipe), step_iterations(recipe, len(view), view.step)
     student.train()
     optimizer = make_optimizer(student, recipe, view.step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(recipe, i, total))
     student, optimizer = accelerator.prepare(student, optimizer)
-    if teacher is not None: teacher = teacher.to(accelerator.device)
-    stream = batches(view, recipe.batch, default_workers(recipe) if workers is None else workers, seed)
-    window, best, every = [], (-1., None), max(100, total // 10)
+    workers = default_workers(recipe) if workers is None else workers
+    if teacher is not None:
+        teacher = teacher.to(accelerator.device)
+        with accelerator.autocast(): method.prepare(teacher, one_pass(view, recipe.batch, workers, accelerator.device))
+    stream, window = batches(view, recipe.batch, workers, seed), []
     for i, terms in zip(range(1, total + 1), losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]))):
         window.append(terms)
         schedule.step()
         if i % LOG_EVERY == 0 or i == total: log(window_mean(window, view.step, i, total)); window = []
-        if recipe.selection == "test" and validate and (i % every == 0 or i == total):
-            score = validate(accelerator.unwrap_model(student))
-            if score > best[0]: best = score, {k: v.clone() for k, v in accelerator.unwrap_model(student).state_dict().items()}
+        if judges and i in looking_times(total):
+            for judge in judges: judge.look(accelerator.unwrap_model(student))
             student.train()
-    student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    if best[1] is not None: student.load_state_dict(best[1])
-    return student.eval()
+    return accelerator.unwrap_model(student, keep_fp32_wrapper=False).eval()
 
 # %% ../nbs/50_training.ipynb #6ea4926a
-def new_class_score(model:Segmenter, view:StepView, batch:int, device)->float:
+def new_class_score(model:Segmenter, view:StepView, batch:int, device, window:int|None=None)->float:
     "Mean IoU of the classes that arrive in the view's step."
-    score = mean(class_iou(evaluate(model, view, batch, device=device).counts)[list(view.protocol.new_channels(view.step))])
+    score = mean(class_iou(evaluate(model, view, batch, device=device, window=window).counts)[list(view.protocol.new_channels(view.step))])
     return 0. if math.isnan(score) else score
 
 # %% ../nbs/50_training.ipynb #420d2ebe

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FATES', 'SHIFT_COLOURS', 'AGREE', 'UNCOUNTED',
-           'METHOD_COLOURS', 'class_colours', 'label_colours', 'rgb', 'hatched', 'outlined', 'overlay', 'show',
-           'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares', 'show_pseudo_labels', 'shift_flow',
-           'show_shift', 'show_background_shift', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting',
-           'show_reliability', 'draw_matrix', 'token_cosines', 'compare_methods', 'show_maps', 'show_features',
-           'show_probabilities']
+           'GROUPS', 'METHOD_COLOURS', 'MARKERS', 'class_colours', 'label_colours', 'rgb', 'hatched', 'outlined',
+           'overlay', 'show', 'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares',
+           'show_pseudo_labels', 'shift_flow', 'show_shift', 'show_background_shift', 'ribbon', 'flow_panel',
+           'show_shift_flow', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting', 'show_reliability',
+           'draw_matrix', 'token_cosines', 'draw_curve', 'method_legend', 'show_curves', 'compare_methods', 'show_maps',
+           'show_features', 'show_probabilities']
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
 from collections.abc import Sequence
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -178,6 +180,45 @@ def show_background_shift(rates:Sequence[dict[str, float]])->Figure:
     ax.set_ylabel("share of the true class", fontsize=8); ax.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(.5, 1), frameon=False)
     return fig
 
+# %% ../nbs/60_viz.ipynb #ba530130
+GROUPS = ("background", "old", "new")
+
+def ribbon(ax, left:float, right:float, height:float, colour:str):
+    "A band of equal height that leads from `left` (x = 0) to `right` (x = 1), given by their upper edges."
+    x = np.linspace(0, 1, 40)
+    top = left + (right - left) * x * x * (3 - 2 * x)
+    ax.fill_between(x, top - height, top, color=colour, lw=0, alpha=.9)
+
+def flow_panel(ax, flow:np.ndarray, gap:float=.22):
+    "One flow chart: (3, 3) shares of the true background, old and new pixels, truth × prediction; a group that is NaN is left out."
+    known = ~np.isnan(flow[:, 0])
+    flow = np.where(known[:, None], flow, 0)
+    size = np.stack([known.astype(float), flow.sum(0)])                                       # (2, 3): heights at the left and at the right
+    upper = np.array([[column[k:].sum() + gap * (2 - k) for k in range(3)] for column in size])
+    cursor = upper.copy()
+    for (true, predicted), share in np.ndenumerate(flow):
+        kind = f"{GROUPS[true]}->{GROUPS[predicted]}"
+        colour = "#DDDDDD" if true == predicted else SHIFT_COLOURS.get(kind, SHIFT_COLOURS["class->class"])
+        ribbon(ax, cursor[0, true], cursor[1, predicted], share, colour)
+        if share >= .15 and true != predicted: ax.text(.03, cursor[0, true] - share / 2, f"{share:.0%}", fontsize=6.5, va="center")
+        cursor[0, true] -= share; cursor[1, predicted] -= share
+    for x, heights, edges, align in ((-.03, size[0], upper[0], "right"), (1.03, size[1], upper[1], "left")):
+        ax.vlines([x] * 3, edges - heights, edges, color="black", lw=2.5)
+        for name, height, edge in zip(("bg", "old", "new"), heights, edges): ax.text(x + np.sign(x - .5) * .04, edge - height / 2, name, ha=align, va="center", fontsize=7)
+    ax.set_xlim(-.25, 1.25); ax.set_ylim(-.05, 3 + 2 * gap + .05); ax.axis("off")
+
+def show_shift_flow(flows:Sequence[np.ndarray], # (3, 3) each, see `mbs.metrics.group_flow`
+                    titles:Sequence[str],       # a panel each
+                   )->Figure:
+    "Flow charts of the background shift side by side."
+    fig, axes = grid(1, len(flows), 1.75, 2.3)
+    fig.set_figwidth(max(5.2, fig.get_figwidth()))
+    for ax, flow, title in zip(axes[0], flows, titles): flow_panel(ax, flow); ax.set_title(title, fontsize=8)
+    kinds = {**SHIFT_COLOURS, "same group": "#DDDDDD"}
+    kinds["new->old"] = kinds.pop("class->class")
+    fig.legend(handles=[Patch(color=c, label=k.replace("->", " → ")) for k, c in kinds.items()], loc="outside lower center", ncols=4, fontsize=7, frameon=False, handlelength=1.2)
+    return fig
+
 # %% ../nbs/60_viz.ipynb #6d40c8d0
 def show_protocol(steps:Sequence[Sequence[int]], # new channels of each step
                   names:Sequence[str],           # of all channels
@@ -271,7 +312,38 @@ def token_cosines(tokens:np.ndarray, names:Sequence[str], n_old:int, title:str="
 
 # %% ../nbs/60_viz.ipynb #ed033372
 METHOD_COLOURS = (GREY, ORANGE, BLUE, GREEN, PURPLE, VERMILLION, SKY)
+MARKERS = "osDv^PX"
 
+def draw_curve(ax, k:int, label:str, values:np.ndarray):
+    "Curve number `k` of a picture: `values` (seeds, T), NaN where a run has no number yet; a single column is drawn as a level."
+    colour, marker, line = METHOD_COLOURS[k % 7], MARKERS[k % 7], ("-", "--", ":")[k // 7 % 3]
+    there = ~np.isnan(values).all(0)
+    mean = np.array([np.nanmean(column) if some else np.nan for column, some in zip(values.T, there)])
+    if len(mean) == 1: ax.axhline(mean[0], color=colour, ls=(0, (5, 2)), lw=1.2, label=label); return
+    ax.plot(mean, marker + line, color=colour, ms=4, lw=1.3, label=label)
+    if len(values) > 1:
+        spread = np.array([np.nanstd(column, ddof=1) if (~np.isnan(column)).sum() > 1 else 0 for column in values.T])
+        ax.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=.2, lw=0)
+
+def method_legend(fig, ax)->int:
+    "Name the curves of `ax` above the figure, in as many columns as the names leave room for; the number of lines that takes."
+    handles, names = ax.get_legend_handles_labels()
+    columns = max(1, min(7, len(names), 110 // (6 + max(map(len, names)))))
+    fig.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
+    return -(-len(names) // columns)
+
+def show_curves(panels:dict[str, dict[str, np.ndarray]])->Figure:
+    "A panel per measure over the steps: measure → method → (seeds, T) shares; the methods are the same in all panels."
+    fig, axes = grid(1, len(panels), 2.9, 2.1)
+    for ax, (title, curves) in zip(axes[0], panels.items()):
+        for k, (label, values) in enumerate(curves.items()): draw_curve(ax, k, label, values)
+        steps = max(values.shape[1] for values in curves.values())
+        ax.set_title(title, fontsize=8); ax.set_xlabel("after step", fontsize=8); ax.set_xticks(range(0, steps, max(1, steps // 8)))
+        ax.set_ylim(0, 1); ax.tick_params(labelsize=7); ax.grid(color="#EEEEEE", lw=.6); ax.set_axisbelow(True)
+    fig.set_figheight(fig.get_figheight() + .17 * method_legend(fig, axes[0, 0]))
+    return fig
+
+# %% ../nbs/60_viz.ipynb #d103f73c
 def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU after each step, by method
                     final:dict[str, dict[str, float]],          # old / new / all after the last step, by method
                     image:np.ndarray, truth:np.ndarray,         # one test picture
@@ -286,17 +358,19 @@ def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU
     left, right = top.subplots(1, 2)
     for k, (method, curve) in enumerate(curves.items()):
         colour = METHOD_COLOURS[k % len(METHOD_COLOURS)]
-        left.plot(range(len(curve)), curve, "o-", color=colour, label=method, ms=4)
+        draw_curve(left, k, method, np.array([curve]))
         bars = right.bar(np.arange(3) + .8 / len(curves) * (k - (len(curves) - 1) / 2), [final[method][g] for g in ("old", "new", "all")], .76 / len(curves), color=colour)
         right.bar_label(bars, [f"{100 * final[method][g]:.0f}" for g in ("old", "new", "all")], fontsize=7)
-    left.set(xlabel="after step", ylabel="mIoU, all classes so far", xticks=range(steps), ylim=(0, 1)); left.legend(fontsize=8)
+    left.set(xlabel="after step", ylabel="mIoU, all classes so far", xticks=range(steps), ylim=(0, 1))
+    method_legend(top, left)
     right.set(ylim=(0, 1), title="after the last step"); right.set_xticks(range(3), ["old", "new", "all"]); right.title.set_fontsize(9)
     for ax in (left, right): ax.tick_params(labelsize=8); ax.xaxis.label.set_fontsize(8); ax.yaxis.label.set_fontsize(8)
     axes = bottom.subplots(len(curves), steps + 1, squeeze=False)
     for k, (row, method) in enumerate(zip(axes, curves)):
         show(row[0], (image, overlay(image, truth))[k > 0] if k < 2 else np.full_like(image, 255), ("photo", "truth", "")[min(k, 2)])
-        for t, ax in enumerate(row[1:]): show(ax, overlay(image, predictions[method][t]) if t < len(predictions[method]) else np.full_like(image, 255), f"after step {t}" if k == 0 else "")
-        row[1].set_ylabel(method, fontsize=9)
+        first = steps - len(predictions[method])  # what is learnt at once stands below the last step
+        for t, ax in enumerate(row[1:]): show(ax, overlay(image, predictions[method][t - first]) if t >= first else np.full_like(image, 255), f"after step {t}" if k == 0 else "")
+        row[1].set_ylabel(fill(method, 15), fontsize=8)
     class_legend(fig, [truth, *(p for series in predictions.values() for p in series)], names)
     return fig
 

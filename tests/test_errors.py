@@ -36,7 +36,7 @@ def refused(*words):
     (["training.lr=-1"], "'lr' cannot be -1"),
     (["parts.tau=0.5"], "'tau' is not known"),
     (["parts.threshold=2"], "'threshold' cannot be 2"),
-    (["method=magic"], "expected one of finetune, kd, mbs"),
+    (["method=magic"], "expected one of finetune, joint, kd, m"),
     (["protocol=9-1"], "cannot split 8 classes"),
     (["protocol=0-1"], "cannot split 8 classes"),
     (["protocol=5-0"], "cannot split 8 classes"),
@@ -47,7 +47,7 @@ def refused(*words):
     (["encoder_options.depht=2"], "do not suit"),
     (["decoder.width=2"], "are not known"),
     (["weights=nowhere.safetensors"], "weight file nowhere.safetensors does not exist"),
-    (["data=nowhere"], "expected 'scenes' or a folder"),
+    (["data=nowhere"], "expected 'scenes', 'voc', 'ade' or a folder"),
     (["name=../outside"], "'name' cannot be"),
     (["seed"], "parameter file seed does not exist"),
     (["seed=1", "method"], "'method' is no parameter: expected name=value"),
@@ -88,7 +88,7 @@ def test_pairs(home, scenes, tmp_path, says):
 def test_no_list(home, scenes, tmp_path):
     root = tmp_path / "empty"
     root.mkdir()
-    assert "is no data set in VOC's layout" in refused(f"data={root}")
+    assert "is no data set: expected the folders of VOC" in refused(f"data={root}")
 
 
 def test_outputs_cannot_be_written(home, scenes):

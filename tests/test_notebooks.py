@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith(("_", ".")) for s in p.relative_to(ROOT).parts))
 MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
+TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
 
 
 def name(path): return str(path.relative_to(ROOT / "nbs"))
@@ -44,10 +45,19 @@ def test_is_a_tutorial(path):
     assert pictures, "no picture of what it does"
 
 
+@pytest.mark.parametrize("path", TUTORIALS, ids=name)
+def test_tutorial_shows_and_exports_nothing(path):
+    "A tutorial uses the package: pictures, prose, no exported cell. `test_runs` executes it like every notebook."
+    sources = ["".join(c["source"]) for c in cells(path, "code")]
+    assert path in NOTEBOOKS and not [s for s in sources if "#| export" in s or "#| default_exp" in s]
+    assert [o for c in cells(path, "code") for o in c["outputs"] if "image/png" in o.get("data", {})], "no picture"
+    assert len(cells(path, "markdown")) >= len(sources) / 2, "too little prose"
+
+
 def test_train_parameters_are_the_settings():
     "The parameters of the train notebook are exactly the fields of `Settings`, with the same defaults."
     from mbs.run import Settings
     variables = {}
     exec(next("".join(c["source"]) for c in cells(ROOT / "nbs/runs/train.ipynb", "code") if "parameters" in c["metadata"].get("tags", [])), variables)
     del variables["__builtins__"]
-    assert variables == Settings().model_dump()
+    assert variables == {name: field.default for name, field in Settings.model_fields.items()}

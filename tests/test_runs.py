@@ -27,7 +27,7 @@ def test_paper_recipe_selects_on_the_test_images(tmp_path):
     short = dict(crop=48, batch=8, iterations=4)
     run = Experiment(Settings(name="paper", recipe="paper", protocol="6-2", training=short), tmp_path).run()
     recipe = run.card["recipe"]
-    assert (recipe["selection"], recipe["test_crop"], recipe["normalisation"], recipe["lr_factor"]) == ("test", True, "imagenet", .1)
+    assert (recipe["selection"], recipe["test"], recipe["normalisation"], recipe["lr_factor"]) == ("test", "crop", "imagenet", .1)
     assert run.card["normalisation"][0][0] == .485 and run.finished
 
 

@@ -1,7 +1,9 @@
-"Real pretrained weights from a pip package: every tensor loaded, the right network, the normalisation that belongs to it."
+"Pretrained weights: every tensor loaded, the right network, the normalisation that belongs to it, and one sentence where they are not to be had."
+import pytest
 import timm
 import torch
 
+import mbs.segmenter
 from mbs.segmenter import HALF, make_encoder, read_state, weights_file
 
 
@@ -9,9 +11,9 @@ def test_lite0_is_the_package_network():
     "timm's network with the package's tensors gives the features of our encoder, and nothing is left over but the classifier."
     encoder = make_encoder("tf_efficientnet_lite0", "pretrained").eval()
     assert encoder.mean == encoder.std == HALF
-    assert encoder.receipt["loaded"] == len(encoder.features.state_dict()) and len(encoder.receipt["sha256"]) == 64
+    assert encoder.receipt["loaded"] == len(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()) and len(encoder.receipt["sha256"]) == 64
     assert encoder.receipt["sha256"].startswith("57934424")
-    assert encoder.receipt["dropped"] == ["bn2", "classifier", "conv_head"]
+    assert encoder.receipt["unused"] == ["classifier"] and not {"bn2", "conv_head"} & {k.split(".")[0] for k in encoder.network.state_dict()}
     whole = timm.create_model("tf_efficientnet_lite0").eval()
     state = read_state(weights_file("tf_efficientnet_lite0"))
     assert [tuple(v.shape) for v in state.values()] == [tuple(v.shape) for v in whole.state_dict().values()]
@@ -20,12 +22,11 @@ def test_lite0_is_the_package_network():
     with torch.inference_mode():
         stem = whole.bn1(whole.conv_stem(x))
         middle = whole.blocks[:5](stem)  # stride 16
-        ours = encoder.features(x)
-    assert torch.equal(next(f for f in ours if f.shape[1] == middle.shape[1]), middle)
+        ours, = encoder.network.forward_intermediates(x, indices=[3], intermediates_only=True)
+    assert torch.equal(ours, middle)
 
 
 def test_wrong_weights_are_refused(tmp_path):
-    import pytest
     state = make_encoder("vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2).vit.state_dict()
     torch.save({k: v for k, v in state.items() if "norm" not in k}, tmp_path / "partial.pth")
     with pytest.raises(ValueError, match="tensors missing or of another shape"):
@@ -44,6 +45,74 @@ def test_weight_file_is_loaded_and_fitted(tmp_path):
 
 def test_pretrained_batch_norms_keep_their_statistics():
     encoder = make_encoder("tf_efficientnet_lite0", "pretrained").train()
-    before = encoder.features.bn1.running_mean.clone()
+    before = encoder.network.bn1.running_mean.clone()
     encoder(torch.randn(2, 3, 32, 32))
-    assert torch.equal(encoder.features.bn1.running_mean, before)
+    assert torch.equal(encoder.network.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("name,options", [
+    ("vit_small_patch16_384", dict(embed_dim=48, depth=2, num_heads=2)), ("swin_tiny_patch4_window7_224", dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))),
+    ("resnet18", {}), ("tf_efficientnet_lite0", {}), ("convnext_atto", {})])
+def test_any_backbone(name, options, tmp_path):
+    "Tokens of stride 16 at any size, in value as timm gives them; its weights are read back from a file; every parameter learns."
+    whole = timm.create_model(name, **options)
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pth")
+    encoder = make_encoder(name, str(tmp_path / "w.pth"), 64, **options)
+    config = timm.get_pretrained_cfg(name)
+    assert encoder.receipt["source"] == "w.pth" and encoder.receipt["missing"] == encoder.receipt["unexpected"] == 0
+    assert (encoder.mean, encoder.std) == (config.mean, config.std)
+    for height, width in ((64, 64), (96, 48)):
+        tokens = encoder.train()(torch.randn(2, 3, height, width))
+        assert tokens.shape == (2, height * width // 256, encoder.dim)
+    tokens.square().mean().backward()
+    still = {k for k, p in encoder.named_parameters() if p.grad is None}
+    assert not still or still == {"vit.cls_token"}
+
+
+def test_swin_is_timms(tmp_path):
+    "What the encoder gives is the stride-16 stage of timm's own network."
+    options = dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+    whole = timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False, **options).eval()
+    torch.save(whole.state_dict(), tmp_path / "w.pth")
+    encoder = make_encoder("swin_tiny_patch4_window7_224", str(tmp_path / "w.pth"), **options).eval()
+    x = torch.randn(1, 3, 112, 80)
+    with torch.inference_mode():
+        theirs = whole.layers[2](whole.layers[1](whole.layers[0](whole.patch_embed(x))))  # (1, h, w, D)
+        torch.testing.assert_close(encoder(x), theirs.flatten(1, 2))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    "timm's cache holds resnet18; nothing else can be fetched."
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(mbs.segmenter, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(mbs.segmenter, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file) if "resnet18" in repo else None)
+
+
+def test_timms_own_weights_and_their_receipt(hub):
+    encoder = make_encoder("resnet18", "pretrained")
+    assert encoder.receipt["source"] == "timm/resnet18.a1_in1k" and encoder.receipt["unused"] == ["fc"] and len(encoder.receipt["tensors_sha256"]) == 64
+    torch.manual_seed(0)
+    assert torch.equal(encoder.network.conv1.weight, timm.create_model("resnet18").conv1.weight)
+
+
+def test_no_network_is_one_sentence(hub):
+    with pytest.raises(FileNotFoundError, match="by hand and give weights=FILE") as e: make_encoder("vit_base_patch16_384", "pretrained")
+    assert "\n" not in str(e.value) and "timm/vit_base_patch16_384.augreg_in21k_ft_in1k" in str(e.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors at all", b"\x80\x04\x95cposix\nsystem\n"])
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_files_that_are_no_weights(tmp_path, content, ending):
+    (tmp_path / f"w.{ending}").write_bytes(content)
+    with pytest.raises(ValueError, match=r"of tensors$|by name"): make_encoder("resnet18", str(tmp_path / f"w.{ending}"))
+
+
+def test_no_pickled_code_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self): return (open, (str(tmp_path / "evil"), "w"))
+    torch.save({"a": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="cannot be read"): make_encoder("resnet18", str(tmp_path / "w.pth"))
+    assert not (tmp_path / "evil").exists()
