@@ -629,8 +629,9 @@ class PictureExplorer:
 
     def _repr_mimebundle_(self, include=None, exclude=None)->tuple[dict, dict]:
         "A picture for whoever cannot show widgets, and the live view where there is a front end."
-        out = BytesIO()
-        self.to_figure().savefig(out, format="png", dpi=72, bbox_inches="tight")
+        raw, out = BytesIO(), BytesIO()
+        self.to_figure().savefig(raw, format="png", dpi=72, bbox_inches="tight")
+        Image.open(raw).convert("RGB").save(out, "PNG", optimize=True)  # stored with the notebook
         bundle = {"text/plain": repr(self), "image/png": base64.b64encode(out.getvalue()).decode()}
         if live(): bundle |= {k: v for k, v in self.view._repr_mimebundle_().items() if k.endswith("widget-view+json")}
         return bundle, {}
@@ -728,7 +729,7 @@ class ShiftExplorer(PictureExplorer):
             left, right = bottom.subplots(1, 2, width_ratios=[1, 1])
             show_curve(left, state.curve, state.moment.view.size, state.tau)
             show_probabilities(*state.probabilities, state.run.names, state.tau, ax=right)
-            right.set_title(f"pixel {state.pick}", fontsize=8)
+            right.set_title(f"pixel {state.pick}", fontsize=8, loc="left")
         if annotate: fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=6, fontsize=7, frameon=False, handlelength=1.2)
         return fig
 
