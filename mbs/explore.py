@@ -164,11 +164,11 @@ def pca_basis(features:np.ndarray)->Basis: # (N, D)
     "Principal components of patch features; the largest entry of each is positive."
     x = features.astype(np.float64)
     mean = x.mean(0)
-    values, vectors = np.linalg.eigh(np.cov((x - mean).T))
+    values, vectors = np.linalg.eigh(np.cov((x - mean).T, bias=True))
     components = vectors[:, ::-1][:, :3]
     components = components * np.sign(components[np.abs(components).argmax(0), np.arange(3)])
     low, high = np.percentile((x - mean) @ components, (1, 99), axis=0)
-    return Basis(mean, components, low, high, float(values[-3:].sum() / values.sum()))
+    return Basis(mean, components, low, high, float(values[-3:].sum() / max(values.sum(), 1e-12)))
 
 def pca_rgb(features:np.ndarray, basis:Basis)->np.ndarray:
     "(…, D) features → (…, 3) uint8 colours."
