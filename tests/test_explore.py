@@ -26,15 +26,6 @@ matplotlib.use("Agg")
 HOSTILE = "</script><script>alert(1)</script>"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    "An mbs and a kd run of the same steps, trained for seconds."
-    folder = tmp_path_factory.mktemp("explore")
-    short = dict(crop=40, batch=8, iterations=300, new_iterations=15, optimizer="adamw", lr=2e-3)
-    network = dict(encoder_options=dict(patch_size=8, embed_dim=32, depth=2, num_heads=2), samples=4)
-    return tuple(Experiment(Settings(name=m, method=m, protocol="6-1", training=short, scenes=dict(n_train=120, n_test=8, size=40), **network), folder).run() for m in ("mbs", "kd"))
-
-
 def evidence(seed, n_old=4, height=23, width=31, stride=8, scale=3.):
     "A teacher that says anything."
     rng = np.random.default_rng(seed)
@@ -263,7 +254,7 @@ def test_large_pictures_are_thinned_for_the_eye_alone(runs):
 
 
 def test_controls_are_named(runs):
-    "Every explore.control has a name that a screen reader finds."
+    "Every control has a name that a screen reader finds."
     for explorer in (explore_pseudo_labels(*runs), explore_features(*runs)):
         for row in explorer.view.children[:-2]:
             for widget in row.children:
