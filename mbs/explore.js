@@ -1,7 +1,21 @@
 // Draws an explorer: panels over one photo that share a pick, a legend and a filter. Every number shown comes from the state in the kernel.
 
 const bytes = (v) => (v instanceof DataView ? new Uint8Array(v.buffer, v.byteOffset, v.byteLength) : new Uint8Array(v));
-const inflate = async (v) => new Uint8Array(await new Response(new Blob([bytes(v)]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer());
+
+async function inflate(v) {
+  const stream = new DecompressionStream("deflate"), writer = stream.writable.getWriter(), reader = stream.readable.getReader(), parts = [];
+  writer.write(bytes(v)); writer.close();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) parts.push(part.value);
+  const whole = new Uint8Array(parts.reduce((n, part) => n + part.length, 0));
+  parts.reduce((at, part) => { whole.set(part, at); return at + part.length; }, 0);
+  return whole;
+}
+
+function same(a, b) {
+  if (a.length !== b.length) return false;
+  for (let i = 0; i < a.length; i++) if (a[i] !== b[i]) return false;
+  return true;
+}
 
 async function pixels(encoded, width, height) {
   const context = new OffscreenCanvas(width, height).getContext("2d");
@@ -44,10 +58,11 @@ function paintLabels(out, photo, labels, [height, width], style, alpha, hidden, 
 
 // Numbers or colours on the patch grid; `cell` shown pixels a patch.
 function paintPatches(out, values, [height, width], columns, cell, ramp) {
+  const column = Int32Array.from({ length: width }, (_, x) => Math.floor(x / cell));
   for (let y = 0, i = 0; y < height; y++) {
     const row = Math.floor(y / cell) * columns;
     for (let x = 0; x < width; x++, i++) {
-      const at = row + Math.floor(x / cell), j = 4 * i;
+      const at = row + column[x], j = 4 * i;
       for (let c = 0; c < 3; c++) out[j + c] = ramp ? ramp[3 * values[at] + c] : values[3 * at + c];
       out[j + 3] = 255;
     }
@@ -67,14 +82,17 @@ export default {
     const help = element("div", main, { class: "mbs-note", hidden: "" });
     const table = element("div", side, { class: "mbs-tables" }), chart = element("div", side, { class: "mbs-chart" }), card = element("div", side, { class: "mbs-card", role: "status", "aria-live": "polite" });
 
-    let picture = null, photo = null, fixed = {}, moving = {}, pointed = {}, panels = new Map(), colours = true, waiting = 0, turn = { picture: 0, labels: 0, point: 0 };
+    let picture = null, photo = null, fixed = {}, labels = null, moving = {}, pointed = {}, known = {}, panels = new Map(), colours = true, waiting = 0, turn = { picture: 0, labels: 0, point: 0 };
     const maps = () => ({ ...fixed, ...moving, ...pointed });
     const get = (k) => model.get(k);
     const say = (k, v) => { model.set(k, v); model.save_changes(); };
 
     async function unpack(from) {
-      const entries = await Promise.all(Object.entries(from.maps || {}).map(async ([k, v]) => [k, await inflate(v)]));
-      return Object.fromEntries(entries);
+      const entries = Object.entries(from.maps || {}).map(async ([k, v]) => {
+        if (!known[k] || !same(known[k].packed, bytes(v))) known[k] = { packed: bytes(v), values: await inflate(v) }; // what is as it was is not unpacked and painted again
+        return [k, known[k].values];
+      });
+      return Object.fromEntries(await Promise.all(entries));
     }
     async function load(part) { // of a burst of changes only the last is drawn
       const mine = ++turn[part], from = get(part), fresh = await unpack(from);
@@ -84,7 +102,7 @@ export default {
         [picture, photo, fixed] = [from, shown, fresh];
       } else {
         if (mine !== turn[part]) return;
-        if (part === "labels") { moving = fresh; } else { pointed = fresh; }
+        if (part === "labels") [labels, moving] = [from, fresh]; else pointed = fresh;
       }
       ask();
     }
@@ -127,8 +145,8 @@ export default {
     const range = (spec) => (get("point").ranges || {})[spec.key] || spec.range;
 
     function draw() {
-      const labels = get("labels"), all = maps();
-      if (!picture || !photo || !labels.panels) return;
+      if (!picture || !labels || picture.of !== labels.of) return; // the other part is still on its way
+      const all = maps();
       const [h, w] = picture.size;
       root.classList.toggle("mbs-wide", picture.wide);
       layout(labels.panels);
@@ -139,14 +157,19 @@ export default {
       for (const p of panels.values()) {
         const { spec, canvas } = p, values = all[spec.key];
         if (!values || (spec.kind === "labels" && values.length !== h * w)) continue; // its picture is still on the way
-        if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
-        const context = canvas.getContext("2d", { willReadFrequently: true }), out = context.createImageData(w, h);
-        if (spec.kind === "labels") paintLabels(out.data, photo, values, [h, w], picture.styles[spec.style], alpha, spec.style === "class" || spec.style === "group" ? hidden : none, dimmed);
-        else paintPatches(out.data, values, [h, w], spec.columns, spec.cell, spec.kind === "score" ? bytes(picture.ramp) : null);
-        context.putImageData(out, 0, 0);
+        const paint = spec.kind === "labels" ? [alpha, [...hidden].join(), [...filter].join(), dimmed && all.flow] : [];
+        const from = [values, picture, photo, spec.kind, spec.style, spec.columns, spec.cell, ...paint];
+        if (!p.from || from.some((v, k) => v !== p.from[k])) { // anything else is painted as it should be already
+          if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
+          const context = canvas.getContext("2d", { willReadFrequently: true }), out = context.createImageData(w, h);
+          if (spec.kind === "labels") paintLabels(out.data, photo, values, [h, w], picture.styles[spec.style], alpha, spec.style === "class" || spec.style === "group" ? hidden : none, dimmed);
+          else paintPatches(out.data, values, [h, w], spec.columns, spec.cell, spec.kind === "score" ? bytes(picture.ramp) : null);
+          context.putImageData(out, 0, 0);
+          canvas.dataset.version = +(canvas.dataset.version || 0) + 1;
+          p.from = from;
+        }
         canvas.setAttribute("aria-label", `${spec.title}: ${spec.about}`);
         bar(p);
-        canvas.dataset.version = +(canvas.dataset.version || 0) + 1;
       }
       heading.textContent = get("title");
       note.textContent = picture.note; help.textContent = picture.keys;
@@ -249,7 +272,7 @@ export default {
       e.preventDefault(); e.stopPropagation();
     }
     for (const part of ["picture", "labels", "point"]) model.on(`change:${part}`, () => load(part));
-    for (const k of ["alpha", "hidden", "flow_filter", "tau", "title"]) model.on(`change:${k}`, ask);
+    for (const k of ["alpha", "hidden", "flow_filter", "title"]) model.on(`change:${k}`, ask);
     model.on("change:pick", marks);
     await Promise.all(["picture", "labels", "point"].map(load));
   },

@@ -474,7 +474,7 @@ def picture_part(state:PictureState, maps:dict[str, np.ndarray], styles:dict[str
     colours, names = styles["class"].colours, styles["class"].names
     chips = [[int(c), names[c] + (" (later)" if c in later else ""), colours[c, :3].tolist()] for c in present if 0 < c < VOID]
     shown = note + (f" Shown at 1/{k} of its size; all counts are of the full picture." if k > 1 else "")
-    return dict(size=list(photo.shape[:2]), full=list(m.view.shape), reduced=k, patch=m.teacher.stride, photo=encoded(photo), note=shown, groups=groups, chips=chips,
+    return dict(of=stamp(state), size=list(photo.shape[:2]), full=list(m.view.shape), reduced=k, patch=m.teacher.stride, photo=encoded(photo), note=shown, groups=groups, chips=chips,
                 maps={key: packed(v[::k, ::k]) for key, v in maps.items()}, ramp=(255 * colormaps["cividis"](np.arange(256))[:, :3]).round().astype(np.uint8).tobytes(),
                 styles={key: dict(colours=s.colours.tobytes(), hatched=list(s.hatched), outline=s.outline, names={str(c): n for c, n in s.names.items()}) for key, s in styles.items()},
                 curve=None, keys=KEYS[0], wide=False) | more
@@ -519,7 +519,7 @@ def shift_labels(state:ShiftState, max_side:int=512)->dict:
               panel("weight", "distillation weight", "how far the teacher's features are trusted", "score", "weight", grid=s.weight, cell=m.teacher.stride / k)]
     maps = dict(pseudo=packed(labels[::k, ::k]), flow=packed(s.flow[::k, ::k]), weight=packed(quantised(s.weight, 0, 1)))
     told = [f"of the relabelled {precision} right, of the hidden {recall} back"]
-    return dict(panels=panels, maps=maps, stamp=stamp(state, f"{state.tau:.2f}", state.source, state.colour_by),
+    return dict(of=stamp(state), panels=panels, maps=maps, stamp=stamp(state, f"{state.tau:.2f}", state.source, state.colour_by),
                 tables=[dict(title=f"fate of the pixels at τ = {state.tau:.2f}", rows=rows(fates, FATE_STYLE), filter=False, lines=told),
                         dict(title=f"flow of the {of}", rows=rows(flows, FLOW_STYLE), filter=True)])
 
@@ -630,7 +630,7 @@ class PictureExplorer:
     def _repr_mimebundle_(self, include=None, exclude=None)->tuple[dict, dict]:
         "A picture for whoever cannot show widgets, and the live view where there is a front end."
         raw, out = BytesIO(), BytesIO()
-        self.to_figure().savefig(raw, format="png", dpi=72, bbox_inches="tight")
+        self.to_figure().savefig(raw, format="png", dpi=72)
         Image.open(raw).convert("RGB").save(out, "PNG", optimize=True)  # stored with the notebook
         bundle = {"text/plain": repr(self), "image/png": base64.b64encode(out.getvalue()).decode()}
         if live(): bundle |= {k: v for k, v in self.view._repr_mimebundle_().items() if k.endswith("widget-view+json")}
@@ -730,7 +730,9 @@ class ShiftExplorer(PictureExplorer):
             show_curve(left, state.curve, state.moment.view.size, state.tau)
             show_probabilities(*state.probabilities, state.run.names, state.tau, ax=right)
             right.set_title(f"pixel {state.pick}", fontsize=8, loc="left")
-        if annotate: fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=6, fontsize=7, frameon=False, handlelength=1.2)
+        if annotate:
+            fig.set_figheight(fig.get_figheight() + .17 * max(0, -(-len(handles) // 6) - 2))
+            fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=6, fontsize=7, frameon=False, handlelength=1.2)
         return fig
 
     def saved(self, state:ShiftState)->dict:
@@ -884,7 +886,7 @@ class FeatureExplorer(PictureExplorer):
                   *(panel(f"cosine_{name}", f"{name}: cosine to the pick", "how alike each patch is to the picked one", "score", f"cosine ({name})", grid=s.distance, cell=cell)
                     for name in ("teacher", "student"))]
         maps = {name: packed(v) for name, v in values.items()} | dict(distance=packed(quantised(s.distance, 0, top)))
-        return dict(panels=panels, maps=maps, tables=[], stamp=stamp(state, state.level, state.kind, str(state.channel)))
+        return dict(of=stamp(state), panels=panels, maps=maps, tables=[], stamp=stamp(state, state.level, state.kind, str(state.channel)))
 
     def point(self, state:FeatureState)->dict:
         m, cosines, bounds = state.moment, state.cosines, central(state.cosines)
