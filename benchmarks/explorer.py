@@ -86,7 +86,8 @@ def in_browser(page, lab, n_classes, repeats):
     nbformat.write(notebook, path)
     open_notebook(page, lab, path, run=False)
     page.evaluate("() => { const w = window.jupyterapp.shell.currentWidget.content; w.activeCellIndex = 0; window.jupyterapp.commands.execute('notebook:run-cell-and-select-next') }")
-    page.wait_for_function("() => window.jupyterapp.shell.currentWidget.content.widgets[0].model.executionCount && window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
+    page.wait_for_function("""() => { const w = window.jupyterapp.shell.currentWidget;
+        return w.content.widgets[0].model.executionCount && w.sessionContext.session.kernel.status === 'idle' }""")
     first = page.evaluate("""() => new Promise((done) => { const start = performance.now();
         window.jupyterapp.commands.execute('notebook:run-cell-and-select-next');
         const look = () => (document.querySelector('.mbs-explore')?.dataset.drawn ? done(performance.now() - start) : requestAnimationFrame(look)); look(); })""") / 1000
@@ -96,8 +97,9 @@ def in_browser(page, lab, n_classes, repeats):
     spent = []
     for _ in range(repeats + 3):
         page.evaluate("""() => { const root = document.querySelector('.mbs-explore'), before = root.dataset.drawn; window.moved = new Promise((done) => {
-            document.addEventListener('keydown', () => { const start = performance.now();
-                const look = () => (root.dataset.drawn !== before ? done(performance.now() - start) : requestAnimationFrame(look)); requestAnimationFrame(look); }, { once: true, capture: true }); }) }""")
+            const timed = () => { const start = performance.now();
+                const look = () => (root.dataset.drawn !== before ? done(performance.now() - start) : requestAnimationFrame(look)); look(); };
+            document.addEventListener('keydown', timed, { once: true, capture: true }); }) }""")
         page.keyboard.press("ArrowLeft")
         spent.append(page.evaluate("() => window.moved"))
         page.wait_for_timeout(60)

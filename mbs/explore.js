@@ -171,7 +171,7 @@ export default {
         canvas.setAttribute("aria-label", `${spec.title}: ${spec.about}`);
         bar(p);
       }
-      heading.textContent = get("title");
+      heading.textContent = `${get("title")}, ${picture.of}`;
       note.textContent = picture.note; help.textContent = picture.keys;
       marks(); legend(hidden); tables(labels.tables, filter); curve(); pixel();
       root.dataset.drawn = labels.stamp;
@@ -243,7 +243,7 @@ export default {
       const own = `<path d="M${x(c.own)} ${y(0)}V${y(1)}" class="mbs-own"/>`, now = `<path d="M${x(tau)} ${y(0)}V${y(1)}" class="mbs-now"/>`;
       const said = c.lines.map((l) => { const v = l.values[Math.round(tau * 100)]; return `${l.name} ${v === null ? "undefined" : v.toFixed(2)}`; }).join(", ");
       const keys = c.lines.map((l) => `<span><svg width="22" height="8" aria-hidden="true"><path d="M0 4H22" stroke="${l.colour}" stroke-width="2" stroke-dasharray="${l.dash}"/></svg> ${l.name}</span>`).join("");
-      chart.innerHTML = `<div class="mbs-caption">against τ (solid line: now, dashed: the run's own)</div><svg class="mbs-curve" viewBox="0 0 ${w} ${h}" role="img" aria-label="at τ ${tau.toFixed(2)}: ${said}">${ticks}${own}${c.lines.map((_, k) => line(k)).join("")}${now}</svg><div class="mbs-keys">${keys}</div>`;
+      chart.innerHTML = `<div class="mbs-caption">against τ (solid: now, dashed: the run's)</div><svg class="mbs-curve" viewBox="0 0 ${w} ${h}" role="img" aria-label="at τ ${tau.toFixed(2)}: ${said}">${ticks}${own}${c.lines.map((_, k) => line(k)).join("")}${now}</svg><div class="mbs-keys">${keys}</div>`;
     }
     function pixel() {
       const p = get("point"), tau = get("tau");

@@ -662,7 +662,7 @@ def picture_controls(explorer:PictureExplorer)->list:
     for canvas in explorer.canvases: explorer.links.append(W.jslink((alpha, "value"), (canvas, "alpha")))
     step = control("Dropdown", "step", state, "step", options=range(1, state.pictures.n_steps))
     order = control("Dropdown", "order", state, "order", options=ORDERS)
-    place = control("IntSlider", "picture", width="220px", min=1, max=len(state.ranking), value=state.ranking.index(state.index) + 1)
+    place = control("IntSlider", "rank", width="220px", min=1, max=len(state.ranking), value=state.ranking.index(state.index) + 1)
     before, after = (control("Button", text, width="36px", tooltip=tip) for text, tip in (("◀", "previous picture (key p)"), ("▶", "next picture (key n)")))
     before.on_click(lambda _: state.move(-1)); after.on_click(lambda _: state.move(1))
     place.observe(lambda change: setattr(state, "index", state.ranking[change.new - 1]), "value")
@@ -1020,8 +1020,8 @@ class TokenExplorer:
         "plotly figure: a row a run, the cosines and their change since the step before."
         from plotly import graph_objects as go
         from plotly.subplots import make_subplots
-        titles = [t for s in self.states for t in (token_title(s), "change since the step before")]
-        fig = make_subplots(len(self.states), 2, subplot_titles=titles, horizontal_spacing=.2, vertical_spacing=.35 / len(self.states))
+        titles = [t for s in self.states for t in (token_title(s).replace("), ", ")<br>"), "change since the step before")]
+        fig = make_subplots(len(self.states), 2, subplot_titles=titles, horizontal_spacing=.26, vertical_spacing=.35 / len(self.states))
         for row, state in enumerate(self.states, 1):
             for column, values in ((1, state.cosine), (2, state.change)):
                 if values is None: continue
@@ -1030,10 +1030,10 @@ class TokenExplorer:
                                          hovertemplate="%{y} · %{x}: %{z:.3f}<extra></extra>"), row, column)
                 for edge in {.5, state.n_old - .5} - {n - .5}:
                     fig.add_hline(edge, line=dict(width=1, color="#808080"), row=row, col=column); fig.add_vline(edge, line=dict(width=1, color="#808080"), row=row, col=column)
-        fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False).update_annotations(font_size=11)
+        fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False, tickangle=-90).update_annotations(font_size=11)
         def colours(limit, x): return dict(cmin=-limit, cmax=limit, colorscale="RdBu_r", colorbar=dict(x=x, thickness=12))
-        return fig.update_layout(coloraxis1=colours(1, .41), coloraxis2=colours(self.limit, 1.01), height=430 * len(self.states), margin=dict(l=70, r=10, t=40, b=70),
-                                 paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=11, color="#808080"))  # readable on light and dark
+        return fig.update_layout(coloraxis1=colours(1, .38), coloraxis2=colours(self.limit, 1.01), height=430 * len(self.states), margin=dict(l=70, r=10, t=50, b=80),
+                                 paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=11, color="#777777"))  # readable on light and dark
 
     @property
     def limit(self)->float:

@@ -226,7 +226,7 @@ def test_view_follows_the_state_and_the_state_the_view(runs):
     ranking = explorer.state.ranking
     place = ranking.index(explorer.state.index)
     canvas._handle_custom_msg({"move": 1}, [])
-    assert explorer.state.index == explorer.states[1].index == ranking[(place + 1) % 4] and found["picture"].value == (place + 1) % 4 + 1
+    assert explorer.state.index == explorer.states[1].index == ranking[(place + 1) % 4] and found["rank"].value == (place + 1) % 4 + 1
     canvas.tau, canvas.hidden, canvas.pick, second.flow_filter = .8, [0, VOID], (3, 4), [1]
     assert (explorer.state.tau, explorer.states[1].hidden, explorer.states[1].pick, explorer.state.flow_filter) == (.8, [0, VOID], (3, 4), [1])
     view = explorer.view
