@@ -10,10 +10,11 @@ __all__ = ['LEVELS', 'FLOWS', 'IGNORED_OLD', 'IGNORED_OTHER', 'TAUS', 'ORDERS', 
            'Pictures', 'checked', 'PictureState', 'Shift', 'ShiftState', 'Style', 'style', 'class_style', 'group_style',
            'paint', 'packed', 'encoded', 'quantised', 'thinned', 'panel', 'stamp', 'picture_part', 'rows',
            'shift_picture', 'shift_labels', 'shift_point', 'asset', 'live', 'canvas_class', 'run_title', 'for_script',
-           'PictureExplorer', 'control', 'choice', 'picture_controls', 'wrapped', 'legend_handles', 'show_curve',
-           'ShiftExplorer', 'draw_shift', 'opened', 'comparable', 'picture_states', 'explore_pseudo_labels',
-           'FeatureMaps', 'FeatureState', 'central', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features',
-           'TokenState', 'token_title', 'TokenExplorer', 'explore_class_tokens', 'write_tour']
+           'write_page', 'png', 'PictureExplorer', 'control', 'choice', 'picture_controls', 'wrapped', 'legend_handles',
+           'show_curve', 'ShiftExplorer', 'draw_shift', 'opened', 'comparable', 'picture_states',
+           'explore_pseudo_labels', 'FeatureMaps', 'FeatureState', 'central', 'feature_picture', 'feature_labels',
+           'feature_point', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features', 'TokenState',
+           'token_title', 'token_chart', 'TokenExplorer', 'explore_class_tokens', 'write_tour']
 
 # %% ../nbs/61_explore.ipynb #4bbe4aaf
 import base64
@@ -565,6 +566,24 @@ def for_script(content:Any)->str:
     def coded(value): return dict(base64=base64.b64encode(value).decode())
     return json.dumps(content, default=coded).replace("<", "\\u003c")
 
+def write_page(explorer, path:Path|str)->Path:
+    "Write what a `PictureExplorer` shows as one live file; its path."
+    states = [dict(title=run_title(s.run), tau=0., flow_filter=[]) | {name: getattr(s, name) for name in explorer.synced} | explorer.saved(s) for s in explorer.states]
+    shown = f"step {explorer.state.step}, picture {explorer.state.index}"
+    about = f"Saved from the explorer at {shown}. Point at a panel for its labels, click to mark a pixel, click a class or a row of the flow table to filter, press ? on a picture for keys."
+    parts = dict(title=html.escape(f"{explorer.kind}: {', '.join(s.run.folder.name for s in explorer.states)}, {shown}"), about=about, css=asset("explore.css"),
+                 states=for_script(states), view=for_script(asset("explore.js")))
+    Path(path).write_text(re.sub(r"{{(\w+)}}", lambda m: parts[m[1]], asset("explore.html")), encoding="utf-8")
+    return Path(path)
+
+def png(figure:Figure)->str:
+    "A figure as base64, small enough to be stored with a notebook."
+    raw, out = BytesIO(), BytesIO()
+    figure.savefig(raw, format="png", dpi=72)
+    Image.open(raw).convert("RGB").save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+# %% ../nbs/61_explore.ipynb #36041157
 class PictureExplorer:
     "What the explorers of pictures share: the states of one or two runs, linked, the view, and the ways out."
     linked = ("index", "step", "alpha", "hidden", "pick")  # between the states of two runs
@@ -591,31 +610,21 @@ class PictureExplorer:
         "A canvas that follows `state` and sets what is chosen on it."
         parts = dict(picture=self.picture(state), labels=self.labels(state), point=self.point(state))
         canvas = canvas_class()(title=run_title(state.run), **{name: getattr(state, name) for name in self.synced}, **parts)
-        canvas.add_class("mbs-canvas")
         shown = [self.depends(state)]
         def draw(_):
-            now, before = self.depends(state), shown.pop()
-            shown.append(now)
+            before, shown[:] = shown[0], [self.depends(state)]
             with canvas.hold_sync():
-                if any(a is not b for a, b in zip(now, before)): canvas.picture = self.picture(state)
+                if any(a is not b for a, b in zip(before, shown[0])): canvas.picture = self.picture(state)
                 canvas.labels, canvas.point = self.labels(state), self.point(state)
-        def point(_): canvas.point = self.point(state)
         state.observe(draw, list(self.redrawn))
-        state.observe(point, "pick")
+        state.observe(lambda _: setattr(canvas, "point", self.point(state)), "pick")
         canvas.on_msg(lambda _, message, __: self.state.move(message["move"]))
         self.links += [T.link((state, name), (canvas, name)) for name in self.synced]
         return canvas
 
     def to_html(self, path:Path|str)->Path:
         "Write the picture as one live file that needs neither a kernel nor a network; its path."
-        states = [dict(title=run_title(s.run), tau=0., flow_filter=[]) | {name: getattr(s, name) for name in self.synced} | self.saved(s) for s in self.states]
-        shown = f"step {self.state.step}, picture {self.state.index}"
-        about = f"Saved from the explorer at {shown}. Point at a panel for its labels, click to mark a pixel, click a class or a row of the flow table to filter, press ? on a picture for keys."
-        parts = dict(title=html.escape(f"{self.kind}: {', '.join(s.run.folder.name for s in self.states)}, {shown}"), about=about, css=asset("explore.css"),
-                     states=for_script(states), view=for_script(asset("explore.js")))
-        page = re.sub(r"{{(\w+)}}", lambda m: parts[m[1]], asset("explore.html"))
-        Path(path).write_text(page, encoding="utf-8")
-        return Path(path)
+        return write_page(self, path)
 
     def saved(self, state:PictureState)->dict:
         "What a saved page holds of a state: the parts, and nothing to slide."
@@ -629,10 +638,7 @@ class PictureExplorer:
 
     def _repr_mimebundle_(self, include=None, exclude=None)->tuple[dict, dict]:
         "A picture for whoever cannot show widgets, and the live view where there is a front end."
-        raw, out = BytesIO(), BytesIO()
-        self.to_figure().savefig(raw, format="png", dpi=72)
-        Image.open(raw).convert("RGB").save(out, "PNG", optimize=True)  # stored with the notebook
-        bundle = {"text/plain": repr(self), "image/png": base64.b64encode(out.getvalue()).decode()}
+        bundle = {"text/plain": repr(self), "image/png": png(self.to_figure())}
         if live(): bundle |= {k: v for k, v in self.view._repr_mimebundle_().items() if k.endswith("widget-view+json")}
         return bundle, {}
 
@@ -683,6 +689,8 @@ def legend_handles(style:Style, maps:Sequence[np.ndarray], hidden:Sequence[int]=
     return [Patch(facecolor=style.colours[c, :3] / 255, edgecolor="#FFFFFF" if c in style.hatched else "#808080", hatch="////" if c in style.hatched else None,
                   label=style.names[c].replace("->", " → ")) for c in shown]
 
+SHIFT_PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
+
 def show_curve(ax, curve:dict[str, np.ndarray], n_pixels:int, tau:float):
     "Kept, relabelled and ignored shares, precision and recall against τ, with a line at τ."
     for name, colour, dash in CURVE_LINES:
@@ -692,8 +700,6 @@ def show_curve(ax, curve:dict[str, np.ndarray], n_pixels:int, tau:float):
     ax.legend(fontsize=7, frameon=False, ncols=1, loc="center left", bbox_to_anchor=(1, .5))
 
 # %% ../nbs/61_explore.ipynb #03b2cffa
-SHIFT_PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
-
 class ShiftExplorer(PictureExplorer):
     "Pseudo-labels, flow and distillation weights; see `explore_pseudo_labels`."
     linked = (*PictureExplorer.linked, "tau", "source", "colour_by", "flow_filter")
@@ -860,43 +866,51 @@ def central(cosines:Sequence[np.ndarray])->tuple[float, float]:
     "Second to 98th percentile of all: -1 … 1 would be flat."
     return tuple(np.percentile(np.concatenate([c.ravel() for c in cosines]), (2, 98)).tolist())
 
+def feature_picture(state:FeatureState, max_side:int=512, palette:np.ndarray|None=None, wide:bool=False)->dict:
+    "The feature explorer's part that changes with picture, step or level."
+    basis = state.basis(state.level)
+    note = (f"Colours: the first three principal components of the base step's {state.level} features, {basis.explained:.0%} of their variance, fitted once on {min(FITTED, len(state.pictures))} "
+            "pictures; the same for every picture and step, sign fixed. Equal colours mean alike in these three components, no more.")
+    return picture_part(state, dict(truth=state.moment.truth), {"class": class_style(state.run.names, palette)}, note, max_side, wide=wide)
+
+def feature_labels(state:FeatureState, max_side:int=512)->dict:
+    "The part that changes with what is shown."
+    s, cell = state.maps, state.moment.teacher.stride / thinned(state.moment.view.shape, max_side)
+    kind, what = ("rgb", "components") if state.kind == KINDS[0] else ("score", f"channel {state.channel}")
+    values = {name: f if kind == "rgb" else quantised(f, *s.bounds) for name, f in (("teacher", s.teacher), ("student", s.student))}
+    top = float(s.distance.max())
+    panels = [panel("truth", "truth", "the full truth, later classes included", "labels", style="class"),
+              *(panel(name, f"{name}, {what}", f"{state.level} features of the {age} model", kind, f"{name}, {what}", grid=s.distance, cell=cell, bounds=s.bounds)
+                for name, age in (("teacher", "old"), ("student", "new"))),
+              panel("distance", "how far the student moved", f"mean squared difference of the {state.level} features", "score", "moved", grid=s.distance, cell=cell, bounds=(0, top)),
+              *(panel(f"cosine_{name}", f"{name}: cosine to the pick", "how alike each patch is to the picked one", "score", f"cosine ({name})", grid=s.distance, cell=cell)
+                for name in ("teacher", "student"))]
+    maps = {name: packed(v) for name, v in values.items()} | dict(distance=packed(quantised(s.distance, 0, top)))
+    return dict(of=stamp(state), panels=panels, maps=maps, tables=[], stamp=stamp(state, state.level, state.kind, str(state.channel)))
+
+def feature_point(state:FeatureState)->dict:
+    "The part that changes with the picked patch: its cosines to all others."
+    m, cosines, bounds = state.moment, state.cosines, central(state.cosines)
+    here = [c.mean() for c in cosines]
+    names = class_style(state.run.names).names
+    patch = tuple(at // m.teacher.stride for at in state.pick)
+    lines = [f"pixel {state.pick}, patch {patch}", f"truth: {names[int(m.truth[state.pick])]}", f"mean cosine to all patches: teacher {here[0]:.2f}, student {here[1]:.2f}",
+             f"the student moved by {state.maps.distance[patch]:.3g} here, {state.maps.distance.mean():.3g} on average"]
+    keys = ("cosine_teacher", "cosine_student")
+    return dict(lines=lines, maps={k: packed(quantised(c, *bounds)) for k, c in zip(keys, cosines)}, ranges={k: list(bounds) for k in keys})
+
+# %% ../nbs/61_explore.ipynb #64953ec5
 class FeatureExplorer(PictureExplorer):
     "Features of teacher and student; see `explore_features`."
     linked = (*PictureExplorer.linked, "level", "kind")
     redrawn = ("maps",)
     kind = "Features"
 
-    def picture(self, state:FeatureState)->dict:
-        basis = state.basis(state.level)
-        note = (f"Colours: the first three principal components of the base step's {state.level} features, {basis.explained:.0%} of their variance, fitted once on {min(FITTED, len(state.pictures))} "
-                "pictures; the same for every picture and step, sign fixed. Equal colours mean alike in these three components, no more.")
-        return picture_part(state, dict(truth=state.moment.truth), {"class": class_style(state.run.names, self.palette)}, note, self.max_side, wide=len(self.states) > 1)
-
     def depends(self, state:FeatureState)->tuple: return state.moment, state.level
 
-    def labels(self, state:FeatureState)->dict:
-        s, cell = state.maps, state.moment.teacher.stride / thinned(state.moment.view.shape, self.max_side)
-        kind, what = ("rgb", "components") if state.kind == KINDS[0] else ("score", f"channel {state.channel}")
-        values = {name: f if kind == "rgb" else quantised(f, *s.bounds) for name, f in (("teacher", s.teacher), ("student", s.student))}
-        top = float(s.distance.max())
-        panels = [panel("truth", "truth", "the full truth, later classes included", "labels", style="class"),
-                  *(panel(name, f"{name}, {what}", f"{state.level} features of the {age} model", kind, f"{name}, {what}", grid=s.distance, cell=cell, bounds=s.bounds)
-                    for name, age in (("teacher", "old"), ("student", "new"))),
-                  panel("distance", "how far the student moved", f"mean squared difference of the {state.level} features", "score", "moved", grid=s.distance, cell=cell, bounds=(0, top)),
-                  *(panel(f"cosine_{name}", f"{name}: cosine to the pick", "how alike each patch is to the picked one", "score", f"cosine ({name})", grid=s.distance, cell=cell)
-                    for name in ("teacher", "student"))]
-        maps = {name: packed(v) for name, v in values.items()} | dict(distance=packed(quantised(s.distance, 0, top)))
-        return dict(of=stamp(state), panels=panels, maps=maps, tables=[], stamp=stamp(state, state.level, state.kind, str(state.channel)))
-
-    def point(self, state:FeatureState)->dict:
-        m, cosines, bounds = state.moment, state.cosines, central(state.cosines)
-        here = [c.mean() for c in cosines]
-        names = class_style(state.run.names).names
-        patch = tuple(at // m.teacher.stride for at in state.pick)
-        lines = [f"pixel {state.pick}, patch {patch}", f"truth: {names[int(m.truth[state.pick])]}", f"mean cosine to all patches: teacher {here[0]:.2f}, student {here[1]:.2f}",
-                 f"the student moved by {state.maps.distance[patch]:.3g} here, {state.maps.distance.mean():.3g} on average"]
-        keys = ("cosine_teacher", "cosine_student")
-        return dict(lines=lines, maps={k: packed(quantised(c, *bounds)) for k, c in zip(keys, cosines)}, ranges={k: list(bounds) for k in keys})
+    def picture(self, state:FeatureState)->dict: return feature_picture(state, self.max_side, self.palette, wide=len(self.states) > 1)
+    def labels(self, state:FeatureState)->dict: return feature_labels(state, self.max_side)
+    def point(self, state:FeatureState)->dict: return feature_point(state)
 
     def controls(self)->list:
         state = self.state
@@ -1010,6 +1024,26 @@ def token_title(state:TokenState)->str:
     return f"{state.run.folder.name} ({state.run.settings.method}, {with_it} orthogonality), step {state.step}{mean}"
 
 # %% ../nbs/61_explore.ipynb #b019d97c
+def token_chart(states:Sequence[TokenState], limit:float):
+    "plotly figure: a row a run, the cosines and their change since the step before."
+    from plotly import graph_objects as go
+    from plotly.subplots import make_subplots
+    titles = [t for s in states for t in (token_title(s).replace("), ", ")<br>"), "change since the step before")]
+    fig = make_subplots(len(states), 2, subplot_titles=titles, horizontal_spacing=.26, vertical_spacing=.35 / len(states))
+    for row, state in enumerate(states, 1):
+        for column, values in ((1, state.cosine), (2, state.change)):
+            if values is None: continue
+            n = len(values)
+            fig.add_trace(go.Heatmap(z=values.round(4), x=state.run.names[:n], y=state.run.names[:n], coloraxis=f"coloraxis{column}",
+                                     hovertemplate="%{y} · %{x}: %{z:.3f}<extra></extra>"), row, column)
+            for edge in {.5, state.n_old - .5} - {n - .5}:
+                fig.add_hline(edge, line=dict(width=1, color="#808080"), row=row, col=column); fig.add_vline(edge, line=dict(width=1, color="#808080"), row=row, col=column)
+    fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False, tickangle=-90).update_annotations(font_size=11)
+    def colours(limit, x): return dict(cmin=-limit, cmax=limit, colorscale="RdBu_r", colorbar=dict(x=x, thickness=12))
+    return fig.update_layout(coloraxis1=colours(1, .38), coloraxis2=colours(limit, 1.01), height=430 * len(states), margin=dict(l=70, r=10, t=50, b=80),
+                             paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=11, color="#777777"))  # readable on light and dark
+
+# %% ../nbs/61_explore.ipynb #91e967e9
 class TokenExplorer:
     "Cosines between class tokens; see `explore_class_tokens`."
     def __init__(self, states:Sequence[TokenState]):
@@ -1018,22 +1052,7 @@ class TokenExplorer:
 
     def chart(self):
         "plotly figure: a row a run, the cosines and their change since the step before."
-        from plotly import graph_objects as go
-        from plotly.subplots import make_subplots
-        titles = [t for s in self.states for t in (token_title(s).replace("), ", ")<br>"), "change since the step before")]
-        fig = make_subplots(len(self.states), 2, subplot_titles=titles, horizontal_spacing=.26, vertical_spacing=.35 / len(self.states))
-        for row, state in enumerate(self.states, 1):
-            for column, values in ((1, state.cosine), (2, state.change)):
-                if values is None: continue
-                n = len(values)
-                fig.add_trace(go.Heatmap(z=values.round(4), x=state.run.names[:n], y=state.run.names[:n], coloraxis=f"coloraxis{column}",
-                                         hovertemplate="%{y} · %{x}: %{z:.3f}<extra></extra>"), row, column)
-                for edge in {.5, state.n_old - .5} - {n - .5}:
-                    fig.add_hline(edge, line=dict(width=1, color="#808080"), row=row, col=column); fig.add_vline(edge, line=dict(width=1, color="#808080"), row=row, col=column)
-        fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False, tickangle=-90).update_annotations(font_size=11)
-        def colours(limit, x): return dict(cmin=-limit, cmax=limit, colorscale="RdBu_r", colorbar=dict(x=x, thickness=12))
-        return fig.update_layout(coloraxis1=colours(1, .38), coloraxis2=colours(self.limit, 1.01), height=430 * len(self.states), margin=dict(l=70, r=10, t=50, b=80),
-                                 paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=11, color="#777777"))  # readable on light and dark
+        return token_chart(self.states, self.limit)
 
     @property
     def limit(self)->float:

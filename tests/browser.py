@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+DEMANDED = bool(os.environ.get("CI")) or os.environ.get("MBS_BROWSER") == "1"  # then nothing is skipped
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 LOCAL = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:", "file:", "about:")
 READY = """() => { const w = window.jupyterapp?.shell?.currentWidget, s = w?.sessionContext, k = s?.session?.kernel;
@@ -29,7 +30,7 @@ def chromium():
 
 def missing():
     "Why no browser can be started here; empty where one can, and where one must: there its absence is a failure."
-    if os.environ.get("CI") or os.environ.get("MBS_BROWSER") == "1": return ""
+    if DEMANDED: return ""
     if find_spec("playwright") is None: return "playwright is not installed: pip install 'mbs[dev]'"
     if chromium() is None:
         from playwright.sync_api import sync_playwright
