@@ -23,7 +23,7 @@ help: ## this list
 
 .venv/developer: .venv/made $(FACTS)
 	@echo "Installing mbs with its developer tools into .venv (several minutes the first time)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,pretrained]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,pretrained,app]'
 	@touch $@ .venv/installed
 
 demo: .venv/installed ## class-incremental learning on generated scenes, three methods compared

@@ -22,6 +22,7 @@ _HOME = {
     "Recipe": "training",
     "Settings": "run", "Run": "run", "load_run": "run",
     "Experiment": "experiment",
+    "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
     "find_runs": "report", "write_report": "report",
 }
 __all__ = sorted(_HOME)
