@@ -1,5 +1,6 @@
 # Two commands on a fresh machine with python3 and its venv module: `make demo`, `make test`.
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 FACTS := settings.ini setup.py pyproject.toml
 
@@ -22,14 +23,14 @@ help: ## this list
 
 .venv/developer: .venv/made $(FACTS)
 	@echo "Installing mbs with its developer tools into .venv (several minutes the first time)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,pretrained]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,pretrained,cluster,app]'
 	@touch $@ .venv/installed
 
 demo: .venv/installed ## class-incremental learning on generated scenes, three methods compared
 	@$(BIN)/mbs demo
 
-test: .venv/developer ## every test
-	@$(BIN)/python -m pytest
+test: .venv/developer ## every test, JOBS at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: .venv/developer ## style
 	@$(BIN)/ruff check .

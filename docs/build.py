@@ -80,7 +80,9 @@ class Site:
         for cell in book.cells:
             if cell.cell_type == "markdown":
                 cells.append(new_markdown_cell(self.linked(cell.source, source, stem)))
-                if module and len(cells) == 1: cells.append(new_markdown_cell(f"```{{py:module}} {module.name}\n```\n\nModule <a href=\"../_modules/mbs/{stem}.html\">`{module.name}`</a>, made from `{source}`."))
+                if module and len(cells) == 1:
+                    code = f'<a href="../_modules/mbs/{stem}.html">`{module.name}`</a>'
+                    cells.append(new_markdown_cell(f"```{{py:module}} {module.name}\n```\n\nModule {code}, made from `{source}`."))
             elif cell.cell_type == "code":
                 words = set(DIRECTIVE.findall(cell.source))
                 cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source)

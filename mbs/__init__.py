@@ -22,6 +22,8 @@ _HOME = {
     "Recipe": "training",
     "Settings": "run", "Run": "run", "load_run": "run",
     "Experiment": "experiment",
+    "Batch": "batch", "Local": "executors", "OnRay": "executors",
+    "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
     "find_runs": "report", "write_report": "report",
 }
 __all__ = sorted(_HOME)

@@ -70,7 +70,7 @@ def guide(q:Tensor, target:Tensor, n:int)->Tensor:
     return moved.scatter_add_(2, torch.where(new, target, 0)[:, :, None], share[:, :, None])
 
 # %% ../nbs/29_bands.ipynb #b2f1b362
-CELLS = {"cpu": 2**20, "cuda": 2**26}  # numbers in a band: what fits a core's cache, or keeps a GPU busy
+CELLS = {"cpu": 2**18, "cuda": 2**26}  # numbers in a band: what fits a core's cache, or keeps a GPU busy
 
 def band_terms(student:Stretched, teacher:Stretched|None, target:Tensor, plan:Plan, height:int)->tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Sums of cross-entropy and distillation, their gradients (h, B, C, W), and the labels (B, H, W), in bands of `height` rows."

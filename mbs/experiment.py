@@ -201,7 +201,7 @@ class Experiment:
 
     def base(self, student:Segmenter)->Segmenter:
         "The base step: taken over from a run that shares it, else trained."
-        other = agreed(lambda: shared_base(self.outputs, base_fingerprint(self.setup, student), self.folder)) if self.settings.share_base and not self.reached(0) else None
+        other = agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder)) if self.settings.share_base and not self.reached(0) else None
         if other is None: return self.train(student, None, 0)
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():

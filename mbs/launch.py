@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .experiment import Experiment
 from .layouts import home
+from .lifeline import end_with_starter, start_tied
 from .methods import Method
 from .run import Run, Settings, load_run
 
@@ -31,6 +32,7 @@ def train(parameters:Path|str, # YAML file of `Settings`
           method:type[Method]=Method,
          ):
     "Take part in the training of a run, as the process that the environment says this is."
+    end_with_starter()
     for _ in Experiment(Settings.checked(**yaml.safe_load(Path(parameters).read_text(encoding="utf-8"))), outputs, method).steps(): pass
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
@@ -59,7 +61,7 @@ def launch(settings:Settings,
         parameters = Path(folder, "parameters.yaml")
         parameters.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}", f"--log-dir={folder}", *program, str(parameters), str(outputs)]
-        group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+        group = start_tied(command)  # the launcher hands its standard input down to all
         try:
             for line in group.stdout: print(line, end="", flush=True)
         except BaseException: end(group); raise

@@ -20,9 +20,9 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from .batch import execute, runs_folder
 from .methods import METHODS
 from .metrics import CONVENTIONS, FLOWS, backward_transfer, background_shift, check_row, forgetting, group_flow, mean, scores
+from .notebooks import execute, runs_folder
 from .protocol import Protocol
 from .run import Run, load_run
 from .tables import Table, csv_text, html_page, html_picture, html_table, latex, markdown, over_seeds

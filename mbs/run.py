@@ -41,7 +41,7 @@ from .training import make_accelerator, make_recipe, step_iterations
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
     "Parameters of one run; the same names are the parameters of `nbs/runs/train.ipynb`."
-    name: str|None = Field(None, pattern=r"^[\w.+=-]+$")        # of the run folder under outputs/; None: made of what the run is
+    name: str|None = Field(None, pattern=r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$") # of the run folder under outputs/, or batch/run; None: made of what the run is
     data: str = "scenes"                                        # "scenes", "voc", "ade" or a folder
     scenes: dict[str, int] = dict(n_train=60, n_test=20, size=48) # of the generated scenes: n_train, n_test, size, seed
     protocol: str = "5-1"
@@ -72,7 +72,7 @@ class Settings(Parameters):
     def named(self)->Self:
         if self.name is None:
             parts = [f"{k}={v}" for k, v in sorted(self.parts.items())]
-            object.__setattr__(self, "name", re.sub(r"[^\w.+=-]", "_", "-".join([Path(self.data).name, self.protocol, self.setting, self.method, *parts, f"s{self.seed}"])))
+            object.__setattr__(self, "name", re.sub(r"[^\w.+=-]", "_", "-".join([Path(self.data).name, self.protocol, self.setting, self.method, *parts, f"s{self.seed}"])).lstrip("."))
         return self
 
 # %% ../nbs/51_run.ipynb #50f18187

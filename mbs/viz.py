@@ -8,7 +8,8 @@ __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FA
            'overlay', 'show', 'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares',
            'show_pseudo_labels', 'shift_flow', 'show_shift', 'show_background_shift', 'ribbon', 'flow_panel',
            'show_shift_flow', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting', 'show_reliability',
-           'token_cosines', 'draw_curve', 'method_legend', 'show_curves', 'compare_methods']
+           'draw_matrix', 'token_cosines', 'draw_curve', 'method_legend', 'show_curves', 'compare_methods', 'show_maps',
+           'show_features', 'show_probabilities']
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
 from collections.abc import Sequence
@@ -293,15 +294,20 @@ def show_reliability(image:np.ndarray,  # (H, W, 3) uint8
     fig.colorbar(axes[0, 1].images[0], ax=axes[0, 1], shrink=.8).ax.tick_params(labelsize=7)
     return fig
 
+def draw_matrix(ax, cosines:np.ndarray, names:Sequence[str], n_old:int, title:str="", limit:float=1):
+    "(C, C) cosines between classes, or differences of them, with lines between background, old and new."
+    shown = ax.imshow(cosines, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for edge in (.5, n_old - .5): ax.axvline(edge, color="k", lw=1); ax.axhline(edge, color="k", lw=1)
+    n, size = len(cosines), 7 if len(cosines) < 30 else 3
+    ax.set_xticks(range(n), names[:n], rotation=90, fontsize=size); ax.set_yticks(range(n), names[:n], fontsize=size)
+    ax.set_title(title, fontsize=8)
+    ax.figure.colorbar(shown, ax=ax, shrink=.7).ax.tick_params(labelsize=7)
+
 def token_cosines(tokens:np.ndarray, names:Sequence[str], n_old:int, title:str="")->Figure:
     "Cosines between class tokens (C, D), grouped into background, old and new."
     e = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
     fig, ((ax,),) = grid(1, 1, 3.6)
-    shown = ax.imshow(e @ e.T, cmap="RdBu_r", vmin=-1, vmax=1)
-    for edge in (.5, n_old - .5): ax.axvline(edge, color="k", lw=1); ax.axhline(edge, color="k", lw=1)
-    ax.set_xticks(range(len(e)), names[:len(e)], rotation=90, fontsize=7); ax.set_yticks(range(len(e)), names[:len(e)], fontsize=7)
-    ax.set_title(title, fontsize=8)
-    fig.colorbar(shown, ax=ax, shrink=.7).ax.tick_params(labelsize=7)
+    draw_matrix(ax, e @ e.T, names, n_old, title)
     return fig
 
 # %% ../nbs/60_viz.ipynb #ed033372
@@ -366,4 +372,42 @@ def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU
         for t, ax in enumerate(row[1:]): show(ax, overlay(image, predictions[method][t - first]) if t >= first else np.full_like(image, 255), f"after step {t}" if k == 0 else "")
         row[1].set_ylabel(fill(method, 15), fontsize=8)
     class_legend(fig, [truth, *(p for series in predictions.values() for p in series)], names)
+    return fig
+
+# %% ../nbs/60_viz.ipynb #a7246a7c
+def show_maps(axes, maps:dict[str, np.ndarray], ranges:dict[str, tuple]):
+    "Maps by title into axes: (h, w, 3) uint8 colours as they are, (h, w) numbers in cividis with a colour bar."
+    for ax, (title, values) in zip(axes, maps.items()):
+        if values.ndim == 3: show(ax, values, title); continue
+        low, high = ranges.get(title, (None, None))
+        show(ax, values, title, cmap="cividis", vmin=low, vmax=high)
+        ax.figure.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=.8).ax.tick_params(labelsize=7)
+
+def show_features(image:np.ndarray,            # (H, W, 3) uint8
+                  maps:dict[str, np.ndarray],  # by title, on the patch grid: (h, w, 3) uint8 colours or (h, w) numbers
+                  ranges:dict[str, tuple]|None=None, # (lowest, highest) number of a map; else its own
+                 )->Figure:
+    "Photo and feature maps in a row."
+    fig, axes = grid(1, 1 + len(maps), 1.9)
+    show(axes[0, 0], image, "photo")
+    show_maps(axes[0, 1:], maps, ranges or {})
+    return fig
+
+def show_probabilities(old:np.ndarray,      # (C_old,) of the previous model
+                       new:np.ndarray,      # (C,) of the current one
+                       names:Sequence[str],
+                       threshold:float,     # τ, a line
+                       top:int=6,           # classes shown
+                       ax=None,             # None: a figure of its own
+                      ):
+    "Bars of the most probable classes at one pixel; the figure, or None when drawn into `ax`."
+    fig = None
+    if ax is None: fig, ((ax,),) = grid(1, 1, 3.4, .5 + .3 * top)
+    padded = np.pad(old, (0, len(new) - len(old)))
+    first = np.argsort(-np.maximum(padded, new), kind="stable")[:top]
+    y = np.arange(len(first))
+    ax.barh(y - .2, padded[first], .38, color=GREY, label="old model"); ax.barh(y + .2, new[first], .38, color=BLUE, label="new model")
+    ax.axvline(threshold, color="k", lw=1, ls="--"); ax.text(threshold, -.75, "τ", ha="center", fontsize=8)
+    ax.set_yticks(y, [names[c] for c in first], fontsize=8); ax.set_ylim(len(first) - .5, -.5); ax.set_xlim(0, 1); ax.tick_params(axis="x", labelsize=7)
+    ax.legend(fontsize=7, frameon=False, loc="lower right")
     return fig

@@ -1,6 +1,5 @@
 "Losses in bands of rows are the plain composition, in value and gradient, on every choice that they know, and change no result."
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -116,7 +116,7 @@ def test_unknown_parameter_in_the_notebook(home, tmp_path):
     "papermill itself only warns about unknown names; the notebook refuses them before anything runs."
     import papermill
 
-    from mbs.batch import runs_folder
+    from mbs.notebooks import runs_folder
     with pytest.raises(papermill.PapermillExecutionError, match="'metod' is not known"):
         papermill.execute_notebook(str(runs_folder() / "train.ipynb"), str(tmp_path / "out.ipynb"), dict(metod="kd"), kernel_name="python3", progress_bar=False)
     assert not (home / "outputs").exists()

@@ -64,7 +64,7 @@ def test_requirements(built):
 
 
 def test_installed_wheel_works(installed):
-    where, notebook = python("import mbs; from mbs.batch import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')", installed).splitlines()
+    where, notebook = python("import mbs; from mbs.notebooks import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')", installed).splitlines()
     assert where.startswith(str(installed)) and notebook.startswith(str(installed)) and Path(notebook).is_file()
     out = subprocess.run([sys.executable, "-m", "mbs", "--help"], cwd=installed, capture_output=True, text=True, check=True).stdout
     assert "demo" in out and "run" in out

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mbs.batch import prepare, read_parameters, run_notebook, runs_folder
+from mbs.batch import prepare, run_notebook
 from mbs.experiment import Experiment
+from mbs.notebooks import read_parameters, runs_folder
 from mbs.protocol import SETTINGS, SPLITS
 from mbs.run import Settings, load_run
 
