@@ -36,6 +36,8 @@ class Site:
     def __init__(self, folder:Path):
         self.folder = folder
         self.notebooks = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith((".", "_")) for s in p.relative_to(ROOT).parts))
+        sources = {p.stem: p.relative_to(ROOT).as_posix() for p in self.notebooks}
+        self.by_name = {name: page_of(source) for stem, source in sources.items() for name in (stem, source)}
         self.modules = {p.stem: Module(p) for p in sorted((ROOT / "mbs").glob("*.py")) if not p.stem.startswith("_")}
         home = ast.parse((ROOT / "mbs/__init__.py").read_text(encoding="utf-8"))
         self.public = next(ast.literal_eval(n.value) for n in home.body if isinstance(n, ast.Assign) and n.targets[0].id == "_HOME")
@@ -51,8 +53,7 @@ class Site:
         if module in owners or self.public.get(first) in owners or (len(owners) == 1 and re.search("[_A-Z]", name)):
             owner = next(m for m in (module, self.public.get(first), *owners) if m in owners)
             return f"{{py:obj}}`{text} <mbs.{owner}.{name}>`"
-        notebook = next((p for p in self.notebooks if p.stem == name or p.relative_to(ROOT).as_posix() == name), None)
-        return f"{{doc}}`{text} </{page_of(notebook.relative_to(ROOT).as_posix())}>`" if notebook else None
+        return f"{{doc}}`{text} </{self.by_name[name]}>`" if name in self.by_name else None
 
     def linked(self, text, source, module=""):
         "Markdown of the file `source` with its links turned to pages of the site, and with names as links."

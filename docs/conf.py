@@ -1,5 +1,6 @@
 "Settings of Sphinx. `docs/build.py` makes the pages and calls it."
 import re
+from functools import cache
 from pathlib import Path
 
 import plotly
@@ -57,7 +58,8 @@ def block(translator, node):
     raise SkipNode
 
 
-def source_of(app, module):
+@cache
+def analysed(module):
     "Source of a module and where its definitions are, so that nothing needs to be imported."
     path = ROOT / f"{module.replace('.', '/')}.py"
     analyzer = ModuleAnalyzer.for_string(path.read_text(encoding="utf-8"), module, str(path))
@@ -67,4 +69,4 @@ def source_of(app, module):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
-    app.connect("viewcode-find-source", source_of)
+    app.connect("viewcode-find-source", lambda app, module: analysed(module))
