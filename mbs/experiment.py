@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_positions', 'difference', 'refuse_other', 'unwritable', 'open_folder', 'write_samples', 'write_step', 'Log',
            'shared_base', 'two_columns', 'judged_views', 'new_score', 'measured', 'relabelled', 'quality_of_labels',
-           'pseudo_label_examples', 'Experiment']
+           'pseudo_label_examples', 'Writer', 'Experiment']
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
@@ -162,6 +162,30 @@ def pseudo_label_examples(setup:Setup, run:Run, step:int, n:int=3)->tuple[list, 
     return tuple(map(list, zip(*relabelled(setup, run.model(step - 1), step, seen, run.metrics(step).get("thresholds")))))
 
 # %% ../nbs/52_experiment.ipynb #a239a52e
+class Writer:
+    "Writes the folder of a run."
+    def __init__(self, folder:Path, setup:Setup): self.folder, self.setup, self.log = folder, setup, Log(folder)
+
+    def progress(self, step:int)->Progress: return Progress(self.folder / "resume", step, self.setup.settings.save_minutes)
+
+    def reached(self, step:int)->int:
+        "Iterations of `step` that a saved state has behind it."
+        return found[1]["iteration"] if (found := self.progress(step).latest()) else 0
+
+    def begin(self, step:int):
+        "Drop what an attempt at `step` has logged after its last saved state."
+        self.log.cut(step, self.reached(step))
+
+    def finish(self, step:int, student:Segmenter, confusion:Confusion, facts:dict, columns:dict[str, Confusion], teacher:Segmenter|None=None):
+        "Write the step's folder, the worth of the teacher's pseudo-labels included; all processes go on when it is there."
+        if processes().is_main_process:
+            parts = self.setup.method.parts
+            if teacher and (parts.pseudo_labels or parts.ignore_uncertain): facts |= dict(pseudo_labels=quality_of_labels(self.setup, teacher, step))
+            write_step(self.folder, self.setup, step, student, confusion, facts, columns)
+            self.progress(step).clear()
+        processes().wait_for_everyone()
+
+# %% ../nbs/52_experiment.ipynb #c457e78b
 class Experiment:
     "All steps of a run. `steps()` yields after each one; `run()` goes through to the end."
     def __init__(self,
@@ -171,9 +195,8 @@ class Experiment:
                 ):
         self.settings = settings
         with processes().main_process_first(): self.setup = Setup(settings, method)  # one makes the data's index, the others read it
-        self.outputs = Path(outputs) if outputs else home("outputs")
-        self.folder = self.outputs / settings.name
-        self.log = Log(self.folder)
+        self.folder = (Path(outputs) if outputs else home("outputs")) / settings.name
+        self.writer = Writer(self.folder, self.setup)
 
     def run(self)->Run:
         "Train what is not yet trained; the finished run."
@@ -188,26 +211,20 @@ class Experiment:
             for step in range(len(self.setup.protocol.sizes)):
                 if agreed(lambda: load_run(self.folder).n_steps) > step: fresh = False
                 else:
-                    if not fresh: student, fresh = load_model(self.setup.model(step - 1), self.folder / f"step-{step - 1:02d}" / "model.safetensors"), True
-                    self.log.cut(step, self.reached(step))
+                    if not fresh: student, fresh = load_model(self.setup.model(step - 1), load_run(self.folder).step(step - 1, "model.safetensors")), True
+                    self.writer.begin(step)
                     student = self.base(student) if step == 0 else self.increment(student, step)
                 yield step
 
-    def progress(self, step:int)->Progress: return Progress(self.folder / "resume", step, self.settings.save_minutes)
-
-    def reached(self, step:int)->int:
-        "Iterations of `step` that a saved state has behind it."
-        return found[1]["iteration"] if (found := self.progress(step).latest()) else 0
-
     def base(self, student:Segmenter)->Segmenter:
         "The base step: taken over from a run that shares it, else trained."
-        other = agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder)) if self.settings.share_base and not self.reached(0) else None
+        alone = not self.settings.share_base or self.writer.reached(0)
+        other = None if alone else agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder))
         if other is None: return self.train(student, None, 0)
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():
-            if record["step"] == 0: self.log(record)
-        columns = {name: other.confusion(0, name) for name in other.metrics(0)["columns"]}
-        self.write(0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name), columns)
+            if record["step"] == 0: self.writer.log(record)
+        self.writer.finish(0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name), {name: other.confusion(0, name) for name in other.metrics(0)["columns"]})
         return student
 
     def increment(self, student:Segmenter, step:int)->Segmenter:
@@ -222,19 +239,9 @@ class Experiment:
         views = judged_views(s, step, s.statistics(student))
         judges = {name: Judge(partial(new_score, s, view=view)) for name, view in views.items()}
         student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,
-                             self.settings.seed + 1000 * step, self.settings.workers, self.log, list(judges.values()), self.progress(step))
+                             self.settings.seed + 1000 * step, self.settings.workers, self.writer.log, list(judges.values()), self.writer.progress(step))
         iterates = {"last": {k: v.clone() for k, v in student.state_dict().items()} if judges else student.state_dict()} | {name: judge.state for name, judge in judges.items()}
         columns = {name: measured(s, student, step, iterates.get(iterate, iterates["last"]), test) for name, (iterate, test) in two_columns(s.recipe).items()}
         confusion = measured(s, student, step, iterates.get(s.recipe.selection, iterates["last"]), s.recipe.test)
-        facts = dict(seconds=round(time.perf_counter() - started, 2), memory=round(peak_memory(), 2), **s.method.found)
-        self.write(step, student, confusion, facts, columns, teacher)
+        self.writer.finish(step, student, confusion, dict(seconds=round(time.perf_counter() - started, 2), memory=round(peak_memory(), 2), **s.method.found), columns, teacher)
         return student
-
-    def write(self, step:int, student:Segmenter, confusion:Confusion, facts:dict, columns:dict[str, Confusion], teacher:Segmenter|None=None):
-        "Let the main process write the step's folder, the worth of the teacher's pseudo-labels included; all go on when it is there."
-        if processes().is_main_process:
-            parts = self.setup.method.parts
-            if teacher and (parts.pseudo_labels or parts.ignore_uncertain): facts |= dict(pseudo_labels=quality_of_labels(self.setup, teacher, step))
-            write_step(self.folder, self.setup, step, student, confusion, facts, columns)
-            self.progress(step).clear()
-        processes().wait_for_everyone()

@@ -56,7 +56,8 @@ def test_other_parameters_are_refused_and_nothing_changes(home):
     with pytest.raises(ValueError, match=r"settings\.seed: 0 there, 1 now"): Experiment(Settings(name="run", samples=0, seed=1), home).run()
     assert Experiment(Settings(name="run", samples=0), home).run().finished
     after = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
-    assert {k: v for k, v in before.items() if k.is_file()} == {k: v for k, v in after.items() if k.is_file()}
+    changed = {p.name for p in before | after if p.is_file() and before.get(p) != after.get(p)}
+    assert changed <= {".lock"}  # it names who wrote last
 
 
 def test_base_step_is_shared_only_when_it_is_the_same(home):
