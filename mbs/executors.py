@@ -40,7 +40,9 @@ def threads(n:int)->dict[str, str]:
     "What keeps a process to `n` threads of computation."
     return {name: os.environ.get(name, str(max(1, n))) for name in THREADS}
 
-def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores()->int:
+    "CPUs that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def visible_gpus()->list[str]:
     "GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."

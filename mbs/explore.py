@@ -436,7 +436,9 @@ def paint(photo:np.ndarray,   # (H, W, 3) uint8
     return (photo * (1 - strength) + over[..., :3] * strength).round().astype(np.uint8)
 
 # %% ../nbs/61_explore.ipynb #e6f93b37
-def packed(values:np.ndarray)->bytes: return compress(np.ascontiguousarray(values).tobytes(), 1)
+def packed(values:np.ndarray)->bytes:
+    "An array as the page unpacks it: zlib of its bytes, row by row."
+    return compress(np.ascontiguousarray(values).tobytes(), 1)
 
 def encoded(photo:np.ndarray)->bytes:
     "A picture file: PNG for small pictures, else JPEG."
