@@ -561,7 +561,9 @@ def canvas_class()->type:
     return Canvas
 
 # %% ../nbs/61_explore.ipynb #dcce64fa
-def run_title(run:Run)->str: return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
+def run_title(run:Run)->str:
+    "A run in a heading: folder, method, protocol."
+    return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
 
 def for_script(content:Any)->str:
     "JSON for a script element of a page, bytes as {'base64': …}."
@@ -785,7 +787,9 @@ def draw_shift(state:ShiftState, fig, panels:Sequence[str], palette:np.ndarray|N
     return handles
 
 # %% ../nbs/61_explore.ipynb #d046b271
-def opened(run:Run|Path|str)->Run: return run if isinstance(run, Run) else Run(run)
+def opened(run:Run|Path|str)->Run:
+    "A run, given itself or by its folder."
+    return run if isinstance(run, Run) else Run(run)
 
 def comparable(run:Run, other:Run, images:Sequence|None):
     "ValueError unless two runs can be explored side by side: the same classes in the same steps, and the same pictures."
