@@ -1025,6 +1025,7 @@ class TokenState(T.HasTraits):
         return orthogonality(torch.from_numpy(self.tokens(self.step)), n_new).item() * len(self.cosine) / n_new if n_new else float("nan")
 
 def token_title(state:TokenState)->str:
+    "What the matrix of cosines shows, and the mean |cos| that the orthogonal objective lowers."
     with_it = "with" if state.run.card["parts"]["orthogonality"] else "without"
     mean = "" if np.isnan(state.objective) else f": new tokens |cos| {state.objective:.3f}"
     return f"{state.run.folder.name} ({state.run.settings.method}, {with_it} orthogonality), step {state.step}{mean}"
