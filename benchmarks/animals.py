@@ -84,7 +84,7 @@ if __name__ == "__main__":
     words.add_argument("what", choices=["copy", "tune", "test"])
     words.add_argument("words", nargs="*")
     words.add_argument("--seeds", type=int, default=1)
-    given = words.parse_args()
+    given = words.parse_intermixed_args()
     if given.what == "copy": copy(*given.words)
     elif given.what == "tune": tune(given.words)
     else:

@@ -41,16 +41,17 @@ def short_side(height:int, width:int, size:float)->tuple[int, int]:
     return max(1, int(height * scale + 1e-6)), max(1, int(width * scale + 1e-6))
 
 # %% ../nbs/11_augment.ipynb #5af9940d
-def cropped(image:Tensor,   # (3, H, W) normalised
+def cropped(image:Tensor,   # (3, H, W) uint8
             labels:Tensor,  # (H, W)
             top:int, left:int,
             size:int,       # side of the square crop
+            mean:Sequence[float], std:Sequence[float],
            )->tuple[Tensor, Tensor]:
-    "Square crop of both from (top, left); past the picture 0 and void."
-    pad = [0, 0, max(0, left + size - image.shape[2]), max(0, top + size - image.shape[1])]
-    image = TF.pad(TF.crop(image, top, left, min(size, image.shape[1] - top), min(size, image.shape[2] - left)), pad)
-    labels = TF.crop(labels[None], top, left, image.shape[1] - pad[3], image.shape[2] - pad[2])
-    return image, TF.pad(labels, pad, fill=VOID)[0]
+    "Square crop of both from (top, left), the picture normalised; past the picture 0 and void."
+    height, width = min(size, image.shape[1] - top), min(size, image.shape[2] - left)
+    pad = [0, 0, size - width, size - height]
+    image = TF.pad(normalised(TF.crop(image, top, left, height, width), mean, std), pad)
+    return image, TF.pad(TF.crop(labels[None], top, left, height, width), pad, fill=VOID)[0]
 
 # %% ../nbs/11_augment.ipynb #2c5a9b8c
 class TrainTransform:
@@ -69,7 +70,7 @@ class TrainTransform:
         if factor != 1: size = [max(1, int(s * factor)) for s in size]
         image, labels = resized(image, labels, size)
         top, left = (random.randint(0, max(0, s - self.crop)) for s in size)
-        image, labels = cropped(normalised(image, self.mean, self.std), labels, top, left, self.crop)
+        image, labels = cropped(image, labels, top, left, self.crop, self.mean, self.std)
         if self.flip and random.random() < .5: image, labels = TF.hflip(image), TF.hflip(labels)
         return image, labels
 
@@ -84,4 +85,4 @@ class TestTransform:
         if self.crop is None: return normalised(image, self.mean, self.std), labels
         image, labels = resized(image, labels, short_side(*labels.shape, self.crop))
         top, left = ((s - self.crop) // 2 for s in labels.shape)
-        return cropped(normalised(image, self.mean, self.std), labels, top, left, self.crop)
+        return cropped(image, labels, top, left, self.crop, self.mean, self.std)

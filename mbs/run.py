@@ -28,7 +28,7 @@ import mbs
 from .augment import IMAGENET, normalised
 from .checkpoint import load_model
 from .data import open_data
-from .evaluation import window_logits
+from .evaluation import likeliest
 from .files import read_arrays
 from .methods import Method
 from .metrics import Confusion, iou_matrix
@@ -247,5 +247,4 @@ def normalised_batch(image:np.ndarray, statistics:tuple)->torch.Tensor:
 def segment(model:Segmenter, image:np.ndarray, statistics:tuple, window:int|None=None)->np.ndarray:
     "(H, W) uint8 channels of one (H, W, 3) uint8 picture at its full size, in sliding windows if `window` (pixels) is given."
     x, model = normalised_batch(image, statistics).to(next(model.parameters()).device), model.eval()
-    logits = window_logits(model, x, window) if window else model(x).logits
-    return logits[0].argmax(0).cpu().numpy().astype(np.uint8)
+    return likeliest(model, x, window)[0].cpu().numpy().astype(np.uint8)
