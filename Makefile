@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 FACTS := settings.ini setup.py pyproject.toml
 
-.PHONY: help demo test lint export docs readme picture clean
+.PHONY: help demo test lint export docs readme picture trained clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,6 +46,9 @@ readme: .venv/developer ## README.md from nbs/index.ipynb
 
 picture: .venv/installed ## the picture of README.md, from the runs that make demo leaves
 	@$(BIN)/python docs/picture.py
+
+trained: .venv/installed ## the small runs in nbs/trained that the notebooks show
+	@$(BIN)/python nbs/trained/train.py
 
 clean: ## remove the virtual environment and build products
 	rm -rf .venv build dist _docs *.egg-info

@@ -17,6 +17,7 @@ copyright = "the mbs authors"
 extensions = ["myst_nb", "sphinx.ext.viewcode"]
 
 nb_execution_mode = "off"      # pages show what the notebooks store
+nb_render_markdown_format = "gfm"  # of outputs: tables, too
 nb_code_prompt_show = "Show the {type}"
 nb_code_prompt_hide = "Hide the {type}"
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline", "attrs_block"]

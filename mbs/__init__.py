@@ -20,7 +20,7 @@ _HOME = {
     "Confusion": "metrics", "scores": "metrics", "background_shift": "metrics", "check_row": "metrics",
     "PseudoLabelCounts": "metrics", "pseudo_label_quality": "metrics", "forgetting": "metrics", "backward_transfer": "metrics",
     "Recipe": "training",
-    "Settings": "run", "Run": "run", "load_run": "run",
+    "Settings": "run", "Run": "run", "load_run": "run", "trained_run": "run",
     "Experiment": "experiment",
     "Batch": "batch", "Local": "executors", "OnRay": "executors",
     "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IPYTHON', 'BASE_MODULES', 'Settings', 'from_notebook', 'Setup', 'held_out', 'network', 'class_ids',
            'base_fingerprint', 'git_commit', 'run_card', 'Run', 'load_run', 'sliding_window', 'normalised_batch',
-           'segment']
+           'segment', 'trained_run']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import hashlib
@@ -248,3 +248,13 @@ def segment(model:Segmenter, image:np.ndarray, statistics:tuple, window:int|None
     "(H, W) uint8 channels of one (H, W, 3) uint8 picture at its full size, in sliding windows if `window` (pixels) is given."
     x, model = normalised_batch(image, statistics).to(next(model.parameters()).device), model.eval()
     return likeliest(model, x, window)[0].cpu().numpy().astype(np.uint8)
+
+# %% ../nbs/51_run.ipynb #aaab2a14
+def trained_run(method:str="mbs", # or "finetune" or "kd"
+               )->Run:
+    "One of the small runs on generated scenes that come with `mbs`; ValueError for another method."
+    package = Path(mbs.__file__).parent
+    folder = package / "trained" if (package / "trained").is_dir() else package.parent / "nbs" / "trained"
+    there = sorted(p.parent.name for p in folder.glob("*/run.json"))
+    if method not in there: raise ValueError(f"no trained run of {method!r} comes with mbs: expected one of {', '.join(there)}; train one with mbs run demo method={method}")
+    return load_run(folder / method)

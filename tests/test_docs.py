@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))  # its programs are no package
 DEMANDED = bool(os.environ.get("CI")) or os.environ.get("MBS_BROWSER") == "1"  # then a missing browser is a failure
 MODULES = [f"mbs.{p.stem}" for p in sorted((ROOT / "mbs").glob("*.py")) if not p.stem.startswith("_")]
-SIX = ["index.html", "reference.html", "reference/pseudo_labels.html", "reference/feature_distillation.html", "tutorials/own_data.html", "equations.html"]
+SIX = ["index.html", "reference.html", "reference/pseudo_labels.html", "reference/feature_distillation.html", "tutorials/background_shift.html", "equations.html"]
 
 
 class Page(HTMLParser):

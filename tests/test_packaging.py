@@ -49,6 +49,8 @@ def test_data_files(built):
     runs = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/runs").rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts}
     assert {n for n in inside if n.startswith("mbs/runs/")} == {f"mbs/{r}" for r in runs} and "runs/train.ipynb" in runs
     assert {"mbs/cli.py", "mbs/__main__.py"} <= inside
+    trained = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/trained").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {n for n in inside if n.startswith("mbs/trained/")} == {f"mbs/{t}" for t in trained} and "trained/mbs/step-03/model.safetensors" in trained
     with tarfile.open(sdist) as t: names = {n.split("/", 1)[-1] for n in t.getnames()}
     assert {"settings.ini", "LICENSE"} | {f"nbs/{r}" for r in runs} <= names
 
