@@ -24,6 +24,7 @@ from .data import SegmentationFolder, StepView
 from .evaluation import evaluate, new_class_score
 from .files import only_writer, replacing_folder, write_arrays, write_json, write_text
 from .layouts import home
+from .lifeline import interrupted_by_signals
 from .methods import Method
 from .metrics import Confusion, PseudoLabelCounts, background_shift, pseudo_label_quality, scores
 from .objective import training_labels
@@ -199,8 +200,9 @@ class Experiment:
         self.writer = Writer(self.folder, self.setup)
 
     def run(self)->Run:
-        "Train what is not yet trained; the finished run."
-        for _ in self.steps(): pass
+        "Train what is not yet trained; the finished run. Interrupted, with the running step saved, when a signal asks to stop."
+        with interrupted_by_signals():
+            for _ in self.steps(): pass
         return load_run(self.folder)
 
     def steps(self)->Iterator[int]:

@@ -12,7 +12,6 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from threading import Event
 from typing import Literal
 
 import numpy as np
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .augment import TestTransform, TrainTransform
-from .checkpoint import Interrupted, Progress, below, load_optimiser, noticing_signals, optimiser_tensors, set_random_state
+from .checkpoint import Progress, below, load_optimiser, optimiser_tensors, set_random_state
 from .data import StepView
 from .draws import Draws, batches, default_workers
+from .lifeline import Interrupted, noticing_signals
 from .methods import Method
 from .parameters import Parameters
 from .processes import mean_over_processes, processes
@@ -201,11 +201,11 @@ class Training:
         if streams := below(tensors, f"random.{self.accelerator.process_index}"): set_random_state(streams)
         self.iteration, self.window = facts["iteration"], [dict(zip(facts["terms"], row.to(self.accelerator.device))) for row in tensors.get("window", ())]
 
-    def stopping(self, asked:Event)->bool:
+    def stopping(self, asked:list[int])->bool:
         "Whether any process was asked to stop; several processes look only when they log, since looking makes them wait for each other."
-        if self.accelerator.num_processes == 1: return asked.is_set()
+        if self.accelerator.num_processes == 1: return bool(asked)
         if self.iteration % LOG_EVERY: return False
-        return bool(mean_over_processes(torch.tensor(float(asked.is_set()), device=self.accelerator.device)) > 0)
+        return bool(mean_over_processes(torch.tensor(float(len(asked)), device=self.accelerator.device)) > 0)
 
 # %% ../nbs/50_training.ipynb #420d2ebe
 def train_step(student:Segmenter,        # grown for the step; trained in place
@@ -235,9 +235,9 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     with noticing_signals() as asked:
         for terms in losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step])):
             after_iteration(training, terms, log, judges)
-            if not progress: continue
-            if (stop := training.stopping(asked)) or training.iteration == total or (training.iteration % LOG_EVERY == 0 and progress.due()): training.save(progress)
-            if stop: raise Interrupted(f"asked to stop in step {view.step} after iteration {training.iteration} of {total}: saved, the same command goes on from there")
+            stop = training.stopping(asked)
+            if progress and (stop or training.iteration == total or (training.iteration % LOG_EVERY == 0 and progress.due())): training.save(progress)
+            if stop: raise Interrupted(f"asked to stop in step {view.step} after iteration {training.iteration} of {total}: {'saved, the same command goes on from there' if progress else 'nothing is saved'}")
     return accelerator.unwrap_model(training.student, keep_fp32_wrapper=False).eval()
 
 def after_iteration(training:Training, terms:dict, log:Callable[[dict], None], judges:Sequence[Judge]):
