@@ -72,7 +72,7 @@ def last_record(path:Path, size:int=4096)->dict:
             file.seek(max(0, path.stat().st_size - size))
             lines = file.read().split(b"\n")[:-1]
         return json.loads(lines[-1]) if lines else {}
-    except FileNotFoundError: return {}
+    except (FileNotFoundError, ValueError): return {}
 
 @dataclass(frozen=True)
 class Status:
@@ -196,7 +196,7 @@ class Batch:
             show:Callable[[Table], None]|None=None, # what to do with each table; None: see `mbs.live`
             every:float=1,                  # seconds between looks at the run folders
            )->list[Run]:                    # all of them, finished
-        "Execute what is not finished, under a live table; RunFailed naming runs that failed, Interrupted naming those asked to stop, after all others have ended. A signal ends everything; the same call goes on."
+        "Execute what is not finished, under a live table; RunFailed naming those that failed, Interrupted those asked to stop, when all others have ended. A signal ends all; the same call goes on."
         todo = [job for job in self.jobs if not job.finished]
         executor = executor or Local(processes=self.processes)
         try:
@@ -214,7 +214,8 @@ class Batch:
         if failed := [job for job in self.jobs if job.state == "failed"]:
             raise RunFailed("\n".join([f"{len(failed)} of {len(self.jobs)} runs failed; the same call tries them again", *(f"{job.settings.name}: {job.reason}" for job in failed)]))
         if stopped := [job for job in self.jobs if job.state == "stopped"]:
-            raise Interrupted(f"{len(stopped)} of {len(self.jobs)} runs were asked to stop; the same call goes on with them: {', '.join(job.settings.name for job in stopped)}")
+            names = ", ".join(job.settings.name for job in stopped)
+            raise Interrupted(f"{len(stopped)} of {len(self.jobs)} runs were asked to stop; the same call goes on with them: {names}")
         return [load_run(job.folder) for job in self.jobs]
 
 # %% ../nbs/70_batch.ipynb #f2acaa63

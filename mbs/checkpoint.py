@@ -7,6 +7,7 @@ __all__ = ['save_tensors', 'save_model', 'load_model', 'random_state', 'set_rand
            'same_bits', 'Progress', 'below']
 
 # %% ../nbs/45_checkpoint.ipynb #6a714cda
+import errno
 import json
 import random
 import time
@@ -27,7 +28,8 @@ from .segmenter import Segmenter
 def save_tensors(path:Path, tensors:dict[str, Tensor], facts:dict|None=None):
     "Write tensors, and `facts` as JSON in the header, to a .safetensors file, all or nothing."
     with replacing(Path(path)) as temporary:
-        save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, temporary, dict(facts=json.dumps(facts)) if facts is not None else None)
+        try: save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, temporary, dict(facts=json.dumps(facts)) if facts is not None else None)
+        except SafetensorError as e: raise OSError(errno.EIO, str(e), str(path)) from None  # a full disk, in its own words
 
 def save_model(model:Segmenter, path:Path):
     "Write the tensors of `model` to a .safetensors file."
@@ -35,7 +37,10 @@ def save_model(model:Segmenter, path:Path):
 
 def load_model(model:Segmenter, path:Path)->Segmenter:
     "Fill `model` from `path`; ValueError when its classes or tensors are others, or the file is damaged. Returns it in eval mode."
-    try: model.load_state_dict(load_file(path))
+    try:
+        state, own = load_file(path), model.state_dict()
+        if other := [k for k in state if k in own and state[k].dtype != own[k].dtype]: raise RuntimeError(f"{other[0]} has the type {state[other[0]].dtype}")
+        model.load_state_dict(state)
     except RuntimeError as e: raise ValueError(f"checkpoint {path} does not fit a model of {model.groups} classes: {str(e).splitlines()[-1].strip()}") from None
     except (SafetensorError, OSError) as e: raise ValueError(f"checkpoint {path} cannot be read ({e}): expected a complete .safetensors file; remove its step folder to train the step again") from None
     return model.eval()

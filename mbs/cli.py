@@ -9,6 +9,7 @@ __all__ = ['app', 'data', 'To', 'From', 'parse_words', 'parse_value', 'plain_err
 
 # %% ../nbs/80_cli.ipynb #c84a4711
 import os
+import secrets
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -33,8 +34,10 @@ def parse_words(words:list[str], values:dict|None=None)->dict:
 
 def parse_value(text:str):
     "YAML value of a word; numbers like 1e-3, which YAML takes for text, are numbers too."
+    from mbs.parameters import within
     try: value = yaml.safe_load(text)
-    except yaml.YAMLError: return text
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, KeyError, IndexError, OverflowError): return text  # dates that cannot be, and the like
+    if not within(value): raise ValueError(f"{text[:40]!r} holds too many values: expected a plain value, or a short list or dictionary")
     if isinstance(value, str):
         try: return float(value)
         except ValueError: pass
@@ -127,8 +130,9 @@ def explore(run:Annotated[Path, typer.Argument(help="Run folder.")],
         runs = [load_run(folder) for folder in (run, other) if folder is not None]
         if len(runs) == 2: comparable(*runs, None)
         if as_app and find_spec("voila") is None: raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
-        command = [sys.executable, "-m", "voila" if as_app else "jupyterlab", str(write_tour(*runs)), *(() if browser else ("--no-browser",))]
-        raise typer.Exit(subprocess.call(command))
+        closed = ["voila", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True"] if as_app else ["jupyterlab", "--ServerApp.ip=127.0.0.1"]  # voila asks nobody who he is unless told to
+        command = [sys.executable, "-m", *closed, str(write_tour(*runs)), *(() if browser else ("--no-browser",))]
+        raise typer.Exit(subprocess.call(command, env=dict(JUPYTER_TOKEN=secrets.token_hex(24)) | os.environ))
 
 # %% ../nbs/80_cli.ipynb #4fa29671
 def with_progress(plan:list[dict])->list:

@@ -22,10 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-import yaml
-
 import mbs
 from .lifeline import RESUME_ME, Interrupted, end_with_starter, interrupted_by_signals, noticing_signals
+from .parameters import read_values
 
 # %% ../nbs/64_notebooks.ipynb #243a5495
 def runs_folder()->Path:
@@ -39,18 +38,14 @@ def built_in(kind:str="protocols")->list[str]:
 
 def parameter_file(path:Path|str, kind:str="protocols")->Path:
     "The file that `path` names: as it stands, or one of those that come with `mbs`; ValueError if there is none."
-    found = next((p for p in (Path(path), runs_folder() / kind / f"{path}.yaml") if p.is_file()), None)
+    try: found = next((p for p in (Path(path), runs_folder() / kind / f"{path}.yaml") if p.is_file()), None)
+    except (OSError, ValueError): found = None  # no file can have such a name
     if found is None: raise ValueError(f"parameter file {path} does not exist: expected a YAML file or one of {', '.join(built_in(kind))}")
     return found
 
 def read_parameters(path:Path|str, kind:str="protocols")->dict:
     "Parameters of a YAML file, see `parameter_file`; ValueError if it does not hold any."
-    path = parameter_file(path, kind)
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e: raise ValueError(f"parameter file {path} cannot be read ({e.strerror}): expected lines 'name: value'") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"parameter file {path} is no YAML ({str(e).splitlines()[0]}): expected lines 'name: value'") from None
-    if not isinstance(values, dict): raise ValueError(f"parameter file {path} holds {type(values).__name__}: expected lines 'name: value'")
-    return values
+    return read_values(parameter_file(path, kind))
 
 # %% ../nbs/64_notebooks.ipynb #3b96f2cc
 def changed(values:dict, changes:dict)->dict:
@@ -118,10 +113,9 @@ def passed_on(asked:list[int], every:float=5)->Iterator[type]:
 # %% ../nbs/64_notebooks.ipynb #3ffcd74f
 def failure(notebook:Path)->str:
     "The error that ended an executed notebook; empty when none did, or it is not there."
-    try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError): return ""
-    errors = [o for cell in cells for o in cell.get("outputs", []) if o["output_type"] == "error"]
-    return f"{errors[0]['ename']}: {errors[0]['evalue']}" if errors else ""
+    try: errors = [o for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] for o in cell.get("outputs", []) if o["output_type"] == "error"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return ""  # cut short, or no notebook
+    return f"{errors[0].get('ename')}: {errors[0].get('evalue')}" if errors else ""
 
 # %% ../nbs/64_notebooks.ipynb #7d8cf311
 @contextmanager
