@@ -4,16 +4,13 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'save_model', 'load_model', 'random_state', 'set_random_state', 'optimiser_tensors', 'load_optimiser',
-           'Progress', 'below', 'Interrupted', 'noticing_signals']
+           'same_bits', 'Progress', 'below']
 
 # %% ../nbs/45_checkpoint.ipynb #6a714cda
+import errno
 import json
 import random
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +28,8 @@ from .segmenter import Segmenter
 def save_tensors(path:Path, tensors:dict[str, Tensor], facts:dict|None=None):
     "Write tensors, and `facts` as JSON in the header, to a .safetensors file, all or nothing."
     with replacing(Path(path)) as temporary:
-        save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, temporary, dict(facts=json.dumps(facts)) if facts is not None else None)
+        try: save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, temporary, dict(facts=json.dumps(facts)) if facts is not None else None)
+        except SafetensorError as e: raise OSError(errno.EIO, str(e), str(path)) from None  # a full disk, in its own words
 
 def save_model(model:Segmenter, path:Path):
     "Write the tensors of `model` to a .safetensors file."
@@ -39,7 +37,10 @@ def save_model(model:Segmenter, path:Path):
 
 def load_model(model:Segmenter, path:Path)->Segmenter:
     "Fill `model` from `path`; ValueError when its classes or tensors are others, or the file is damaged. Returns it in eval mode."
-    try: model.load_state_dict(load_file(path))
+    try:
+        state, own = load_file(path), model.state_dict()
+        if other := [k for k in state if k in own and state[k].dtype != own[k].dtype]: raise RuntimeError(f"{other[0]} has the type {state[other[0]].dtype}")
+        model.load_state_dict(state)
     except RuntimeError as e: raise ValueError(f"checkpoint {path} does not fit a model of {model.groups} classes: {str(e).splitlines()[-1].strip()}") from None
     except (SafetensorError, OSError) as e: raise ValueError(f"checkpoint {path} cannot be read ({e}): expected a complete .safetensors file; remove its step folder to train the step again") from None
     return model.eval()
@@ -71,6 +72,11 @@ def load_optimiser(optimiser, tensors:dict[str, Tensor]):
     optimiser.load_state_dict(optimiser.state_dict() | dict(state=state))
 
 # %% ../nbs/45_checkpoint.ipynb #a4cef940
+def same_bits(some:dict[str, Tensor], others:dict[str, Tensor])->bool:
+    "Whether tensors of the same names are the same to the last bit, NaN included."
+    def bits(x): return x.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return some.keys() == others.keys() and all(torch.equal(bits(x), bits(others[k])) for k, x in some.items())
+
 class Progress:
     "Saved states of a running step in `folder`."
     def __init__(self, folder:Path, step:int, minutes:float=10): # between saves
@@ -91,10 +97,11 @@ class Progress:
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"step-{self.step:02d}-{iteration:08d}.safetensors"
             save_tensors(path, tensors, dict(facts, iteration=iteration))
-            again = load_file(path)
-            if all(torch.equal(again[k], v.detach().cpu()) for k, v in tensors.items()):
-                for old in self.folder.glob("*.safetensors"):
-                    if old != path: old.unlink()
+            if not same_bits(load_file(path), tensors):
+                path.unlink()
+                raise ValueError(f"the state in {path} was read back otherwise than it was written: expected a sound disk; the state before it is kept")
+            for old in self.folder.glob("*.safetensors"):
+                if old != path: old.unlink()
         self.saved = time.monotonic()
 
     def latest(self)->tuple[dict[str, Tensor], dict]|None:
@@ -112,17 +119,3 @@ class Progress:
 def below(tensors:dict[str, Tensor], name:str)->dict[str, Tensor]:
     "Tensors whose names begin with `name` and a dot, without it."
     return {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-# %% ../nbs/45_checkpoint.ipynb #e4a95602
-class Interrupted(KeyboardInterrupt):
-    "The run was asked to stop, and can go on where it was."
-
-@contextmanager
-def noticing_signals()->Iterator[threading.Event]:
-    "An event that SIGINT, SIGTERM or SIGUSR1 sets while the block runs, instead of ending the program."
-    asked, before = threading.Event(), {}
-    if threading.current_thread() is threading.main_thread():
-        before = {s: signal.signal(s, lambda *_: asked.set()) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try: yield asked
-    finally:
-        for s, handler in before.items(): signal.signal(s, handler)

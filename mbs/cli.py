@@ -9,6 +9,7 @@ __all__ = ['app', 'data', 'To', 'From', 'parse_words', 'parse_value', 'plain_err
 
 # %% ../nbs/80_cli.ipynb #c84a4711
 import os
+import secrets
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from typing import Annotated
 
 import typer
 import yaml
+
+from .lifeline import RESUME_ME, Interrupted, interrupted_by_signals
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,8 +34,10 @@ def parse_words(words:list[str], values:dict|None=None)->dict:
 
 def parse_value(text:str):
     "YAML value of a word; numbers like 1e-3, which YAML takes for text, are numbers too."
+    from mbs.parameters import within
     try: value = yaml.safe_load(text)
-    except yaml.YAMLError: return text
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, KeyError, IndexError, OverflowError): return text  # dates that cannot be, and the like
+    if not within(value): raise ValueError(f"{text[:40]!r} holds too many values: expected a plain value, or a short list or dictionary")
     if isinstance(value, str):
         try: return float(value)
         except ValueError: pass
@@ -41,11 +46,13 @@ def parse_value(text:str):
 # %% ../nbs/80_cli.ipynb #0db6a955
 @contextmanager
 def plain_errors():
-    "Turn what is wrong with the input into one sentence on stderr and exit code 2; a run that failed on its way into exit code 1."
+    "Turn what is wrong with the input into one sentence on stderr and exit code 2; a run that failed on its way into exit code 1, one that was asked to stop into `RESUME_ME`."
+    def leave(sentence, code): typer.echo(f"mbs: {sentence}", err=True); raise typer.Exit(code) from None
     try: yield
-    except (ValueError, FileNotFoundError, ChildProcessError) as e:
-        typer.echo(f"mbs: {e}", err=True)
-        raise typer.Exit(1 if isinstance(e, ChildProcessError) else 2) from None
+    except ChildProcessError as e: leave(e, 1)
+    except Interrupted as e: leave(e, RESUME_ME)
+    except (ValueError, FileNotFoundError) as e: leave(e, 2)
+    except OSError as e: leave(f"{e.filename or 'a file'} cannot be read or written ({e.strerror or e}): expected room and the right to do so", 2)
 
 @app.callback()
 def main(home:Annotated[Path|None, typer.Option(help="Folder that holds data/ and outputs/; default MBS_HOME, the checkout, or the current folder.")]=None):
@@ -56,7 +63,7 @@ def main(home:Annotated[Path|None, typer.Option(help="Folder that holds data/ an
 @app.command()
 def run(words:Annotated[list[str]|None, typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help="Parameter file or built-in name, then parameters.")]=None):
     "One run of a protocol: an executed notebook and a run folder in outputs/."
-    with plain_errors():
+    with plain_errors(), interrupted_by_signals():
         from mbs.notebooks import read_parameters
         words = words or []
         values = read_parameters(words.pop(0)) if words and "=" not in words[0] else {}
@@ -76,14 +83,13 @@ def batch(grid:Annotated[str, typer.Argument(metavar="GRID.yaml", help="File or 
           cpus:Annotated[float|None, typer.Option(min=0, help="ray: for each run; default one for each of its processes.")]=None,
           memory:Annotated[float|None, typer.Option(min=0, help="ray: GiB for each run.")]=None):
     "Many runs, each an executed notebook and a folder in outputs/NAME; the same command goes on where it was."
-    with plain_errors():
+    with plain_errors(), interrupted_by_signals():
         from mbs.batch import Batch
         from mbs.executors import Local, OnRay
         made = Batch(grid)
         if dry_run: show_plan(made.plan(measure)); return
         if executor not in ("local", "ray"): raise ValueError(f"executor {executor!r} is not known: expected local or ray")
-        try: runs = made.run(Local(workers, gpus and int(gpus), made.processes) if executor == "local" else OnRay(address, cpus, gpus, memory, made.processes))
-        except KeyboardInterrupt: typer.echo("stopped; the same command goes on", err=True); raise typer.Exit(130) from None
+        runs = made.run(Local(workers, gpus and int(gpus), made.processes) if executor == "local" else OnRay(address, cpus, gpus, memory, made.processes))
         table(runs)
         typer.echo(f"All of it: mbs report {runs[0].folder.parent}")
 
@@ -100,7 +106,7 @@ def show_plan(plan):
 def demo(seeds:Annotated[int, typer.Option(min=1, help="How many seeds to run.")]=1,
          methods:Annotated[str, typer.Option(help="Methods, separated by commas.")]="finetune,kd,mbs"):
     "Class-incremental learning on generated scenes: what forgetting is, and what MBS does about it. Minutes on two cores."
-    with plain_errors():
+    with plain_errors(), interrupted_by_signals():
         from mbs.notebooks import read_parameters
         from mbs.layouts import home
         from mbs.report import write_report
@@ -124,8 +130,9 @@ def explore(run:Annotated[Path, typer.Argument(help="Run folder.")],
         runs = [load_run(folder) for folder in (run, other) if folder is not None]
         if len(runs) == 2: comparable(*runs, None)
         if as_app and find_spec("voila") is None: raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
-        command = [sys.executable, "-m", "voila" if as_app else "jupyterlab", str(write_tour(*runs)), *(() if browser else ("--no-browser",))]
-        raise typer.Exit(subprocess.call(command))
+        closed = ["voila", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True"] if as_app else ["jupyterlab", "--ServerApp.ip=127.0.0.1"]  # voila asks nobody who he is unless told to
+        command = [sys.executable, "-m", *closed, str(write_tour(*runs)), *(() if browser else ("--no-browser",))]
+        raise typer.Exit(subprocess.call(command, env=dict(JUPYTER_TOKEN=secrets.token_hex(24)) | os.environ))
 
 # %% ../nbs/80_cli.ipynb #4fa29671
 def with_progress(plan:list[dict])->list:

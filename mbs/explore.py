@@ -10,11 +10,11 @@ __all__ = ['LEVELS', 'FLOWS', 'IGNORED_OLD', 'IGNORED_OTHER', 'TAUS', 'ORDERS', 
            'Pictures', 'checked', 'PictureState', 'Shift', 'ShiftState', 'Style', 'style', 'class_style', 'group_style',
            'paint', 'packed', 'encoded', 'quantised', 'thinned', 'panel', 'stamp', 'picture_part', 'rows',
            'shift_picture', 'shift_labels', 'shift_point', 'asset', 'live', 'canvas_class', 'run_title', 'for_script',
-           'write_page', 'png', 'PictureExplorer', 'control', 'choice', 'picture_controls', 'wrapped', 'legend_handles',
-           'show_curve', 'ShiftExplorer', 'draw_shift', 'opened', 'comparable', 'picture_states',
-           'explore_pseudo_labels', 'FeatureMaps', 'FeatureState', 'central', 'feature_picture', 'feature_labels',
-           'feature_point', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features', 'TokenState',
-           'token_title', 'token_chart', 'TokenExplorer', 'explore_class_tokens', 'write_tour']
+           'write_page', 'png', 'Watch', 'close_all', 'PictureExplorer', 'control', 'choice', 'picture_controls',
+           'wrapped', 'legend_handles', 'show_curve', 'ShiftExplorer', 'draw_shift', 'opened', 'comparable',
+           'picture_states', 'explore_pseudo_labels', 'FeatureMaps', 'FeatureState', 'central', 'feature_picture',
+           'feature_labels', 'feature_point', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features',
+           'TokenState', 'token_title', 'token_chart', 'TokenExplorer', 'explore_class_tokens', 'write_tour']
 
 # %% ../nbs/61_explore.ipynb #4bbe4aaf
 import base64
@@ -22,7 +22,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -588,6 +588,21 @@ def png(figure:Figure)->str:
     return base64.b64encode(out.getvalue()).decode()
 
 # %% ../nbs/61_explore.ipynb #36041157
+class Watch:
+    "An observer that can be taken away like a link."
+    def __init__(self, state:T.HasTraits, do:Callable, names:Sequence[str]):
+        self.state, self.do, self.names = state, do, list(names)
+        state.observe(self.do, self.names)
+
+    def unlink(self): self.state.unobserve(self.do, self.names)
+
+def close_all(widget):
+    "Close a widget with all that it is made of, which ipywidgets would keep: children, layout, style, and the bond to a state."
+    for child in getattr(widget, "children", ()): close_all(child)
+    if bond := getattr(widget, "bond", None): bond.unlink()
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+        if part is not None: part.close()
+
 class PictureExplorer:
     "What the explorers of pictures share: the states of one or two runs, linked, the view, and the ways out."
     linked = ("index", "step", "alpha", "hidden", "pick")  # between the states of two runs
@@ -620,8 +635,7 @@ class PictureExplorer:
             with canvas.hold_sync():
                 if any(a is not b for a, b in zip(before, shown[0])): canvas.picture = self.picture(state)
                 canvas.labels, canvas.point = self.labels(state), self.point(state)
-        state.observe(draw, list(self.redrawn))
-        state.observe(lambda _: setattr(canvas, "point", self.point(state)), "pick")
+        self.links += [Watch(state, draw, self.redrawn), Watch(state, lambda _: setattr(canvas, "point", self.point(state)), ["pick"])]
         canvas.on_msg(lambda _, message, __: self.state.move(message["move"]))
         self.links += [T.link((state, name), (canvas, name)) for name in self.synced]
         return canvas
@@ -635,10 +649,10 @@ class PictureExplorer:
         return dict(picture=self.picture(state), labels=self.labels(state), point=self.point(state), saved=list(state.pick), frames=[])
 
     def close(self):
-        "Take the view away and undo the links; the states stay."
+        "Take the view away with all its widgets, observers and links; the states stay."
         for link in self.links: link.unlink()
-        if self._view is not None: self._view.close()
-        self.links, self._view = [], None
+        if self._view is not None: close_all(self._view)
+        self.links, self._view, self.canvases = [], None, []
 
     def _repr_mimebundle_(self, include=None, exclude=None)->tuple[dict, dict]:
         "A picture for whoever cannot show widgets, and the live view where there is a front end."
@@ -654,7 +668,7 @@ def control(kind:str, description:str, state:T.HasTraits|None=None, name:str="",
     import ipywidgets as W
     made = getattr(W, kind)(description=description, layout=W.Layout(width=width or "max-content", flex="0 0 auto"), **options)
     if hasattr(made.style, "description_width"): made.style.description_width = "initial"
-    if state is not None: T.link((state, name), (made, "value"))
+    if state is not None: made.bond = T.link((state, name), (made, "value"))
     return made
 
 def choice(description:str, state:T.HasTraits, name:str, options:Sequence):
@@ -676,7 +690,7 @@ def picture_controls(explorer:PictureExplorer)->list:
     before, after = (control("Button", text, width="36px", tooltip=tip) for text, tip in (("◀", "previous picture (key p)"), ("▶", "next picture (key n)")))
     before.on_click(lambda _: state.move(-1)); after.on_click(lambda _: state.move(1))
     place.observe(lambda change: setattr(state, "index", state.ranking[change.new - 1]), "value")
-    state.observe(lambda _: setattr(place, "value", state.ranking.index(state.index) + 1), ["index", "step", "order"])
+    explorer.links.append(Watch(state, lambda _: setattr(place, "value", state.ranking.index(state.index) + 1), ["index", "step", "order"]))
     return [alpha, step, order, before, place, after]
 
 def wrapped(*controls):
@@ -922,7 +936,7 @@ class FeatureExplorer(PictureExplorer):
         state = self.state
         level, kind = choice("level", state, "level", LEVELS), choice("show", state, "kind", KINDS)
         channels = [control("BoundedIntText", "channel" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), s, "channel", "150px", min=0, max=s.width - 1) for s in self.states]
-        for s, box in zip(self.states, channels): s.observe(lambda _, s=s, box=box: setattr(box, "max", s.width - 1), "level")
+        for s, box in zip(self.states, channels): self.links.append(Watch(s, lambda _, s=s, box=box: setattr(box, "max", s.width - 1), ["level"]))
         alpha, step, order, *way = picture_controls(self)
         return [wrapped(level, kind, *channels), wrapped(*way, step, order, alpha)]
 
@@ -1073,7 +1087,7 @@ class TokenExplorer:
             import ipywidgets as W
             out = W.Output()
             def draw(_=None): out.outputs = (dict(output_type="display_data", data={"application/vnd.plotly.v1+json": json.loads(self.chart().to_json())}, metadata={}),)
-            self.states[-1].observe(draw, "cosine")
+            self.links.append(Watch(self.states[-1], draw, ["cosine"]))
             draw()
             self._view = W.VBox([choice("after step", self.state, "step", range(self.state.n_steps)), out])
         return self._view

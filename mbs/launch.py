@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .experiment import Experiment
 from .layouts import home
-from .lifeline import end_with_starter, start_tied
+from .lifeline import end_with_starter, noticing_signals, start_tied
 from .methods import Method
 from .run import Run, Settings, load_run
 
@@ -45,10 +45,11 @@ def cause(reports:Path)->str:
         if isinstance(message, dict): found.append((float(message["extraInfo"]["timestamp"]), path.parent.name, message["message"]))
     return min((f": process {rank} stopped with {text}" for _, rank, text in sorted(found)[:1]), default="")
 
-def end(group:subprocess.Popen, patience:float=10):
+def end(group:subprocess.Popen, patience:float=60): # seconds for them to save
     "End the processes of `group`: asked first, so that their launcher takes them along, then killed."
     group.send_signal(signal.SIGTERM)
-    try: group.wait(patience)
+    try:
+        with noticing_signals(): group.wait(patience)  # whoever asks again need not
     except subprocess.TimeoutExpired: os.killpg(group.pid, signal.SIGKILL)
 
 def launch(settings:Settings,

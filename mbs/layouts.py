@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from .parameters import Parameters
+from .files import write_text
+from .parameters import Parameters, read_values
 from .pictures import Colours
 from .protocol import N_CLASSES, VOC_CLASSES, VOID
 
@@ -57,7 +58,8 @@ def photos(folder:Path)->dict[str, Path]:
 
 def lines(path:Path)->list[str]:
     "Lines of a text file without blanks around them; empty ones are left out."
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try: return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"{path} cannot be read ({e}): expected lines of text in UTF-8") from None
 
 # %% ../nbs/08_layouts.ipynb #68cb7eeb
 def voc_layout(root:Path)->Layout:
@@ -110,7 +112,7 @@ def describe_folder(root:Path|str, # folder with images/ and masks/
     root = Path(root).expanduser()
     description = Description.checked(classes=list(classes), **others)
     layout = own_layout(root, description)
-    (root / "dataset.yaml").write_text(yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(root / "dataset.yaml", yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return layout
 
 # %% ../nbs/08_layouts.ipynb #5806b7b2
@@ -128,10 +130,7 @@ def own_layout(root:Path, description:Description|None=None)->Layout:
 def read_description(path:Path)->Description:
     "What a `dataset.yaml` says; ValueError when it is missing or says something else."
     if not path.is_file(): raise ValueError(f"{path} is missing: expected the class names; write it with mbs.describe_folder({str(path.parent)!r}, classes=[…])")
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise ValueError(f"{path} is no YAML ({str(e).splitlines()[0]}): expected lines 'name: value'") from None
-    if not isinstance(values, dict): raise ValueError(f"{path} holds {type(values).__name__}: expected lines 'name: value'")
-    return Description.checked(**values)
+    return Description.checked(**read_values(path))
 
 # %% ../nbs/08_layouts.ipynb #948ca962
 def kept_for_test(ids:list[str], description:Description, root:Path)->list[str]:

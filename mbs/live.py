@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from .tables import Table, html_table, shown
 
 # %% ../nbs/68_live.ipynb #3ca1cb06
-STATES = dict(running="yellow", failed="red", queued="dim", done="green", new="dim", broken="yellow")  # with their colours, what is most worth seeing first
+STATES = dict(running="yellow", failed="red", stopped="yellow", queued="dim", done="green", new="dim", broken="yellow")  # with their colours, what is most worth seeing first
 
 def console_table(table:Table, height:int|None=None):
     "`table`, whose second column is a state, for rich; with at most `height` lines."

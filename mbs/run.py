@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IPYTHON', 'BASE_MODULES', 'Settings', 'from_notebook', 'Setup', 'held_out', 'network', 'class_ids',
-           'base_fingerprint', 'git_commit', 'run_card', 'Run', 'load_run', 'sliding_window', 'normalised_batch',
-           'segment', 'trained_run']
+           'base_fingerprint', 'git_commit', 'run_card', 'Card', 'Run', 'load_run', 'sliding_window',
+           'normalised_batch', 'segment', 'trained_run']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import hashlib
@@ -13,15 +13,17 @@ import json
 import platform
 import re
 import subprocess
+import warnings
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 import mbs
@@ -29,14 +31,15 @@ from .augment import IMAGENET, normalised
 from .checkpoint import load_model
 from .data import open_data
 from .evaluation import likeliest
-from .files import read_arrays
+from .files import read_arrays, read_json
 from .methods import Method
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
 from .pictures import read_image
 from .protocol import Protocol
+from .scenes import write_scenes
 from .segmenter import Segmenter, make_encoder
-from .training import make_accelerator, make_recipe, step_iterations
+from .training import Recipe, make_accelerator, make_recipe, step_iterations
 
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
@@ -55,7 +58,7 @@ class Settings(Parameters):
     decoder: dict[str, Any] = {}                                # dim, depth, heads, mlp_ratio, drop_path of the mask transformer
     recipe: str = "clean"                                       # "paper" or "clean"
     training: dict[str, Any] = dict(crop=48, batch=8, iterations=20, optimizer="adamw") # overrides of the recipe, see `Recipe`
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     samples: int = Field(8, ge=0)                               # test pictures kept with the run
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
     processes: int = Field(1, ge=1)                             # that train together on this machine, each on a GPU of its own where there are any
@@ -90,6 +93,7 @@ class Setup:
     def __init__(self, settings:Settings, method:type[Method]=Method):
         self.settings = settings
         method(settings.method, **settings.parts), make_recipe(settings.recipe, **settings.training)  # a misspelt name is refused before any data is made
+        if alien := settings.scenes.keys() - signature(write_scenes).parameters.keys(): raise ValueError(f"generated scenes have no {min(alien)!r}: expected some of n_train, n_test, size, seed")
         self.train, self.test = open_data(settings.data, settings.scenes, settings.tuning)
         self.method = method(settings.method, self.train.dataset, **settings.parts)
         self.protocol = Protocol(settings.protocol, self.train.dataset, settings.protocol_setting, class_ids(settings.classes, self.train.classes))
@@ -100,6 +104,9 @@ class Setup:
         self.positions = [np.setdiff1d(seen, held) for seen, held in zip(self.positions, self.held_out)]
         for t, seen in enumerate(self.positions):
             if not len(seen): raise ValueError(f"step {t} sees no training image: expected at least one that holds {' or '.join(self.new_names(t))}")
+            held = self.train.index[seen][:, self.protocol.steps[t]].sum(0)
+            if unseen := [name for name, n in zip(self.new_names(t), held) if not n]:
+                warnings.warn(f"step {t} sees no pixel of {', '.join(unseen)} in its {len(seen)} training images: what arrives in it cannot be learnt", stacklevel=2)
 
     def new_names(self, step:int)->list[str]: return [self.names[c] for c in self.protocol.new_channels(step)]
 
@@ -126,9 +133,12 @@ def held_out(positions:np.ndarray, share:float, seed:int)->np.ndarray:
 def network(settings:Settings, weights:str, crop:int, sizes:list[int])->Segmenter:
     "The segmenter that `settings` describe, for steps that bring `sizes` classes; TypeError of the network becomes a ValueError."
     try: encoder = make_encoder(settings.encoder, weights, crop, **settings.encoder_options)
-    except TypeError as e: raise ValueError(f"encoder_options {settings.encoder_options} do not suit {settings.encoder}: {e}") from None
+    except (ValueError, FileNotFoundError): raise
+    except Exception as e:  # timm checks little
+        raise ValueError(f"encoder_options {settings.encoder_options} do not suit {settings.encoder}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
     try: return Segmenter(encoder, [1, *sizes], **settings.decoder)
-    except TypeError as e: raise ValueError(f"decoder options {settings.decoder} are not known ({e}): expected dim, depth, heads, mlp_ratio, drop_path") from None
+    except ValueError: raise
+    except Exception as e: raise ValueError(f"decoder options {settings.decoder} are not known ({e}): expected dim, depth, heads, mlp_ratio, drop_path") from None
 
 # %% ../nbs/51_run.ipynb #043dc18e
 def class_ids(names:list[str]|None, classes:tuple[str, ...])->list[int]|None:
@@ -172,16 +182,36 @@ def run_card(setup:Setup, model:Segmenter)->dict:
                 threads=torch.get_num_threads(), precision=accelerator.mixed_precision)
 
 # %% ../nbs/51_run.ipynb #4b030a41
+class Card(Parameters):
+    "What of a run.json others rely on."
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    settings: dict[str, Any]
+    recipe: dict[str, Any]
+    parts: dict[str, Any]
+    names: list[str]
+    steps: list[list[int]]
+    dataset: str|int
+    iterations: list[Annotated[int, Field(ge=1)]]
+    normalisation: tuple[tuple[float, float, float], tuple[float, float, float]]
+    weights: dict[str, Any]
+    data: dict[str, Any]
+    base: str
+
 class Run:
     "A run folder, finished or not: card, log, confusion matrices, sample pictures, models."
     def __init__(self, folder:Path|str):
         self.folder = Path(folder)
-        if not (self.folder / "run.json").is_file(): raise ValueError(f"{folder} is no run folder: expected a run.json in it")
-        self.card = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        file = self.folder / "run.json"
+        if not file.is_file(): raise ValueError(f"{folder} is no run folder: expected a run.json in it")
+        self.card = read_json(file)
+        try: Card.checked(**self.card), Recipe.checked(**self.card["recipe"])
+        except (TypeError, ValueError) as e: raise ValueError(f"{file} is of another version or damaged ({e}): expected what mbs {mbs.__version__} writes") from None
         self.settings = Settings.checked(**self.card["settings"])
         self.names, self.iterations = self.card["names"], self.card["iterations"]
         order = [c for step in self.card["steps"] for c in step]
         self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.protocol_setting, order)
+        if not len(self.names) - 1 == len(order) or self.protocol.steps != self.card["steps"] or len(self.iterations) != len(self.card["steps"]):
+            raise ValueError(f"{file} contradicts itself in names, steps, iterations or protocol: expected what the run wrote; it was changed since")
 
     def __repr__(self): return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
 
@@ -197,10 +227,20 @@ class Run:
 
     def confusion(self, step:int=-1, column:str="")->Confusion:
         "Confusion matrix after `step` (negative: from the end); `column` 'published' or 'clean' where the recipe measured both."
-        counts = read_arrays(self.step(range(self.n_steps)[step], f"confusion-{column}.npz" if column else "confusion.npz"))["counts"]
-        return Confusion(len(counts), counts)
+        step = range(self.n_steps)[step]
+        file, n = self.step(step, f"confusion-{column}.npz" if column else "confusion.npz"), self.protocol.n_channels(step)
+        counts = read_arrays(file).get("counts")
+        if counts is None or counts.shape != (n, n) or counts.dtype.kind not in "iu" or (counts < 0).any():
+            raise ValueError(f"{file} holds no confusion matrix of {n} channels: it is of another run or damaged")
+        return Confusion(n, counts)
 
-    def metrics(self, step:int=-1)->dict: return json.loads(self.step(range(self.n_steps)[step], "metrics.json").read_text(encoding="utf-8"))
+    def metrics(self, step:int=-1)->dict:
+        "What metrics.json says after `step` (negative: from the end)."
+        file = self.step(range(self.n_steps)[step], "metrics.json")
+        found = read_json(file)
+        if not isinstance(found, dict) or not isinstance(found.get("scores"), dict) or "seconds" not in found or not {"old", "new", "all"} <= found["scores"].keys():
+            raise ValueError(f"{file} has no scores or seconds: it is of another version or damaged")
+        return found
 
     def iou(self)->np.ndarray:
         "(T, C) IoU of every channel after every complete step."
@@ -209,14 +249,22 @@ class Run:
     def log(self)->list[dict]:
         "Records of log.jsonl; a last line cut short by a kill is left out."
         path = self.folder / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        try: found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.is_file() else []
+        except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{path} cannot be read ({e}): expected a JSON record a line") from None
+        if not all(isinstance(r, dict) and {"step", "iteration", "iterations", "loss"} <= r.keys() for r in found):
+            raise ValueError(f"{path} has a line without step, iteration and loss: it is damaged")
+        return found
 
     def samples(self)->list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
         "Photo, truth and the predictions after each complete step, for every sample picture."
         kept = read_arrays(self.folder / "samples.npz")
         steps = [read_arrays(self.step(t, "samples.npz")) for t in range(self.n_steps)]
-        return [(kept[f"image{k}"], kept[f"truth{k}"], [s[f"predicted{k}"] for s in steps]) for k in range(len(kept) // 2)]
+        try: found = [(kept[f"image{k}"], kept[f"truth{k}"], [s[f"predicted{k}"] for s in steps]) for k in range(len(kept) // 2)]
+        except KeyError as e: raise ValueError(f"sample pictures of {self.folder} lack {e}: they are of another run or damaged") from None
+        for image, *maps in ((image, truth, *predicted) for image, truth, predicted in found):
+            if image.dtype != np.uint8 or image.shape[2:] != (3,) or any(m.dtype != np.uint8 or m.shape != image.shape[:2] for m in maps):
+                raise ValueError(f"sample pictures of {self.folder} do not fit each other: they are of another run or damaged")
+        return found
 
     def model(self, step:int=-1)->Segmenter:
         "The model after `step`, in eval mode on the CPU."

@@ -170,8 +170,8 @@ def write_scenes(root:Path|str,   # folder to make
                 )->Path:          # the folder
     "Scenes in VOC's layout under `root`; a folder that holds the same ones is left as it is, any other is refused (ValueError)."
     root, facts = Path(root), dict(n_train=n_train, n_test=n_test, size=size, seed=seed, version=VERSION)
-    if min(n_train, n_test) < 1 or size < 16:
-        raise ValueError(f"{n_train} + {n_test} scenes of {size} pixels cannot be made: expected at least 1 + 1 scenes of 16 pixels")
+    if min(n_train, n_test) < 1 or max(n_train, n_test) > 1_000_000 or not 16 <= size <= 4096 or seed < 0:
+        raise ValueError(f"{n_train} + {n_test} scenes of {size} pixels from seed {seed} cannot be made: expected 1 to a million scenes of 16 to 4096 pixels, and a seed from 0")
     if root.exists(): return same_scenes(root, facts)
     try: root.parent.mkdir(parents=True, exist_ok=True); temporary = Path(tempfile.mkdtemp(prefix=".scenes-", dir=root.parent))
     except OSError as e: raise ValueError(f"scenes cannot be written to {root} ({e.strerror}): expected a writable folder") from None

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'train_view',
-           'test_view', 'make_accelerator', 'joint_statistics', 'losses', 'window_mean', 'one_pass', 'peak_memory',
-           'Judge', 'looking_times', 'Training', 'train_step', 'after_iteration']
+           'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'losses', 'window_mean', 'not_finite',
+           'one_pass', 'peak_memory', 'Judge', 'looking_times', 'Training', 'fit_step', 'train_step', 'after_iteration']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from threading import Event
 from typing import Literal
 
 import numpy as np
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .augment import TestTransform, TrainTransform
-from .checkpoint import Interrupted, Progress, below, load_optimiser, noticing_signals, optimiser_tensors, set_random_state
+from .checkpoint import Progress, below, load_optimiser, optimiser_tensors, set_random_state
 from .data import StepView
-from .draws import Draws, batches, default_workers
+from .draws import Draws, batches, deaf, default_workers, loading
+from .lifeline import Interrupted, noticing_signals
 from .methods import Method
 from .parameters import Parameters
 from .processes import mean_over_processes, processes
@@ -51,6 +52,8 @@ class Recipe(Parameters):
     flip: bool = True                                       # mirror half of the pictures
     normalisation: Literal["imagenet", "weights"] = "weights"
     precision: Literal["fp32", "fp16", "bf16"] = "bf16"     # on a GPU; on a CPU always fp32
+    deterministic: bool = False                             # on a GPU: only algorithms that give the same bits every time, slower; a CPU always does
+    non_finite: Literal["stop", "skip"] = "stop"            # a gradient that is not finite: end the run, or leave such iterations out and count them
     selection: Literal["last", "held-out", "test"] = "last" # which iterate is kept: the last, or the best for the new classes on held-out training images, or on the test images
     held_out: float = Field(.1, gt=0, lt=1)                 # share of a step's training images that is set aside for selection="held-out"
     test: Literal["whole", "window", "crop"] = "whole"      # test whole pictures, in sliding windows of the crop's size, or only centre crops
@@ -103,6 +106,9 @@ LOG_EVERY = 10
 def make_accelerator(recipe:Recipe)->Accelerator:
     "Device and precision: the recipe's on a GPU, float32 on a CPU (bf16 is slower there, fp16 not supported)."
     processes()  # before anything else asks who is who
+    if recipe.deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = recipe.deterministic
     precision = recipe.precision if torch.cuda.is_available() else "fp32"
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
 
@@ -113,34 +119,50 @@ def joint_statistics(student:Segmenter, accelerator:Accelerator)->Segmenter:
     return convert_sync_batchnorm(student)
 
 # %% ../nbs/50_training.ipynb #fca0906f
-def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iterator, optimizer, accelerator:Accelerator, n_new:int)->Iterator[dict]:
-    "Train an iteration at a time; yields the detached loss terms of each."
+def gradient_norm(model:nn.Module)->Tensor:
+    "Root of the sum of squares of all gradients; not finite when any is not."
+    return torch.stack(torch._foreach_norm([p.grad.float() for p in model.parameters() if p.grad is not None])).norm()
+
+def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iterator, optimizer, accelerator:Accelerator, n_new:int, skip:bool=False)->Iterator[dict]:
+    "Train an iteration at a time; yields the detached loss terms of each and its gradient's norm. With `skip`, one whose gradient is not finite changes nothing and yields {}."
     for images, labels in stream:
         images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             with torch.no_grad(): old = teacher(images) if teacher is not None else None
             terms = method.loss(student(images), old, labels, n_new)
         accelerator.backward(terms["loss"])
-        optimizer.step()
+        norm = terms["loss"].detach() if accelerator.scaler else gradient_norm(student)  # fp16's scaler leaves such iterations out by itself
+        left_out = skip and not math.isfinite(norm)
+        if not left_out: optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield {k: v.detach() for k, v in terms.items()}
+        yield {} if left_out else {k: v.detach() for k, v in terms.items()} | dict(gradient=norm)
 
 # %% ../nbs/50_training.ipynb #e5983a91
 def window_mean(window:list[dict], step:int, iteration:int, total:int, draws:Draws|None=None)->dict:
-    "A log record: the mean of each term over a window of iterations and all processes; ValueError, naming the pictures from `draws`, when the loss is not finite."
-    means = mean_over_processes(torch.stack([torch.stack([terms[k] for terms in window]).float().mean() for k in window[0]]))
-    record = dict(zip(window[0], means.tolist()))
-    if not math.isfinite(record["loss"]):
-        bad = next((k for k, terms in enumerate(window) if not math.isfinite(terms["loss"])), 0)
-        seen = f" (pictures {', '.join(draws.ids(iteration - len(window) + bad))})" if draws else ""
-        terms = {k: v.item() for k, v in window[bad].items()}
-        raise ValueError(f"the loss of step {step} is {terms['loss']} in iteration {iteration - len(window) + bad + 1}{seen}: expected a finite number; lower training.lr or look at the terms {terms}")
-    return dict(step=step, iteration=iteration, iterations=total) | record
+    "A log record: the mean of each term over a window of iterations and all processes; ValueError, naming pictures of `draws`, when loss or gradient is not finite."
+    counted = [terms for terms in window if terms]
+    if not counted: raise not_finite("gradient", window, 0, step, iteration, draws)
+    means = mean_over_processes(torch.stack([torch.stack([terms[k] for terms in counted]).float().mean() for k in counted[0]]))
+    record = dict(zip(counted[0], means.tolist()))
+    for what in ("loss", "gradient"):
+        if not math.isfinite(record.get(what, 0)):
+            raise not_finite(what, window, next((k for k, terms in enumerate(window) if terms and not math.isfinite(terms[what])), 0), step, iteration, draws)
+    record.pop("gradient", None)
+    left_out = len(window) - len(counted)
+    return dict(step=step, iteration=iteration, iterations=total) | record | (dict(left_out=left_out) if left_out else {})
+
+def not_finite(what:str, window:list[dict], bad:int, step:int, iteration:int, draws:Draws|None)->ValueError:
+    "The sentence for a loss or gradient that is not finite in number `bad` of a window that ends with `iteration`."
+    seen = f" (pictures {', '.join(draws.ids(iteration - len(window) + bad))})" if draws else ""
+    terms = {k: v.item() for k, v in window[bad].items()}
+    if not terms: return ValueError(f"the {what} of step {step} is not finite in any of the last {len(window)} iterations{seen}: expected some to train on; lower training.lr")
+    where = f"the {what} of step {step} is {terms[what]} in iteration {iteration - len(window) + bad + 1}{seen}"
+    return ValueError(f"{where}: expected a finite number; lower training.lr, or leave out such iterations with training.non_finite=skip; the terms are {terms}")
 
 # %% ../nbs/50_training.ipynb #48ca36f8
 def one_pass(view:StepView, batch:int, workers:int, device:torch.device|str, seed:int=0)->Iterator:
     "Every picture of `view` with its labels, in batches on `device`; each process gets all of them."
-    loader = DataLoader(Draws(view, 1, seed), batch, sampler=range(len(view)), num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(Draws(view, 1, seed), batch, sampler=range(len(view)), num_workers=workers, generator=torch.Generator(), worker_init_fn=deaf)
     for images, labels in loader: yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 # %% ../nbs/50_training.ipynb #d395612b
@@ -183,31 +205,45 @@ class Training:
     def model(self)->Segmenter: return self.accelerator.unwrap_model(self.student)
 
     def save(self, progress:Progress):
-        "Save all of it."
+        "Save all of it; ValueError instead of a state from which nothing can go on."
+        if any(self.window): window_mean(self.window, self.step, self.iteration, self.total, self.draws)
+        names = next((list(terms) for terms in self.window if terms), ["loss"])
         tensors = {f"student.{k}": v for k, v in self.model().state_dict().items()} | {f"optimiser.{k}": v for k, v in optimiser_tensors(self.optimizer).items()}
         for k, judge in enumerate(self.judges): tensors |= {f"judge.{k}.{name}": v for name, v in judge.tensors().items()}
-        if self.window: tensors["window"] = torch.stack([torch.stack(list(terms.values())).float() for terms in self.window])
+        if self.window: tensors["window"] = torch.stack([torch.stack([torch.as_tensor(terms.get(k, math.nan)).cpu() for k in names]).float() for terms in self.window])
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        progress.save(self.iteration, tensors, dict(best=[judge.best for judge in self.judges], terms=list(self.window[0]) if self.window else [], scaler=scaler))
+        progress.save(self.iteration, tensors, dict(best=[judge.best for judge in self.judges], terms=names, scaler=scaler))
 
     def go_on(self, progress:Progress):
         "Continue from the newest saved state, if there is one."
         if (found := progress.latest()) is None: return
-        tensors, facts = found
+        try: self.take_up(*found)
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f"the saved state in {progress.folder} does not fit this run ({str(e).splitlines()[0]}): expected one of the same parameters; remove the folder to begin the step anew") from None
+
+    def take_up(self, tensors:dict[str, Tensor], facts:dict):
+        "Become what was saved."
         self.model().load_state_dict(below(tensors, "student"))
         load_optimiser(self.optimizer, below(tensors, "optimiser"))
         for k, judge in enumerate(self.judges): judge.go_on(facts["best"][k], below(tensors, f"judge.{k}"))
         if facts["scaler"]: self.accelerator.scaler.load_state_dict(facts["scaler"])
         if streams := below(tensors, f"random.{self.accelerator.process_index}"): set_random_state(streams)
-        self.iteration, self.window = facts["iteration"], [dict(zip(facts["terms"], row.to(self.accelerator.device))) for row in tensors.get("window", ())]
+        self.iteration, self.window = facts["iteration"], [{} if row.isnan().all() else dict(zip(facts["terms"], row.to(self.accelerator.device))) for row in tensors.get("window", ())]
 
-    def stopping(self, asked:Event)->bool:
+    def stopping(self, asked:list[int])->bool:
         "Whether any process was asked to stop; several processes look only when they log, since looking makes them wait for each other."
-        if self.accelerator.num_processes == 1: return asked.is_set()
+        if self.accelerator.num_processes == 1: return bool(asked)
         if self.iteration % LOG_EVERY: return False
-        return bool(mean_over_processes(torch.tensor(float(asked.is_set()), device=self.accelerator.device)) > 0)
+        return bool(mean_over_processes(torch.tensor(float(len(asked)), device=self.accelerator.device)) > 0)
 
 # %% ../nbs/50_training.ipynb #420d2ebe
+def fit_step(student:Segmenter, teacher:Segmenter|None, view:StepView):
+    "ValueError unless student and teacher have the channels that a step asks for."
+    for who, model, step in (("student", student, view.step), ("teacher", teacher, view.step - 1)):
+        if model is None: continue
+        expected = view.protocol.n_channels(step) if step >= 0 else "no teacher"
+        if model.n_channels != expected: raise ValueError(f"the {who} of step {view.step} of {view.protocol.name} has {model.n_channels} channels: expected {expected}, as after step {step}")
+
 def train_step(student:Segmenter,        # grown for the step; trained in place
                teacher:Segmenter|None,   # the previous model, frozen; None in the base step
                method:Method,
@@ -221,6 +257,7 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
               )->Segmenter:              # the student after the last iteration, in eval mode, on its device
     "Train one step, or the rest of it; Interrupted, with the state saved, when a signal asks to stop."
     accelerator, total = make_accelerator(recipe), step_iterations(recipe, len(view), view.step)
+    fit_step(student, teacher, view)
     set_seed(seed + 1_000_000 * accelerator.process_index)  # what drops paths; pictures have seeds of their own
     student = joint_statistics(student, accelerator).train()
     student, optimizer = accelerator.prepare(student, make_optimizer(student, recipe, view.step))
@@ -228,16 +265,17 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     workers = default_workers(recipe.crop) if workers is None else workers
     if teacher is not None:
         teacher = teacher.to(accelerator.device)
-        with accelerator.autocast(): method.prepare(teacher, one_pass(view, recipe.batch, workers, accelerator.device, seed))
+        with accelerator.autocast(), loading(): method.prepare(teacher, one_pass(view, recipe.batch, workers, accelerator.device, seed))
     if progress: training.go_on(progress)
     stream = batches(training.draws, range(training.iteration, total), workers)
     training.set_rate()
-    with noticing_signals() as asked:
-        for terms in losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step])):
+    with noticing_signals() as asked, loading():
+        for terms in losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe.non_finite == "skip"):
             after_iteration(training, terms, log, judges)
-            if not progress: continue
-            if (stop := training.stopping(asked)) or training.iteration == total or (training.iteration % LOG_EVERY == 0 and progress.due()): training.save(progress)
-            if stop: raise Interrupted(f"asked to stop in step {view.step} after iteration {training.iteration} of {total}: saved, the same command goes on from there")
+            stop = training.stopping(asked)
+            if progress and (stop or training.iteration == total or (training.iteration % LOG_EVERY == 0 and progress.due())): training.save(progress)
+            if stop: raise Interrupted(f"asked to stop in step {view.step} after iteration {training.iteration} of {total}: " +
+                                       ("saved, the same command goes on from there" if progress else "nothing is saved"))
     return accelerator.unwrap_model(training.student, keep_fp32_wrapper=False).eval()
 
 def after_iteration(training:Training, terms:dict, log:Callable[[dict], None], judges:Sequence[Judge]):

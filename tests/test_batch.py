@@ -144,14 +144,14 @@ def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch):
 
 
 def test_an_interrupt_ends_all(home):
-    "Ctrl-C: exit code 130 and not one process left, not even of a run that has several; a finished step stays."
+    "Ctrl-C: exit code 75 and not one process left, not even of a run that has several; a finished step stays."
     grid = write_batch(home, grid=dict(method=["finetune"]), parameters=TINY | dict(processes=2, training=TINY["training"] | dict(new_iterations=100_000)))
     driver = Driver("batch", grid)
     run = driver.until(lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 5), None))
     others = psutil.Process(driver.pid).children(recursive=True)
     assert len(others) >= 5  # the run's process, its kernel, the launcher and two that train
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 130 and "the same command goes on" in driver.said()
+    assert driver.wait(60) == 75 and "the same command goes on" in driver.said()
     assert not psutil.wait_procs(others, 15)[1] and load_run(run.folder).n_steps == 1
 
 

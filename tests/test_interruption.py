@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
+from figures import kept
 from safetensors.torch import load_file
 
-from mbs.checkpoint import Interrupted
 from mbs.experiment import Experiment
+from mbs.lifeline import Interrupted
 from mbs.run import Settings, load_run
 
 KILLS = int(os.environ.get("MBS_KILLS", 10))
@@ -34,8 +35,8 @@ def forked():
 def changes(request): return request.param
 
 
-def same(run, whole):
-    "Weights, metrics and log, without the times."
+def same(run, whole, left=frozenset([".lock"])):
+    "Weights, metrics and log, without the times; of hidden files only those that `left` names."
     assert run.finished and run.log() == whole.log()
     assert [(r["step"], r["iteration"]) for r in run.log()] == [(t, i) for t in range(3) for i in range(10, 61, 10)]
     for t in range(3):
@@ -44,7 +45,7 @@ def same(run, whole):
         assert (run.confusion(t).counts == whole.confusion(t).counts).all()
         mine, theirs = ({k: v for k, v in r.metrics(t).items() if k not in ("seconds", "memory")} for r in (run, whole))
         assert json.dumps(mine) == json.dumps(theirs)
-    assert not list((run.folder / "resume").glob("*")) and [p.name for p in run.folder.glob(".*")] == [".lock"]
+    assert not list((run.folder / "resume").glob("*")) and {p.name for p in run.folder.glob(".*")} == left
 
 
 def test_killed_at_random_moments(tmp_path, monkeypatch, forked, changes):
@@ -64,6 +65,7 @@ def test_killed_at_random_moments(tmp_path, monkeypatch, forked, changes):
     assert len(caught) > 2  # the kills met the run at several places
     go(tmp_path / "killed", changes)
     same(load_run(tmp_path / "killed" / "run"), load_run(tmp_path / "whole" / "run"))
+    kept("kills of a training process survived", KILLS)
 
 
 def test_asked_to_stop(tmp_path, monkeypatch, forked):
