@@ -219,7 +219,7 @@ class Training:
         if (found := progress.latest()) is None: return
         try: self.take_up(*found)
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f"the saved state in {progress.folder} does not fit this run ({str(e).splitlines()[0]}): expected one of the same parameters; remove the folder to begin the step anew") from None
+            raise ValueError(f"the saved state in {progress.folder} does not fit this run ({str(e).splitlines()[0]}): expected the same parameters; remove it to begin the step anew") from None
 
     def take_up(self, tensors:dict[str, Tensor], facts:dict):
         "Become what was saved."

@@ -254,7 +254,7 @@ def test_teacher_and_student_must_fit_the_step(home):
     student, teacher = setup.model(1), setup.model(1).frozen()
     with pytest.raises(ValueError, match=r"the teacher of step 1 of 4-2 has 7 channels: expected 5"): train_step(student, teacher, setup.method, step_view(setup, 1), setup.recipe)
     with pytest.raises(ValueError, match=r"the student of step 1 of 4-2 has 5 channels: expected 7"): train_step(setup.model(0), None, setup.method, step_view(setup, 1), setup.recipe)
-    with pytest.raises(ValueError, match=r"the teacher of step 0 of 4-2 has 5 channels: expected no teacher"): train_step(setup.model(0), setup.model(0), setup.method, step_view(setup, 0), setup.recipe)
+    with pytest.raises(ValueError, match="the teacher of step 0 of 4-2 has 5 channels"): train_step(setup.model(0), setup.model(0), setup.method, step_view(setup, 0), setup.recipe)
 
 
 def test_a_class_that_no_picture_of_its_step_holds(home):
@@ -322,5 +322,5 @@ def test_runs_from_before_a_choice_existed_go_on(home):
     del card["recipe"]["non_finite"], card["recipe"]["deterministic"]
     (run.folder / "run.json").write_text(json.dumps(card))
     assert go(home / "o").finished
-    with pytest.raises(ValueError, match="recipe.non_finite: 'stop' there, 'skip' now"): go(home / "o", training=TINY["training"] | dict(non_finite="skip"))
+    with pytest.raises(ValueError, match=r"recipe\.non_finite: 'stop' there, 'skip' now"): go(home / "o", training=TINY["training"] | dict(non_finite="skip"))
     assert TrainTransform
