@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Literal
 
 import numpy as np
@@ -265,11 +266,10 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     workers = default_workers(recipe.crop) if workers is None else workers
     if teacher is not None:
         teacher = teacher.to(accelerator.device)
-        with accelerator.autocast(), loading(): method.prepare(teacher, one_pass(view, recipe.batch, workers, accelerator.device, seed))
+        with accelerator.autocast(), loading(), closing(one_pass(view, recipe.batch, workers, accelerator.device, seed)) as pictures: method.prepare(teacher, pictures)
     if progress: training.go_on(progress)
-    stream = batches(training.draws, range(training.iteration, total), workers)
     training.set_rate()
-    with noticing_signals() as asked, loading():
+    with noticing_signals() as asked, loading(), closing(batches(training.draws, range(training.iteration, total), workers)) as stream:  # its processes end with the step, come what may
         for terms in losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe.non_finite == "skip"):
             after_iteration(training, terms, log, judges)
             stop = training.stopping(asked)
