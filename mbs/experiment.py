@@ -228,8 +228,7 @@ class Experiment:
 
     def base(self, student:Segmenter)->Segmenter:
         "The base step: taken over from a run that shares it, else trained."
-        alone = not self.settings.share_base or self.writer.reached(0)
-        other = None if alone else agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder))
+        other = None if not self.settings.share_base or self.writer.reached(0) else agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder))
         if other is None: return self.train(student, None, 0)
         load_model(student, other.step(0, "model.safetensors"))
         for record in other.log():

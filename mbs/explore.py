@@ -603,6 +603,7 @@ def close_all(widget):
     for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
         if part is not None: part.close()
 
+# %% ../nbs/61_explore.ipynb #db53f3f6
 class PictureExplorer:
     "What the explorers of pictures share: the states of one or two runs, linked, the view, and the ways out."
     linked = ("index", "step", "alpha", "hidden", "pick")  # between the states of two runs

@@ -33,6 +33,7 @@ def refusal(model:type[BaseModel], error:ValidationError)->str:
     if first["type"] == "extra_forbidden":
         near = get_close_matches(name, model.model_fields, 1)
         return f"parameter {name!r} is not known: expected " + (f"{near[0]!r}?" if near else f"one of {', '.join(model.model_fields)}")
+    if first["type"] == "missing": return f"{name!r} is missing"
     return f"parameter {name!r} cannot be {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 # %% ../nbs/01_parameters.ipynb #af19fb35

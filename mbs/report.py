@@ -40,8 +40,7 @@ def find_runs(paths:Iterable[Path|str])->tuple[list[Run], dict[str, str]]:
         if not folders: left_out[str(path)] = "no run.json in it" if path.exists() else "it does not exist"
         for folder in folders:
             try: found[folder.resolve()] = load_run(folder)
-            except ValueError as e: left_out[str(folder)] = f"its run.json cannot be read ({e})"
-            except KeyError as e: left_out[str(folder)] = f"its run.json is of another version and lacks {e}"
+            except ValueError as e: left_out[str(folder)] = str(e)
     if not found: raise ValueError("there is no run to report on" + "".join(f"; {path}: {why}" for path, why in left_out.items()) + ": expected folders with a run.json")
     return list(found.values()), left_out
 

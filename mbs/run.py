@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IPYTHON', 'BASE_MODULES', 'Settings', 'from_notebook', 'Setup', 'held_out', 'network', 'class_ids',
-           'base_fingerprint', 'git_commit', 'run_card', 'Card', 'Run', 'load_run', 'sliding_window',
-           'normalised_batch', 'segment', 'trained_run']
+           'base_fingerprint', 'git_commit', 'run_card', 'Card', 'read_card', 'read_log', 'read_samples', 'Run',
+           'load_run', 'sliding_window', 'normalised_batch', 'segment', 'trained_run']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import hashlib
@@ -197,21 +197,45 @@ class Card(Parameters):
     data: dict[str, Any]
     base: str
 
+def read_card(file:Path)->tuple[dict, Settings, Protocol]:
+    "A run card with the settings and the protocol that it describes; ValueError when it is of another version, damaged or contradicts itself."
+    card = read_json(file)
+    try: Card.checked(**card), Recipe.checked(**card["recipe"])
+    except (TypeError, ValueError) as e: raise ValueError(f"{file} is of another version or damaged ({e}): expected what mbs {mbs.__version__} writes") from None
+    settings, steps = Settings.checked(**card["settings"]), card["steps"]
+    order = [c for step in steps for c in step]
+    protocol = Protocol(settings.protocol.split("_")[0], card["dataset"], settings.protocol_setting, order)
+    if not len(card["names"]) - 1 == len(order) or protocol.steps != steps or len(card["iterations"]) != len(steps):
+        raise ValueError(f"{file} contradicts itself in names, steps, iterations or protocol: expected what the run wrote; it was changed since")
+    return card, settings, protocol
+
+# %% ../nbs/51_run.ipynb #57c4bafe
+def read_log(file:Path)->list[dict]:
+    "Records of a log.jsonl, none where there is no file; a last line cut short by a kill is left out. ValueError for a line that is no record."
+    try: found = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]] if file.is_file() else []
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{file} cannot be read ({e}): expected a JSON record a line") from None
+    if not all(isinstance(r, dict) and {"step", "iteration", "iterations", "loss"} <= r.keys() for r in found):
+        raise ValueError(f"{file} has a line without step, iteration and loss: it is damaged")
+    return found
+
+def read_samples(folder:Path, steps:list[Path])->list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
+    "Photo (H, W, 3), truth (H, W) and a prediction (H, W) for each of `steps`, uint8, of every picture kept in `folder`; ValueError when they do not fit each other."
+    kept, predicted = read_arrays(folder / "samples.npz"), [read_arrays(step / "samples.npz") for step in steps]
+    try: found = [(kept[f"image{k}"], kept[f"truth{k}"], [p[f"predicted{k}"] for p in predicted]) for k in range(len(kept) // 2)]
+    except KeyError as e: raise ValueError(f"sample pictures of {folder} lack {e}: they are of another run or damaged") from None
+    for image, truth, maps in found:
+        if image.dtype != np.uint8 or image.shape[2:] != (3,) or any(m.dtype != np.uint8 or m.shape != image.shape[:2] for m in (truth, *maps)):
+            raise ValueError(f"sample pictures of {folder} do not fit each other: they are of another run or damaged")
+    return found
+
+# %% ../nbs/51_run.ipynb #6ba9e51e
 class Run:
     "A run folder, finished or not: card, log, confusion matrices, sample pictures, models."
     def __init__(self, folder:Path|str):
         self.folder = Path(folder)
-        file = self.folder / "run.json"
-        if not file.is_file(): raise ValueError(f"{folder} is no run folder: expected a run.json in it")
-        self.card = read_json(file)
-        try: Card.checked(**self.card), Recipe.checked(**self.card["recipe"])
-        except (TypeError, ValueError) as e: raise ValueError(f"{file} is of another version or damaged ({e}): expected what mbs {mbs.__version__} writes") from None
-        self.settings = Settings.checked(**self.card["settings"])
+        if not (self.folder / "run.json").is_file(): raise ValueError(f"{folder} is no run folder: expected a run.json in it")
+        self.card, self.settings, self.protocol = read_card(self.folder / "run.json")
         self.names, self.iterations = self.card["names"], self.card["iterations"]
-        order = [c for step in self.card["steps"] for c in step]
-        self.protocol = Protocol(self.settings.protocol.split("_")[0], self.card["dataset"], self.settings.protocol_setting, order)
-        if not len(self.names) - 1 == len(order) or self.protocol.steps != self.card["steps"] or len(self.iterations) != len(self.card["steps"]):
-            raise ValueError(f"{file} contradicts itself in names, steps, iterations or protocol: expected what the run wrote; it was changed since")
 
     def __repr__(self): return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
 
@@ -246,25 +270,11 @@ class Run:
         "(T, C) IoU of every channel after every complete step."
         return iou_matrix([self.confusion(t) for t in range(self.n_steps)])
 
-    def log(self)->list[dict]:
-        "Records of log.jsonl; a last line cut short by a kill is left out."
-        path = self.folder / "log.jsonl"
-        try: found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.is_file() else []
-        except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{path} cannot be read ({e}): expected a JSON record a line") from None
-        if not all(isinstance(r, dict) and {"step", "iteration", "iterations", "loss"} <= r.keys() for r in found):
-            raise ValueError(f"{path} has a line without step, iteration and loss: it is damaged")
-        return found
+    def log(self)->list[dict]: return read_log(self.folder / "log.jsonl")
 
     def samples(self)->list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
         "Photo, truth and the predictions after each complete step, for every sample picture."
-        kept = read_arrays(self.folder / "samples.npz")
-        steps = [read_arrays(self.step(t, "samples.npz")) for t in range(self.n_steps)]
-        try: found = [(kept[f"image{k}"], kept[f"truth{k}"], [s[f"predicted{k}"] for s in steps]) for k in range(len(kept) // 2)]
-        except KeyError as e: raise ValueError(f"sample pictures of {self.folder} lack {e}: they are of another run or damaged") from None
-        for image, *maps in ((image, truth, *predicted) for image, truth, predicted in found):
-            if image.dtype != np.uint8 or image.shape[2:] != (3,) or any(m.dtype != np.uint8 or m.shape != image.shape[:2] for m in maps):
-                raise ValueError(f"sample pictures of {self.folder} do not fit each other: they are of another run or damaged")
-        return found
+        return read_samples(self.folder, [self.step(t) for t in range(self.n_steps)])
 
     def model(self, step:int=-1)->Segmenter:
         "The model after `step`, in eval mode on the CPU."

@@ -145,9 +145,9 @@ def window_mean(window:list[dict], step:int, iteration:int, total:int, draws:Dra
     if not counted: raise not_finite("gradient", window, 0, step, iteration, draws)
     means = mean_over_processes(torch.stack([torch.stack([terms[k] for terms in counted]).float().mean() for k in counted[0]]))
     record = dict(zip(counted[0], means.tolist()))
-    for what in ("loss", "gradient"):
-        if not math.isfinite(record.get(what, 0)):
-            raise not_finite(what, window, next((k for k, terms in enumerate(window) if terms and not math.isfinite(terms[what])), 0), step, iteration, draws)
+    if not all(math.isfinite(record.get(what, 0)) for what in ("loss", "gradient")):  # the first, since a bad gradient spoils the next loss
+        what, bad = next(((what, k) for k, terms in enumerate(window) for what in ("loss", "gradient") if not math.isfinite(terms.get(what, 0))), ("loss", 0))
+        raise not_finite(what, window, bad, step, iteration, draws)
     record.pop("gradient", None)
     left_out = len(window) - len(counted)
     return dict(step=step, iteration=iteration, iterations=total) | record | (dict(left_out=left_out) if left_out else {})

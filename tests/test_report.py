@@ -267,7 +267,7 @@ def test_a_run_of_another_version_is_left_out(outputs, tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps(card))
     runs, left_out = find_runs([tmp_path])
     assert [r.folder.name for r in runs] == ["kd"]
-    assert {Path(path).name: "lacks 'steps'" in why or "'colour' is not known" in why for path, why in left_out.items()} == {"lacks": True, "unknown": True}
+    assert {Path(path).name: "'steps' is missing" in why or "'colour' is not known" in why for path, why in left_out.items()} == {"lacks": True, "unknown": True}
 
 
 def test_tables_of_odd_values():
