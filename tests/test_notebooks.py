@@ -36,7 +36,8 @@ def executed(path, home):
                                     PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory(prefix="mbs-") as sockets:
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
-        NotebookClient(book, km=kernel, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute(env=environment)
+        NotebookClient(book, km=kernel, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute(env=environment, cleanup_kc=True)
+        assert not kernel.has_kernel  # one that stays alive takes half a gigabyte from all tests after it
     return book
 
 
