@@ -91,7 +91,11 @@ def test_one_process_dies(tmp_path, capsys):
 def test_an_interrupt_ends_all(tmp_path):
     "Ctrl-C in the launching program leaves no process behind."
     parent = tmp_path / "parent.py"
-    parent.write_text(f"from mbs import Settings\nfrom mbs.launch import launch\nlaunch(Settings(name='run', processes=2, training={QUIET | dict(iterations=5000)}, **{SMALL}), {str(tmp_path)!r})")
+    parent.write_text(f"""import signal
+from mbs import Settings
+from mbs.launch import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells take it from what they start in the background
+launch(Settings(name='run', processes=2, training={QUIET | dict(iterations=5000)}, **{SMALL}), {str(tmp_path)!r})""")
     program = subprocess.Popen([sys.executable, str(parent)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     def others(): return subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
     deadline = time.monotonic() + 120
