@@ -173,11 +173,11 @@ def not_finite(what:str, window:list[dict], bad:int, step:int, iteration:int, dr
 # %% ../nbs/50_training.ipynb #5d08317b
 @contextmanager
 def compiled(on:bool, *networks:nn.Module|None)->Iterator[Sequence[nn.Module|None]]:
-    "The networks to call in the block: if `on` compiled ones, and the losses of bands with them; ValueError when there is no compiler. What an earlier step compiled is forgotten: its classes are too few."
+    "The networks to call in the block: if `on` compiled ones, and the losses of bands with them; ValueError when there is no compiler."
     if not on:
         yield networks
         return
-    torch.compiler.reset()
+    torch.compiler.reset()  # what an earlier step compiled has too few classes
     try:
         with compiled_bands(): yield [torch.compile(m) if m is not None else None for m in networks]
     except torch._dynamo.exc.BackendCompilerFailed as e:
