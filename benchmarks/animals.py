@@ -1,11 +1,12 @@
 """The project's own evidence: six animal and person classes of PASCAL VOC 2012, EfficientNet-Lite0 with its ImageNet weights, all methods on one recipe.
 
     python benchmarks/animals.py copy VOCdevkit/VOC2012        # once: pictures and masks with a long side of 160 pixels, in data/animals
-    python benchmarks/animals.py tune [METHOD]...              # rates and λ on a tenth of the training part; writes benchmarks/animals.yaml
-    python benchmarks/animals.py test 3-1 [overlapped] [--seeds 3] [METHOD | ABLATION]...   # on the test part, with what tuning chose
+    python benchmarks/animals.py tune [METHOD]...              # rate and weight on a tenth of the training part; writes benchmarks/animals.yaml
+    python benchmarks/animals.py test 3-1 [overlapped] [--seeds 0 1 2] [METHOD | ABLATION]...   # on the test part, with what tuning chose
+    python benchmarks/animals.py collect                       # tables, pictures and confusion matrices of all of it, in docs/
 
-The test part is not looked at by `tune`. Every method gets the same trials: two learning rates of the
-incremental steps, a third where the larger was better, then the weight of its distillation at a fifth.
+The test part is not looked at by `tune`. Every method gets three trials: two learning rates of the incremental steps, then, at the better
+rate, its distillation at a fourth of the published weight; `finetune`, which has none, a third rate.
 """
 import argparse
 import json
@@ -18,9 +19,10 @@ from mbs import ABLATIONS, METHODS, Experiment, Settings
 from mbs.layouts import home
 
 CLASSES = ["cat", "dog", "person", "horse", "sheep", "cow"]
-RECIPE = dict(crop=112, batch=8, iterations=1000, new_iterations=150, scale=(.75, 1.5), optimizer="adamw", lr=3e-4, weight_decay=.01, schedule="cosine")
-RATES = (.1, .3, 1)  # lr_factor: the incremental steps' rate over the base step's
-WEIGHTS = dict(kd="output_weight", mib="output_weight", plop="feature_weight", mbs="output_weight")  # what is tried at a fifth, too
+RECIPE = dict(crop=112, batch=8, iterations=1000, new_iterations=120, scale=(.75, 1.5), optimizer="adamw", lr=1e-3, weight_decay=.01, schedule="cosine",
+              encoder_factor=(.1, 0))  # the encoder is fine-tuned in the base step and rests afterwards
+RATES = (.3, 1)  # lr_factor: the incremental steps' rate over the base step's
+WEIGHTS = dict(kd="output_weight", mib="output_weight", plop="feature_weight", mbs="output_weight")  # what is tried at a fourth, too
 CHOSEN = Path(__file__).with_name("animals.yaml")
 
 
@@ -55,25 +57,30 @@ def tried(method, lr_factor, scale):
 
 def tune(methods):
     for method in methods or ("mbs", "kd", "finetune", "mib", "plop"):
-        trials = [tried(method, rate, 1) for rate in RATES[:2]]
-        if trials[1]["all"][-1] > trials[0]["all"][-1]: trials.append(tried(method, RATES[2], 1))  # better at the edge: one further
-        if method in WEIGHTS: trials.append(tried(method, max(trials, key=lambda t: t["all"][-1])["lr_factor"], .2))
+        trials = [tried(method, rate, 1) for rate in RATES]
+        better = max(trials, key=lambda t: t["all"][-1])["lr_factor"]
+        trials.append(tried(method, better, .25) if method in WEIGHTS else tried(method, .1, 1))
         best = max(trials, key=lambda t: t["all"][-1])
         chosen = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.is_file() else {}
         chosen[method] = dict(lr_factor=best["lr_factor"], parts=best["parts"], trials=[{k: v for k, v in t.items() if k != "parts"} for t in trials])
         CHOSEN.write_text(yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None, width=200))
 
 
-def test(protocol, setting, seeds, names):
+def planned(name, protocol, setting, seed):
+    "Settings of one run on the test part; `name` is a method or an ablation of `mbs`, which keeps what tuning chose for `mbs`."
     chosen = yaml.safe_load(CHOSEN.read_text())
-    for seed in range(seeds):
+    if name == "joint":  # as many iterations as all steps together
+        s, training = settings("joint", 1, {}, protocol, setting, seed, name=f"{protocol}-joint-s{seed}"), RECIPE | dict(lr_factor=1, iterations=RECIPE["iterations"] + 3 * RECIPE["new_iterations"])
+        return Settings.checked(**s.model_dump() | dict(training=training))
+    method, parts = (name, {}) if name in METHODS else (ABLATIONS[name]["method"], ABLATIONS[name]["parts"])
+    own = chosen[name if name in METHODS else "mbs"]
+    return settings(method, own["lr_factor"], own["parts"] | parts, protocol, setting, seed, name=f"{protocol}-{setting}-{name}-s{seed}")
+
+
+def test(protocol, setting, seeds, names):
+    for seed in seeds:
         for name in names or ("mbs", "kd", "finetune", "mib", "plop", "joint"):
-            method, parts = (ABLATIONS[name]["method"], ABLATIONS[name]["parts"]) if name in ABLATIONS and name not in METHODS else (name, {})
-            own = chosen["mbs" if name in ABLATIONS and name not in METHODS else name] if name != "joint" else dict(lr_factor=1, parts={})
-            more = {"training": RECIPE | dict(lr_factor=1, iterations=RECIPE["iterations"] + 3 * RECIPE["new_iterations"])} if name == "joint" else {}
-            s = settings(method, own["lr_factor"], own["parts"] | parts, protocol, setting, seed, name=f"{protocol}-{setting}-{name}-s{seed}")
-            if more: s = Settings.checked(**s.model_dump() | more)
-            run = Experiment(s).run()
+            run = Experiment(planned(name, protocol, setting, seed)).run()
             last = run.metrics()
             print(f"{run.folder.name:34}", [round(100 * run.metrics(t)["scores"]["all"], 1) for t in range(run.n_steps)], {k: round(100 * last["scores"][k], 1) for k in ("old", "new", "all_fg")},
                   {k: round(100 * v, 1) for k, v in last["shift"].items()}, flush=True)
@@ -83,7 +90,7 @@ if __name__ == "__main__":
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("what", choices=["copy", "tune", "test"])
     words.add_argument("words", nargs="*")
-    words.add_argument("--seeds", type=int, default=1)
+    words.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = words.parse_intermixed_args()
     if given.what == "copy": copy(*given.words)
     elif given.what == "tune": tune(given.words)
