@@ -53,9 +53,10 @@ TEXT = """# Benchmarks
 
 Measured by `python benchmarks/run.py` on {date} at commit {commit}: {machine}.
 
-Medians of {repeats} rounds in one process, in which the plain and the fast way take turns; the ratio is that of each round, with the lowest and the highest. On a CPU times are processor time, so that other programs on the machine change little. \
-Plain is `benchmarks/plain.py`: the formulas of the method written down one by one in eager PyTorch (float32, explicit attention, all tensors at full size); all ways agree numerically before they are timed. \
-Memory is the most that the tensors of one call take at once, in MiB, plain → ours.
+Medians of {repeats} rounds in one process, in which the plain and the fast way take turns; the ratio is that of each round, with the lowest and the highest.
+On a CPU times are processor time, so that other programs on the machine change little.
+Plain is `benchmarks/plain.py`: the formulas of the method written down one by one in eager PyTorch (float32, explicit attention, all tensors at full size);
+all ways agree numerically before they are timed. Memory is the most that the tensors of one call take at once, in MiB, plain → ours.
 
 | what | plain | ours | × faster | memory, MiB |
 |---|---:|---:|---:|---:|
@@ -80,7 +81,8 @@ def main(words=None):
         for r in importlib.import_module(part).measure(options.repeats):
             rows.append(line(r))
             print(rows[-1], flush=True)
-    options.out.write_text(TEXT.format(date=datetime.date.today().isoformat(), commit=git_commit() or "unknown", machine=machine(), repeats=options.repeats, rows="\n".join(rows), gpu=on_gpu(options.repeats)), encoding="utf-8")
+    facts = dict(date=datetime.date.today().isoformat(), commit=git_commit() or "unknown", machine=machine(), repeats=options.repeats)
+    options.out.write_text(TEXT.format(rows="\n".join(rows), gpu=on_gpu(options.repeats), **facts), encoding="utf-8")
 
 
 if __name__ == "__main__": main()

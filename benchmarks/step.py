@@ -1,4 +1,6 @@
-"""A whole training iteration of an incremental step at 512 × 512 pixels: two forward passes, the loss, the backward pass and the optimiser, as `train_step` does them, against the plain ones of METHOD.md."""
+"""A whole training iteration of an incremental step at 512 × 512 pixels: two forward passes, loss, backward pass and optimiser, as `train_step` does them, against METHOD.md's plain ones."""
+from functools import partial
+
 import plain
 import torch
 from interleaved import peak, rounds, row, same
@@ -45,12 +47,12 @@ def measure(repeats=3, side=512, classes=(21, 151), encoder=VITB, **options):
         pairs = [networks(encoder, n, n_new, side, device, **options) for _ in range(3)]
         other_teacher, other = map(plain.network, pairs[0])
         optimiser, values = plain.optimiser(other), {}
-        ways = dict(plain=lambda: plain.step(other, other_teacher, *given, n_new, optimiser))  # noqa: B023
-        for (teacher, student), precision in zip(pairs[1:], ("fp32", "bf16")): ways[precision] = Ours(student, teacher, given, n_new, precision=precision, cpu_precision=precision)
-        def kept(name): values.setdefault(name, []).append(float(ways[name]()))  # noqa: B023
-        memory = {name: peak(lambda: kept(name)) for name in ways}  # noqa: B023
+        iterations = dict(plain=lambda: plain.step(other, other_teacher, *given, n_new, optimiser))  # noqa: B023
+        for (teacher, student), precision in zip(pairs[1:], ("fp32", "bf16")): iterations[precision] = Ours(student, teacher, given, n_new, precision=precision, cpu_precision=precision)
+        def kept(name): values.setdefault(name, []).append(float(iterations[name]()))  # noqa: B023
+        ways = {name: partial(kept, name) for name in iterations}
+        memory = {name: peak(way) for name, way in ways.items()}
         spent = rounds(ways, repeats)
-        for name in ways: kept(name)  # a later loss depends on the gradients before
-        same({name: torch.tensor(values[name]) for name in ("plain", "fp32")}, rtol=1e-3)
+        same({name: torch.tensor(values[name]) for name in ("plain", "fp32")}, rtol=1e-3)  # a later loss depends on the gradients before
         found += [row(f"whole step, {n} classes, {precision}", spent, precision, memory=(memory["plain"], memory[precision])) for precision in ("fp32", "bf16")]
     return found
