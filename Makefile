@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 FACTS := settings.ini setup.py pyproject.toml
 
-.PHONY: help demo test lint export docs readme picture trained clean
+.PHONY: help demo bench test lint export docs readme picture trained clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,9 @@ help: ## this list
 	@echo "Installing mbs with its developer tools into .venv (several minutes the first time)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,pretrained,cluster,app]'
 	@touch $@ .venv/installed
+
+bench: .venv/developer ## every benchmark, ratios to a plain eager composition, into benchmarks/RESULTS.md
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
 
 demo: .venv/installed ## class-incremental learning on generated scenes, three methods compared
 	@$(BIN)/mbs demo

