@@ -193,7 +193,8 @@ def compiled(on:bool, *networks:nn.Module|None)->Iterator[Sequence[nn.Module|Non
     try:
         with compiled_bands(): yield [torch.compile(m) if m is not None else None for m in networks]
     except torch._dynamo.exc.BackendCompilerFailed as e:
-        raise ValueError(f"training.compile=true needs a compiler ({str(e).strip().splitlines()[0]}): expected a working C++ compiler; the same command goes on without training.compile") from None
+        why = str(e.inner_exception).strip().splitlines()[0]
+        raise ValueError(f"training.compile=true needs a compiler ({why}): expected a working C++ compiler; the same command goes on without training.compile") from None
 
 # %% ../nbs/50_training.ipynb #48ca36f8
 def one_pass(view:StepView, batch:int, workers:int, device:torch.device|str, seed:int=0)->Iterator:

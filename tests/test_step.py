@@ -119,7 +119,7 @@ def test_what_may_change_on_the_way():
 def test_no_compiler_is_one_sentence(monkeypatch):
     def broken(*_): raise RuntimeError("No working C++ compiler found")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    with pytest.raises(ValueError, match="training.compile=true needs a compiler .*No working C.* expected a working C"): list(loop(compile=True))
+    with pytest.raises(ValueError, match=r"training\.compile=true needs a compiler .*No working C.* expected a working C"): list(loop(compile=True))
 
 
 def test_teacher_in_inference_mode():
@@ -151,7 +151,7 @@ def test_fast_and_plain_runs_are_the_same(home, monkeypatch):
     "Step × class IoU of a seeded run: bands, fused attention and optimiser, inference mode, against full-size tensors, explicit attention, a plain optimiser, no_grad."
     class Plain(Method):
         def loss(self, student, teacher, target, n_new):
-            terms, labels = full_terms(*(out and out._replace(full=out.logits) for out in (student, teacher)), target, self.parts, n_new, None)
+            terms, _ = full_terms(*(out and out._replace(full=out.logits) for out in (student, teacher)), target, self.parts, n_new, None)
             rest = super().loss(student, teacher, target, n_new)
             assert terms.keys() <= rest.keys()
             terms = {k: terms.get(k, v) for k, v in rest.items() if k != "loss"}
