@@ -34,7 +34,8 @@ def stretched(z, size): return F.interpolate(z, size=size, mode="bilinear", alig
 def pixel_losses(z, old, target, weight=25., threshold=.7):
     "Cross-entropy on selective pseudo-labels and label-guided distillation of patch logits: everything at full size, one class after the other. The loss and the training labels."
     n_old, n = old.shape[1], z.shape[1]
-    logits, q = stretched(z, target.shape[1:]), stretched(old, target.shape[1:]).softmax(1)
+    logits, teacher = stretched(z, target.shape[1:]), stretched(old, target.shape[1:])
+    q = teacher.softmax(1)
     sure, best = q.max(1)
     labels = torch.where((target == 0) & (best > 0) & (sure >= threshold), best, target)
     labels = torch.where((labels == 0) & (q[:, 0] < q[:, 1:].sum(1)), 255, labels)

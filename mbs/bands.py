@@ -89,7 +89,7 @@ def one_band(o:Tensor,            # (rows, B, C, W) logits of the student
     distilled = by_distilled = None
     if plan.distill == "label-guided":
         q = guide(q, target, n)
-        distilled, by_distilled = -(q * log_p).sum(), p - q
+        distilled, by_distilled = -(q * log_p).sum(), q.neg_().add_(p)  # p − q where q was
     elif plan.distill == "plain":
         old = log_p[:, :, :q.shape[2]]
         old = old - old.logsumexp(2, keepdim=True)
