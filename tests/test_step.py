@@ -96,12 +96,12 @@ def test_compiled_run(home, eager_compiler):
             seen.append(student.n_channels)
             if stop_at and len(seen) == stop_at: raise KeyboardInterrupt
             return super().loss(student, teacher, target, n_new)
-    def settings(compile): return Settings(name="run", **RUN | dict(protocol="4-2"), save_minutes=0, training=TRAINING | dict(compile=compile))
+    def settings(compile): return Settings(name="run", **RUN | dict(protocol="4-2"), save_minutes=0, training=TRAINING | dict(iterations=12, compile=compile))
     stop_at = 0
     plain = Experiment(settings(False), home / "plain", method=Counting).run()
     assert set(seen) == {5, 7, 9}
     seen.clear()
-    stop_at = 40  # in step 1, with a state saved after iteration 10
+    stop_at = 24  # the last iteration of step 1, with a state saved after its tenth
     with pytest.raises(KeyboardInterrupt): Experiment(settings(False), home / "o", method=Counting).run()
     stop_at = 0
     run = Experiment(settings(True), home / "o", method=Counting).run()
