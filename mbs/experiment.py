@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+from .cache import cached
 from .checkpoint import Progress, load_model, save_model
 from .data import SegmentationFolder, StepView
 from .evaluation import evaluate, new_class_score
@@ -46,7 +47,7 @@ def difference(there:dict, now:dict)->str:
     usual = dict(settings=Settings, recipe=Recipe, parts=Parts)
     def before(group, k): return there[group][k] if k in there[group] or group == "data" or k not in usual[group].model_fields else json.loads(json.dumps(usual[group].model_fields[k].default))
     parts = [(f"{group}.{k}", before(group, k), v) for group in ("settings", "recipe", "parts", "data") for k, v in now[group].items()
-             if before(group, k) != v and k not in ("processes", "workers", "save_minutes")]
+             if before(group, k) != v and k not in ("processes", "workers", "cache", "save_minutes")]
     return ", ".join(f"{name}: {a!r} there, {b!r} now" for name, a, b in parts)
 
 # %% ../nbs/52_experiment.ipynb #3471be57
@@ -245,6 +246,8 @@ class Experiment:
     def train(self, student:Segmenter, teacher:Segmenter|None, step:int)->Segmenter:
         "Train, test and write `step`; the iterate that the recipe keeps."
         s, started = self.setup, time.perf_counter()
+        if self.settings.cache:
+            with processes().main_process_first(): s.train, s.test = cached(s.train), cached(s.test)
         views = judged_views(s, step, s.statistics(student))
         judges = {name: Judge(partial(new_score, s, view=view)) for name, view in views.items()}
         student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,
