@@ -97,7 +97,8 @@ def make(file:Path, data:SegmentationFolder)->Decoded:
             if (found := opened(file, data)) is not None: return found
             for left in file.parent.glob(f".{file.name}.*") if certain else (): left.unlink(missing_ok=True)
             write(file, data)
-    except OSError as e: raise ValueError(f"decoded pictures of {data.root.name} cannot be written to {file.parent} ({e.strerror or e}): expected room and the right to write; make some, or leave cache out") from None
+    except OSError as e:
+        raise ValueError(f"decoded pictures of {data.root.name} cannot be written to {file.parent} ({e.strerror or e}): expected room and the right to write; leave cache out") from None
     return Decoded(file, pictures_key(data), data.sizes)
 
 # %% ../nbs/13_cache.ipynb #c3b0dd2e

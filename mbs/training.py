@@ -271,7 +271,7 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
         with accelerator.autocast(), loading(), closing(one_pass(view, recipe.batch, workers, accelerator.device, seed)) as pictures: method.prepare(teacher, pictures)
     if progress: training.go_on(progress)
     training.set_rate()
-    with noticing_signals() as asked, loading(), closing(batches(training.draws, range(training.iteration, total), workers, accelerator.device)) as stream:  # its processes end with the step, come what may
+    with noticing_signals() as asked, loading(), closing(batches(training.draws, range(training.iteration, total), workers, accelerator.device)) as stream:  # its processes end with the step
         for terms in losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe.non_finite == "skip"):
             after_iteration(training, terms, log, judges)
             stop = training.stopping(asked)
