@@ -74,7 +74,7 @@ def test_fast_resize(size, wanted, seed):
     "Pictures up to one grey level as Pillow's, whatever the layout; labels are the pixel under the centre, as Pillow's wherever there is only one."
     rng = np.random.default_rng(seed)
     image, labels = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 256, size, dtype=np.uint8)
-    (a, b), (c, d) = resized(image, labels, wanted), resized_fast(image[:, ::-1][:, ::-1], labels, wanted)
+    (a, b), (c, d) = map(np.asarray, resized(image, labels, wanted)), resized_fast(image[:, ::-1][:, ::-1], labels, wanted)
     assert c.dtype == d.dtype == np.uint8 and np.abs(a.astype(int) - c).max() <= 1
     centres = [(np.arange(m) * 2 + 1) * n / (2 * m) for n, m in zip(size, wanted)]
     assert np.array_equal(d, labels[np.floor(centres[0] + 1e-9).astype(int)][:, np.floor(centres[1] + 1e-9).astype(int)])
@@ -106,7 +106,7 @@ def test_a_window_first_shows_what_the_whole_would():
         factor = random.uniform(.5, 2)
         whole = int(96 * factor), int(128 * factor)
         top, left = (random.randint(0, max(0, s - 96)) for s in whole)
-        full = resized(ramp, labels, whole)[0][top:top + 96, left:left + 96]
+        full = np.asarray(resized(ramp, labels, whole)[0])[top:top + 96, left:left + 96]
         height, width = full.shape[:2]
         if random.random() < .5: x, y = x[:, ::-1], y[:, ::-1]
         assert np.abs(x[:height, :width].astype(int) - full).max() <= 2
