@@ -225,6 +225,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbs.experiment.shared_base': ('experiment.html#shared_base', 'mbs/experiment.py'),
                                 'mbs.experiment.two_columns': ('experiment.html#two_columns', 'mbs/experiment.py'),
                                 'mbs.experiment.unwritable': ('experiment.html#unwritable', 'mbs/experiment.py'),
+                                'mbs.experiment.with_cache': ('experiment.html#with_cache', 'mbs/experiment.py'),
                                 'mbs.experiment.write_samples': ('experiment.html#write_samples', 'mbs/experiment.py'),
                                 'mbs.experiment.write_step': ('experiment.html#write_step', 'mbs/experiment.py'),
                                 'mbs.experiment.written': ('experiment.html#written', 'mbs/experiment.py')},

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sample_positions', 'difference', 'refuse_other', 'unwritable', 'written', 'open_folder', 'write_samples',
-           'write_step', 'Log', 'shared_base', 'two_columns', 'judged_views', 'new_score', 'measured', 'relabelled',
-           'quality_of_labels', 'pseudo_label_examples', 'Writer', 'Experiment']
+           'write_step', 'Log', 'shared_base', 'two_columns', 'with_cache', 'judged_views', 'new_score', 'measured',
+           'relabelled', 'quality_of_labels', 'pseudo_label_examples', 'Writer', 'Experiment']
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
@@ -127,6 +127,12 @@ def two_columns(recipe:Recipe)->dict[str, tuple[str, str]]:
     clean = "held-out" if recipe.selection == "held-out" else "last", "window" if recipe.test == "window" else "whole"
     return dict(published=("test", "crop"), clean=clean) if recipe.both else {}
 
+def with_cache(setup:Setup)->Setup:
+    "`setup`, its pictures decoded in files if the settings say so: one process makes them, the others read them."
+    if setup.settings.cache:
+        with processes().main_process_first(): setup.train, setup.test = cached(setup.train), cached(setup.test)
+    return setup
+
 def judged_views(setup:Setup, step:int, statistics:tuple)->dict[str, StepView]:
     "On which pictures iterates of `step` are judged, by name of the judge."
     p, r, views = setup.protocol, setup.recipe, {}
@@ -245,9 +251,7 @@ class Experiment:
 
     def train(self, student:Segmenter, teacher:Segmenter|None, step:int)->Segmenter:
         "Train, test and write `step`; the iterate that the recipe keeps."
-        s, started = self.setup, time.perf_counter()
-        if self.settings.cache:
-            with processes().main_process_first(): s.train, s.test = cached(s.train), cached(s.test)
+        s, started = with_cache(self.setup), time.perf_counter()
         views = judged_views(s, step, s.statistics(student))
         judges = {name: Judge(partial(new_score, s, view=view)) for name, view in views.items()}
         student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,
