@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'sample_positions', 'difference', 'refuse_other', 'unwritable', 'written', 'open_folder', 'write_samples',
-           'write_step', 'Log', 'shared_base', 'two_columns', 'judged_views', 'new_score', 'measured', 'relabelled',
-           'quality_of_labels', 'pseudo_label_examples', 'Writer', 'Experiment']
+           'write_step', 'Log', 'shared_base', 'two_columns', 'with_cache', 'judged_views', 'new_score', 'measured',
+           'relabelled', 'quality_of_labels', 'pseudo_label_examples', 'Writer', 'Experiment']
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+from .cache import cached
 from .checkpoint import Progress, load_model, save_model
 from .data import SegmentationFolder, StepView
 from .evaluation import evaluate, new_class_score
@@ -41,7 +42,7 @@ def sample_positions(test:SegmentationFolder, protocol:Protocol, n:int)->np.ndar
     return np.argsort(-richness, kind="stable")[:n]
 
 # %% ../nbs/52_experiment.ipynb #a66094c7
-FREE = ("processes", "workers", "save_minutes", "compile")  # what may change while a run is under way: how it is computed, not what
+FREE = ("processes", "workers", "cache", "save_minutes", "compile")  # what may change while a run is under way: how it is computed, not what
 
 def difference(there:dict, now:dict)->str:
     "What changed between two run cards, in settings, recipe, parts or data, but for what is `FREE`; empty when nothing did. A choice that is new counts as its default."
@@ -127,6 +128,12 @@ def two_columns(recipe:Recipe)->dict[str, tuple[str, str]]:
     "Iterate and way of testing of the two columns, if the recipe wants both."
     clean = "held-out" if recipe.selection == "held-out" else "last", "window" if recipe.test == "window" else "whole"
     return dict(published=("test", "crop"), clean=clean) if recipe.both else {}
+
+def with_cache(setup:Setup)->Setup:
+    "`setup`, its pictures decoded in files if the settings say so: one process makes them, the others read them."
+    if setup.settings.cache:
+        with processes().main_process_first(): setup.train, setup.test = cached(setup.train), cached(setup.test)
+    return setup
 
 def judged_views(setup:Setup, step:int, statistics:tuple)->dict[str, StepView]:
     "On which pictures iterates of `step` are judged, by name of the judge."
@@ -246,7 +253,7 @@ class Experiment:
 
     def train(self, student:Segmenter, teacher:Segmenter|None, step:int)->Segmenter:
         "Train, test and write `step`; the iterate that the recipe keeps."
-        s, started = self.setup, time.perf_counter()
+        s, started = with_cache(self.setup), time.perf_counter()
         views = judged_views(s, step, s.statistics(student))
         judges = {name: Judge(partial(new_score, s, view=view)) for name, view in views.items()}
         student = train_step(student, teacher, s.method, train_view(s.train, s.protocol, step, s.statistics(student), s.recipe, s.positions[step]), s.recipe,

@@ -27,11 +27,11 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .augment import TestTransform, TrainTransform
+from .augment import ReleasedTransform, TestTransform, TrainTransform
 from .bands import compiled_bands
 from .checkpoint import Progress, below, load_optimiser, optimiser_tensors, set_random_state
 from .data import StepView
-from .draws import Draws, batches, deaf, default_workers, loading
+from .draws import Draws, batches, deaf, default_workers, loading, on_device
 from .lifeline import Interrupted, noticing_signals
 from .methods import Method
 from .parameters import Parameters
@@ -55,6 +55,7 @@ class Recipe(Parameters):
     schedule: Literal["constant", "cosine"] = "constant"    # cosine: linear warm-up over a twentieth, then down to 0
     scale: tuple[float, float] = (.5, 2)                    # range of the random scale
     flip: bool = True                                       # mirror half of the pictures
+    augmentation: Literal["clean", "released"] = "clean"    # crops resampled once, void outside the picture; or twice, black background outside, as the released program
     normalisation: Literal["imagenet", "weights"] = "weights"
     precision: Literal["fp32", "fp16", "bf16"] = "bf16"     # on a GPU
     cpu_precision: Literal["fp32", "bf16"] = "fp32"         # on a CPU; bf16 rounds more, and pays where the processor multiplies it (avx512_bf16, amx)
@@ -68,7 +69,7 @@ class Recipe(Parameters):
     test_batch: int = Field(16, ge=1)                       # pictures of equal size at once
 
 # %% ../nbs/50_training.ipynb #afd428cb
-PAPER = dict(normalisation="imagenet", precision="fp16", selection="test", test="crop")
+PAPER = dict(augmentation="released", normalisation="imagenet", precision="fp16", selection="test", test="crop")
 ADE = dict(batch=8, epochs=64, lr_factor=.5)
 
 def make_recipe(name:str="clean",   # "paper" or "clean"
@@ -102,8 +103,9 @@ def make_optimizer(student:Segmenter, recipe:Recipe, step:int)->torch.optim.Opti
 
 # %% ../nbs/50_training.ipynb #4779526e
 def train_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, positions:np.ndarray|None=None)->StepView:
-    "What `step` trains on, augmented; `statistics` are the mean and std to normalise with, `positions` leave images out."
-    return StepView(data, protocol, step, TrainTransform(recipe.crop, *statistics, recipe.scale, recipe.flip), positions=positions)
+    "What `step` trains on, augmented, as bytes; `statistics` are the mean and std to normalise with, `positions` leave images out."
+    transform = ReleasedTransform if recipe.augmentation == "released" else TrainTransform
+    return StepView(data, protocol, step, transform(recipe.crop, *statistics, recipe.scale, recipe.flip), positions=positions, as_bytes=True)
 
 def test_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, test:str="", labels:str="test", positions:np.ndarray|None=None)->StepView:
     "What `step` is tested on: whole pictures, or centre crops when `test` (else the recipe's) is 'crop'."
@@ -200,7 +202,7 @@ def compiled(on:bool, *networks:nn.Module|None)->Iterator[Sequence[nn.Module|Non
 def one_pass(view:StepView, batch:int, workers:int, device:torch.device|str, seed:int=0)->Iterator:
     "Every picture of `view` with its labels, in batches on `device`; each process gets all of them."
     loader = DataLoader(Draws(view, 1, seed), batch, sampler=range(len(view)), num_workers=workers, generator=torch.Generator(), worker_init_fn=deaf)
-    for images, labels in loader: yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    yield from on_device(loader, view.transform, device)
 
 # %% ../nbs/50_training.ipynb #d395612b
 def peak_memory()->float:
@@ -308,7 +310,7 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     if progress: training.go_on(progress)
     training.set_rate()
     with (noticing_signals() as asked, loading(), compiled(recipe.compile, student, teacher) as (fast_student, fast_teacher),
-          closing(batches(training.draws, range(training.iteration, total), workers)) as stream):  # its processes end with the step, come what may
+          closing(batches(training.draws, range(training.iteration, total), workers, accelerator.device)) as stream):  # its processes end with the step
         for terms in losses(fast_student, fast_teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe.non_finite == "skip"):
             after_iteration(training, terms, log, judges)
             stop = training.stopping(asked)
