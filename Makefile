@@ -2,9 +2,10 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+FIGURES := $(CURDIR)/outputs/stress.jsonl
 FACTS := settings.ini setup.py pyproject.toml
 
-.PHONY: help demo test lint export docs readme picture trained clean
+.PHONY: help demo test stress lint export docs readme picture trained clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +32,12 @@ demo: .venv/installed ## class-incremental learning on generated scenes, three m
 
 test: .venv/developer ## every test, JOBS at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+stress: .venv/developer ## everything that can go wrong, in full, for hours; its figures go into docs/stress.md
+	@rm -f $(FIGURES)
+	@MBS_FIGURES=$(FIGURES) MBS_KILLS=40 MBS_NOTEBOOK_KILLS=12 MBS_EVERY_KILL=1 MBS_NOTEBOOK_SAVES=6 MBS_FAULTS=90 MBS_MUTATIONS=250 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) $$(grep -l "from figures import kept" tests/test_*.py)
+	@$(BIN)/python docs/stress.py $(FIGURES)
 
 lint: .venv/developer ## style
 	@$(BIN)/ruff check .
