@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-settings = ConfigParser(interpolation=None, default_section="")
+settings = ConfigParser(interpolation=None, default_section="", inline_comment_prefixes="#")
 settings.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 extras = {name: text.split() for name, text in settings["extras"].items()}
 

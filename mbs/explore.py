@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import compress
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import traitlets as T
@@ -744,8 +743,7 @@ class ShiftExplorer(PictureExplorer):
 
     def to_figure(self, panels:Sequence[str]=SHIFT_PANELS, annotate:bool=True)->Figure:
         "The state as a matplotlib figure; without `annotate` only the panels."
-        fig = plt.figure(figsize=(1.75 * len(panels) + .2, len(self.states) * (2. + 1.9 * annotate) + .3 * annotate), layout="constrained")
-        plt.close(fig)
+        fig = Figure(figsize=(1.75 * len(panels) + .2, len(self.states) * (2. + 1.9 * annotate) + .3 * annotate), layout="constrained")
         handles = {}
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             top, bottom = part.subfigures(2, 1, height_ratios=[2.1, 1.7]) if annotate else (part, None)
@@ -944,8 +942,7 @@ class FeatureExplorer(PictureExplorer):
 
     def to_figure(self)->Figure:
         "The state as a matplotlib figure, a row a run."
-        fig = plt.figure(figsize=(11.5, 2.75 * len(self.states)), layout="constrained")
-        plt.close(fig)
+        fig = Figure(figsize=(11.5, 2.75 * len(self.states)), layout="constrained")
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             s, what = state.maps, "components" if state.kind == KINDS[0] else f"channel {state.channel}"
             part.suptitle(f"{run_title(state.run)}, step {state.step}, picture {state.index}, {state.level} features", fontsize=9)
@@ -1096,8 +1093,7 @@ class TokenExplorer:
 
     def to_figure(self)->Figure:
         "The state as a matplotlib figure: cosines and their change, a row a run."
-        fig = plt.figure(figsize=(8, 3.7 * len(self.states)), layout="constrained")
-        plt.close(fig)
+        fig = Figure(figsize=(8, 3.7 * len(self.states)), layout="constrained")
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             part.suptitle(token_title(state), fontsize=9)
             for ax, values, title, limit in zip(part.subplots(1, 2), (state.cosine, state.change), ("cosine", "change since the step before"), (1, self.limit)):

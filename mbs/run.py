@@ -156,7 +156,7 @@ def base_fingerprint(setup:Setup, model:Segmenter)->str:
     "Hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
     s = setup.settings
     sources = [hashlib.sha256(Path(mbs.__file__).with_name(f"{name}.py").read_bytes()).hexdigest() for name in BASE_MODULES]
-    recipe = setup.recipe.model_dump() | dict(new_iterations=None, lr_factor=None)  # of later steps
+    recipe = setup.recipe.model_dump() | dict(new_iterations=None, lr_factor=None, encoder_factor=setup.recipe.encoder_factor[0])  # nothing of later steps
     facts = dict(data=[setup.train.fingerprint, setup.test.fingerprint], classes=setup.protocol.steps[0], images=setup.positions[0].tolist(),
                  network=[s.encoder, s.encoder_options, model.encoder.receipt, s.decoder], recipe=recipe, seed=s.seed,
                  versions=[torch.__version__, version("timm")], device=str(make_accelerator(setup.recipe).device.type), sources=sources)

@@ -164,6 +164,7 @@ class StageEncoder(nn.Module):
         return self
 
     def forward(self, images:Tensor)->Tensor: # H and W are multiples of the stride
+        images = images.contiguous(memory_format=torch.channels_last)                    # in which convolutions are faster, on CPUs and GPUs
         features, = self.network.forward_intermediates(images, indices=[self.level], stop_early=True, output_fmt="NCHW", intermediates_only=True)
         return features.flatten(2).mT                                                    # (B, N, D)
 
@@ -328,13 +329,23 @@ class Segmenter(nn.Module):
         if balanced: self.decoder.mask_norm.share_background()
         return self
 
-    def forward(self, images:Tensor)->SegmenterOutput:
-        (height, width), stride = images.shape[2:], self.encoder.stride
-        images = F.pad(images, (0, -width % stride, 0, -height % stride))
-        canvas = images.shape[2], images.shape[3]
-        z, patches, classes = self.decoder(self.encoder(images))
-        z = z.mT.unflatten(2, (canvas[0] // stride, canvas[1] // stride))                  # (B, C, h, w)
-        return SegmenterOutput(None, z, patches, classes, self.decoder.tokens(), (height, width), canvas)
+    @property
+    def encoder_learns(self)->bool: return any(p.requires_grad for p in self.encoder.parameters())
+
+    def train(self, mode:bool=True)->"Segmenter":
+        super().train(mode)
+        if not self.encoder_learns: self.encoder.eval()
+        return self
+
+    def encode(self, images:Tensor)->Tensor: # (B, 3, H, W) → (B, h·w, D)
+        "Tokens of the encoder, of pictures padded with zeros at the right and the bottom."
+        return self.encoder(F.pad(images, [side for size in (images.shape[3], images.shape[2]) for side in (0, -size % self.encoder.stride)]))
+
+    def forward(self, images:Tensor, tokens:Tensor|None=None)->SegmenterOutput: # tokens: of the encoder, where they are known
+        height, width = images.shape[2:]
+        h, w = (-(-size // self.encoder.stride) for size in (height, width))
+        z, patches, classes = self.decoder(self.encode(images) if tokens is None else tokens)
+        return SegmenterOutput(None, z.mT.unflatten(2, (h, w)), patches, classes, self.decoder.tokens(), (height, width), (h * self.encoder.stride, w * self.encoder.stride))
 
     def frozen(self)->"Segmenter":
         "A copy in eval mode that learns no more: the teacher of the next step."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'train_view',
-           'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'losses', 'window_mean', 'not_finite',
-           'one_pass', 'peak_memory', 'Judge', 'looking_times', 'fitting', 'Training', 'fit_step', 'train_step',
-           'after_iteration']
+           'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'same_encoder', 'losses',
+           'window_mean', 'not_finite', 'one_pass', 'peak_memory', 'Judge', 'looking_times', 'fitting', 'Training',
+           'fit_step', 'train_step', 'after_iteration']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -47,6 +47,7 @@ class Recipe(Parameters):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(1e-3, gt=0)                           # learning rate of the base step
     lr_factor: float = Field(.1, gt=0)                      # × in later steps
+    encoder_factor: tuple[NonNegativeFloat, NonNegativeFloat] = (1, 1) # × for the encoder, in the base step and in later ones; 0: its weights stay
     momentum: float = Field(.9, ge=0, lt=1)                 # of SGD (Nesterov)
     weight_decay: float = Field(1e-5, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"    # cosine: linear warm-up over a twentieth, then down to 0
@@ -88,11 +89,13 @@ def rate_at(recipe:Recipe, iteration:int, total:int)->float:
     return min((iteration + 1) / warm, .5 * (1 + math.cos(math.pi * iteration / total)))
 
 # %% ../nbs/50_training.ipynb #2dd89c4a
-def make_optimizer(student:nn.Module, recipe:Recipe, step:int)->torch.optim.Optimizer:
-    "SGD with Nesterov momentum or AdamW over all parameters, at the step's learning rate."
+def make_optimizer(student:Segmenter, recipe:Recipe, step:int)->torch.optim.Optimizer:
+    "SGD with Nesterov momentum or AdamW over all parameters that learn, at the step's learning rate; each group has its `factor` on it."
+    parts = (student.encoder, recipe.encoder_factor[min(step, 1)]), (student.decoder, 1)
+    groups = [dict(params=part.parameters(), factor=factor) for part, factor in parts if factor]
     lr = recipe.lr * (recipe.lr_factor if step else 1)
-    if recipe.optimizer == "adamw": return torch.optim.AdamW(student.parameters(), lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(student.parameters(), lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+    if recipe.optimizer == "adamw": return torch.optim.AdamW(groups, lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(groups, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
 
 # %% ../nbs/50_training.ipynb #4779526e
 def train_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, positions:np.ndarray|None=None)->StepView:
@@ -126,13 +129,22 @@ def gradient_norm(model:nn.Module)->Tensor:
     "Root of the sum of squares of all gradients; not finite when any is not."
     return torch.stack(torch._foreach_norm([p.grad.float() for p in model.parameters() if p.grad is not None])).norm()
 
+def same_encoder(student:Segmenter, teacher:Segmenter)->bool:
+    "Whether the student's encoder does not learn and is the teacher's: then pictures are encoded once for both."
+    mine, theirs = (list(model.encoder.state_dict().values()) for model in (student, teacher))
+    return not student.encoder_learns and len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+
 def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iterator, optimizer, accelerator:Accelerator, n_new:int, skip:bool=False)->Iterator[dict]:
     "Train an iteration at a time; yields the detached loss terms of each and its gradient's norm. With `skip`, one whose gradient is not finite changes nothing and yields {}."
+    model = accelerator.unwrap_model(student)
+    shared = teacher is not None and same_encoder(model, teacher)
     for images, labels in stream:
         images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
-            with torch.no_grad(): old = teacher(images) if teacher is not None else None
-            terms = method.loss(student(images), old, labels, n_new)
+            with torch.no_grad():
+                tokens = model.encode(images) if shared else None
+                old = teacher(images, tokens) if teacher is not None else None
+            terms = method.loss(student(images, tokens), old, labels, n_new)
         accelerator.backward(terms["loss"])
         norm = terms["loss"].detach() if accelerator.scaler else gradient_norm(student)  # fp16's scaler leaves such iterations out by itself
         left_out = skip and not math.isfinite(norm)
@@ -208,7 +220,8 @@ class Training:
 
     def set_rate(self):
         "Give the optimiser the learning rate of the next iteration."
-        for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr * (self.recipe.lr_factor if self.step else 1) * rate_at(self.recipe, self.iteration, self.total)
+        rate = self.recipe.lr * (self.recipe.lr_factor if self.step else 1) * rate_at(self.recipe, self.iteration, self.total)
+        for group in self.optimizer.param_groups: group["lr"] = rate * group["factor"]
 
     def model(self)->Segmenter: return self.accelerator.unwrap_model(self.student)
 
@@ -270,6 +283,7 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     accelerator, total = make_accelerator(recipe), step_iterations(recipe, len(view), view.step)
     fit_step(student, teacher, view)
     set_seed(seed + 1_000_000 * accelerator.process_index)  # what drops paths; pictures have seeds of their own
+    student.encoder.requires_grad_(recipe.encoder_factor[min(view.step, 1)] > 0)
     student = joint_statistics(student, accelerator).train()
     student, optimizer = accelerator.prepare(student, make_optimizer(student, recipe, view.step))
     training = Training(student, optimizer, accelerator, recipe, Draws(view, recipe.batch, seed), total, judges)

@@ -1,6 +1,18 @@
 "What several test files share."
 import pytest
 
+TOGETHER = dict(test_docs="site", test_browser="explorers", test_explore="explorers", test_packaging="wheel", test_report="reports", test_protocol_files="protocols", test_lists="lists")
+BEFORE = "test_batch", "test_runs", "test_notebooks", "test_long_runs", "test_stopping"  # what takes long is begun early, so that nobody waits for it at the end
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(config, items):
+    "Share the tests out among processes so that none makes what another one has made, a site or a run, and all end together."
+    if not config.pluginmanager.hasplugin("xdist"): return
+    for item in items:
+        if group := TOGETHER.get(item.module.__name__): item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: BEFORE.index(item.module.__name__) if item.module.__name__ in BEFORE else len(BEFORE))
+
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):

