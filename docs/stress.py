@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-GROUPS = {"Kills and signals": ("kill", "signal", "of these"), "Faults of disks, data and processes": ("fault",), "Inputs": ("inputs tried",), "Leaks: none found in": ("leak", "in one process", "nothing left")}
+GROUPS = {"Kills and signals": ("kill", "signal", "of these"), "Faults of disks, data and processes": ("fault",), "Inputs": ("inputs tried",),
+          "Leaks: none found in": ("leak", "in one process", "nothing left")}
 ABOUT = """# What has been tried to break it
 
 `make stress` does in full what the tests do a little of: it kills runs at every write, iteration, evaluation and save, lets single writes fail,
