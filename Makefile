@@ -8,7 +8,7 @@ KIND := requirements/$(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c
 LOCK ?= $(wildcard $(KIND))  # versions known to work together, where there is a file for this Python and machine; make LOCK= … does without
 OLDEST := golden_model golden_parts rivals segmenter evaluation metrics protocol resume explore errors
 
-.PHONY: help demo test stress lint export docs readme picture trained lock oldest clean
+.PHONY: help demo bench test stress lint export docs readme picture trained lock oldest clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -29,6 +29,9 @@ help: ## this list
 	@echo "Installing mbs with its developer tools into .venv, $(or $(LOCK:%=as in %),in the newest versions) (several minutes the first time)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(LOCK:%=-c %) -e '.[dev,pretrained,cluster,app]'
 	@touch $@ .venv/installed
+
+bench: .venv/developer ## every benchmark, ratios to a plain eager composition, into benchmarks/RESULTS.md
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
 
 demo: .venv/installed ## class-incremental learning on generated scenes, three methods compared
 	@$(BIN)/mbs demo

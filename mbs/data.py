@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -108,6 +108,7 @@ class SegmentationFolder:
         if part not in ("train", "test"): raise ValueError(f"part {part!r} is not known: expected 'train' or 'test'")
         layout = root if isinstance(root, Layout) else find_layout(root)
         index = read_index(layout, part)
+        self.layout, self.source, self.rows, self.decoded = layout, part, np.arange(len(index.digests)), None # which part, which of its pairs, and these decoded, if `mbs.cache` keeps them
         self.root, self.part, self.classes, self.dataset, self.colours = layout.root, part, layout.classes, layout.dataset, layout.colours
         self.ids, self.images, self.masks = getattr(layout, part)
         self.counts, self.sizes = index.counts, index.sizes                  # (N, n_classes + 2) pixels; (N, 2) height, width
@@ -122,7 +123,7 @@ class SegmentationFolder:
     def subset(self, positions:np.ndarray, part:str)->"SegmentationFolder":
         "Some of the pictures, as the 'train' or 'test' part."
         other = copy.copy(self)
-        other.part, other.index = part, self.index[positions]
+        other.part, other.index, other.rows = part, self.index[positions], self.rows[positions]
         other.ids, other.images, other.masks = ([values[i] for i in positions] for values in (self.ids, self.images, self.masks))
         other.counts, other.sizes, other.digests = self.counts[positions], self.sizes[positions], self.digests[positions]
         return other
@@ -132,6 +133,7 @@ class SegmentationFolder:
     def __repr__(self): return f"SegmentationFolder({self.root.name!r}, {self.part!r}: {len(self)} images, {len(self.classes)} classes)"
 
     def __getitem__(self, i:int)->tuple[np.ndarray, np.ndarray]:
+        if self.decoded is not None: return self.decoded[self.rows[i]]
         image, mask = read_image(self.images[i]), read_mask(self.masks[i], self.colours)
         if not image.shape[:2] == mask.shape == tuple(self.sizes[i]):
             raise ValueError(f"image {self.images[i]} or its mask has changed since the data set was opened: expected {self.sizes[i][1]}×{self.sizes[i][0]} pixels")
@@ -178,24 +180,26 @@ def open_data(name:str,              # "scenes", "voc", "ade" or a folder
 
 # %% ../nbs/10_data.ipynb #67aa26b2
 class StepView(Dataset):
-    "Pictures of one step as (normalised picture (3, H, W), labels (H, W) int64 channels), after `transform`."
+    "Pictures of one step as (normalised picture (3, H, W), labels (H, W) int64 channels), after `transform`; or as bytes, (H, W, 3) and (H, W)."
     def __init__(self,
                  data:SegmentationFolder,
                  protocol:Protocol,
                  step:int,
-                 transform,          # of (uint8 picture (3, H, W), uint8 labels (H, W))
+                 transform:Callable, # of (uint8 picture (3, H, W), uint8 labels (H, W)), see `mbs.augment`
                  labels:str="train", # which labels: "train", "test" or "truth", see `Protocol.to_channels`
                  positions:np.ndarray|None=None, # which images; None: those that the step sees, or the whole test part
+                 as_bytes:bool=False,            # what `transform.cut` gives: the rest is left to whoever makes batches
                 ):
         if protocol.n_classes != len(data.classes):
             raise ValueError(f"the protocol knows {protocol.n_classes} classes, the data set {len(data.classes)}: expected as many")
-        self.data, self.protocol, self.step, self.transform, self.labels = data, protocol, step, transform, labels
+        self.data, self.protocol, self.step, self.transform, self.labels, self.as_bytes = data, protocol, step, transform, labels, as_bytes
         self.positions = positions if positions is not None else protocol.select(data.index, step) if data.part == "train" else np.arange(len(data))
 
     def __len__(self)->int: return len(self.positions)
 
-    def __getitem__(self, i:int)->tuple[Tensor, Tensor]:
+    def __getitem__(self, i:int)->tuple[Tensor, Tensor]|tuple[np.ndarray, np.ndarray]:
         image, mask = self.data[self.positions[i]]
         labels = self.protocol.to_channels(mask, self.step, self.labels)
+        if self.as_bytes: return self.transform.cut(image, labels)
         image, labels = self.transform(torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(labels))
         return image, labels.long()

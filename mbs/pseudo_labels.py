@@ -45,7 +45,7 @@ def entropy_pseudo_labels(target:Tensor,               # (B, H, W) the step's la
                          )->Tensor:                    # (B, H, W) training labels, dtype of `target`
     "The step's background relabelled as the teacher's best class, or ignored where the teacher's entropy is not below that class's threshold."
     u, best = uncertainty(teacher_logits), teacher_logits.argmax(1)                       # (B, H, W) each
-    sure = u < torch.as_tensor(thresholds, dtype=u.dtype, device=u.device)[best]
+    sure = u < torch.as_tensor(thresholds, dtype=u.dtype).to(u.device, non_blocking=True)[best]  # a GPU is not made to wait
     return torch.where(target == 0, torch.where(sure, best.to(target.dtype), VOID), target)
 
 # %% ../nbs/30_pseudo_labels.ipynb #a0ab1527

@@ -62,6 +62,7 @@ class Settings(Parameters):
     seed: int = Field(0, ge=0, lt=2**31)
     samples: int = Field(8, ge=0)                               # test pictures kept with the run
     workers: int|None = Field(None, ge=0)                       # loader processes; None: by the crop's size
+    cache: bool = False                                         # decode pictures once, into a file beside the data that takes 4 bytes a pixel; changes no result
     processes: int = Field(1, ge=1)                             # that train together on this machine, each on a GPU of its own where there are any
     tuning: float = Field(0, ge=0, lt=1)                        # share of the training part to test on instead of the test part: for choosing parameters
     save_minutes: float = Field(10, ge=0)                       # between saved states of the running step
@@ -150,7 +151,7 @@ def class_ids(names:list[str]|None, classes:tuple[str, ...])->list[int]|None:
     return [classes.index(n) + 1 for n in names]
 
 # %% ../nbs/51_run.ipynb #7f569126
-BASE_MODULES = ("protocol", "pictures", "data", "augment", "draws", "segmenter", "evaluation", "training")
+BASE_MODULES = ("protocol", "pictures", "data", "augment", "draws", "cache", "segmenter", "evaluation", "training")
 
 def base_fingerprint(setup:Setup, model:Segmenter)->str:
     "Hash of everything that the base step depends on; of `model` only the receipt of its weights counts."

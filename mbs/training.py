@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'train_view',
-           'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'same_encoder', 'losses',
-           'window_mean', 'not_finite', 'one_pass', 'peak_memory', 'Judge', 'looking_times', 'fitting', 'Training',
-           'fit_step', 'train_step', 'after_iteration']
+           'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'same_encoder', 'looked_at', 'losses',
+           'window_mean', 'not_finite', 'compiled', 'one_pass', 'peak_memory', 'Judge', 'looking_times', 'fitting',
+           'Training', 'fit_step', 'train_step', 'after_iteration']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
@@ -14,27 +14,29 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from pydantic import Field, NonNegativeFloat
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .augment import TestTransform, TrainTransform
+from .augment import ReleasedTransform, TestTransform, TrainTransform
+from .bands import compiled_bands
 from .checkpoint import Progress, below, load_optimiser, optimiser_tensors, set_random_state
 from .data import StepView
-from .draws import Draws, batches, deaf, default_workers, loading
+from .draws import Draws, batches, deaf, default_workers, loading, on_device
 from .lifeline import Interrupted, noticing_signals
 from .methods import Method
 from .parameters import Parameters
 from .processes import mean_over_processes, processes
-from .segmenter import Segmenter
+from .segmenter import Segmenter, SegmenterOutput
 
 # %% ../nbs/50_training.ipynb #6924ae62
 class Recipe(Parameters):
@@ -53,8 +55,11 @@ class Recipe(Parameters):
     schedule: Literal["constant", "cosine"] = "constant"    # cosine: linear warm-up over a twentieth, then down to 0
     scale: tuple[float, float] = (.5, 2)                    # range of the random scale
     flip: bool = True                                       # mirror half of the pictures
+    augmentation: Literal["clean", "released"] = "clean"    # crops resampled once, void outside the picture; or twice, black background outside, as the released program
     normalisation: Literal["imagenet", "weights"] = "weights"
-    precision: Literal["fp32", "fp16", "bf16"] = "bf16"     # on a GPU; on a CPU always fp32
+    precision: Literal["fp32", "fp16", "bf16"] = "bf16"     # on a GPU
+    cpu_precision: Literal["fp32", "bf16"] = "fp32"         # on a CPU; bf16 rounds more, and pays where the processor multiplies it (avx512_bf16, amx)
+    compile: bool = False                                   # compile networks and losses: minutes at the beginning of a step, less in each iteration, meant for GPUs; needs a C++ compiler
     deterministic: bool = False                             # on a GPU: only algorithms that give the same bits every time, slower; a CPU always does
     non_finite: Literal["stop", "skip"] = "stop"            # a gradient that is not finite: end the run, or leave such iterations out and count them
     selection: Literal["last", "held-out", "test"] = "last" # which iterate is kept: the last, or the best for the new classes on held-out training images, or on the test images
@@ -64,7 +69,7 @@ class Recipe(Parameters):
     test_batch: int = Field(16, ge=1)                       # pictures of equal size at once
 
 # %% ../nbs/50_training.ipynb #afd428cb
-PAPER = dict(normalisation="imagenet", precision="fp16", selection="test", test="crop")
+PAPER = dict(augmentation="released", normalisation="imagenet", precision="fp16", selection="test", test="crop")
 ADE = dict(batch=8, epochs=64, lr_factor=.5)
 
 def make_recipe(name:str="clean",   # "paper" or "clean"
@@ -90,17 +95,18 @@ def rate_at(recipe:Recipe, iteration:int, total:int)->float:
 
 # %% ../nbs/50_training.ipynb #2dd89c4a
 def make_optimizer(student:Segmenter, recipe:Recipe, step:int)->torch.optim.Optimizer:
-    "SGD with Nesterov momentum or AdamW over all parameters that learn, at the step's learning rate; each group has its `factor` on it."
+    "SGD with Nesterov momentum or AdamW over all parameters that learn, at the step's learning rate; each group has its `factor` on it. Fused: one pass over memory, and fp16's scaler does not wait."
     parts = (student.encoder, recipe.encoder_factor[min(step, 1)]), (student.decoder, 1)
     groups = [dict(params=part.parameters(), factor=factor) for part, factor in parts if factor]
     lr = recipe.lr * (recipe.lr_factor if step else 1)
-    if recipe.optimizer == "adamw": return torch.optim.AdamW(groups, lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(groups, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+    if recipe.optimizer == "adamw": return torch.optim.AdamW(groups, lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(groups, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0, fused=True)
 
 # %% ../nbs/50_training.ipynb #4779526e
 def train_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, positions:np.ndarray|None=None)->StepView:
-    "What `step` trains on, augmented; `statistics` are the mean and std to normalise with, `positions` leave images out."
-    return StepView(data, protocol, step, TrainTransform(recipe.crop, *statistics, recipe.scale, recipe.flip), positions=positions)
+    "What `step` trains on, augmented, as bytes; `statistics` are the mean and std to normalise with, `positions` leave images out."
+    transform = ReleasedTransform if recipe.augmentation == "released" else TrainTransform
+    return StepView(data, protocol, step, transform(recipe.crop, *statistics, recipe.scale, recipe.flip), positions=positions, as_bytes=True)
 
 def test_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, test:str="", labels:str="test", positions:np.ndarray|None=None)->StepView:
     "What `step` is tested on: whole pictures, or centre crops when `test` (else the recipe's) is 'crop'."
@@ -110,13 +116,14 @@ def test_view(data, protocol, step:int, statistics:tuple, recipe:Recipe, test:st
 LOG_EVERY = 10
 
 def make_accelerator(recipe:Recipe)->Accelerator:
-    "Device and precision: the recipe's on a GPU, float32 on a CPU (bf16 is slower there, fp16 not supported)."
+    "Device and precision: the recipe's for a GPU, or the one for a CPU."
     processes()  # before anything else asks who is who
     if recipe.deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = recipe.deterministic
-    precision = recipe.precision if torch.cuda.is_available() else "fp32"
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    precision = (recipe.precision if torch.cuda.is_available() else recipe.cpu_precision).replace("fp32", "no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()  # one process may run recipes of several precisions
+    return Accelerator(mixed_precision=precision)
 
 def joint_statistics(student:Segmenter, accelerator:Accelerator)->Segmenter:
     "`student` with batch normalisation over the pictures of all processes; ValueError on several CPU processes, which cannot do that."
@@ -134,6 +141,11 @@ def same_encoder(student:Segmenter, teacher:Segmenter)->bool:
     mine, theirs = (list(model.encoder.state_dict().values()) for model in (student, teacher))
     return not student.encoder_learns and len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
+def looked_at(teacher:Segmenter, images:Tensor, tokens:Tensor|None=None)->SegmenterOutput:
+    "What the teacher gives, in inference mode, as copies that a loss may keep for its backward pass."
+    with torch.inference_mode(): out = teacher(images, tokens)
+    return SegmenterOutput(*(x.clone() if isinstance(x, Tensor) else x for x in out))
+
 def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iterator, optimizer, accelerator:Accelerator, n_new:int, skip:bool=False)->Iterator[dict]:
     "Train an iteration at a time; yields the detached loss terms of each and its gradient's norm. With `skip`, one whose gradient is not finite changes nothing and yields {}."
     model = accelerator.unwrap_model(student)
@@ -141,9 +153,8 @@ def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iter
     for images, labels in stream:
         images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
-            with torch.no_grad():
-                tokens = model.encode(images) if shared else None
-                old = teacher(images, tokens) if teacher is not None else None
+            with torch.no_grad(): tokens = model.encode(images) if shared else None
+            old = looked_at(teacher, images, tokens) if teacher is not None else None
             terms = method.loss(student(images, tokens), old, labels, n_new)
         accelerator.backward(terms["loss"])
         norm = terms["loss"].detach() if accelerator.scaler else gradient_norm(student)  # fp16's scaler leaves such iterations out by itself
@@ -174,11 +185,25 @@ def not_finite(what:str, window:list[dict], bad:int, step:int, iteration:int, dr
     where = f"the {what} of step {step} is {terms[what]} in iteration {iteration - len(window) + bad + 1}{seen}"
     return ValueError(f"{where}: expected a finite number; lower training.lr, or leave out such iterations with training.non_finite=skip; the terms are {terms}")
 
+# %% ../nbs/50_training.ipynb #5d08317b
+@contextmanager
+def compiled(on:bool, *networks:nn.Module|None)->Iterator[Sequence[nn.Module|None]]:
+    "The networks to call in the block: if `on` compiled ones, and the losses of bands with them; ValueError when there is no compiler."
+    if not on:
+        yield networks
+        return
+    torch.compiler.reset()  # what an earlier step compiled has too few classes
+    try:
+        with compiled_bands(): yield [torch.compile(m) if m is not None else None for m in networks]
+    except torch._dynamo.exc.BackendCompilerFailed as e:
+        why = str(e.inner_exception).strip().splitlines()[0]
+        raise ValueError(f"training.compile=true needs a compiler ({why}): expected a working C++ compiler; the same command goes on without training.compile") from None
+
 # %% ../nbs/50_training.ipynb #48ca36f8
 def one_pass(view:StepView, batch:int, workers:int, device:torch.device|str, seed:int=0)->Iterator:
     "Every picture of `view` with its labels, in batches on `device`; each process gets all of them."
     loader = DataLoader(Draws(view, 1, seed), batch, sampler=range(len(view)), num_workers=workers, generator=torch.Generator(), worker_init_fn=deaf)
-    for images, labels in loader: yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    yield from on_device(loader, view.transform, device)
 
 # %% ../nbs/50_training.ipynb #d395612b
 def peak_memory()->float:
@@ -293,8 +318,9 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
         with accelerator.autocast(), loading(), closing(one_pass(view, recipe.batch, workers, accelerator.device, seed)) as pictures: method.prepare(teacher, pictures)
     if progress: training.go_on(progress)
     training.set_rate()
-    with noticing_signals() as asked, loading(), closing(batches(training.draws, range(training.iteration, total), workers)) as stream:  # its processes end with the step, come what may
-        for terms in losses(student, teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe.non_finite == "skip"):
+    with (noticing_signals() as asked, loading(), compiled(recipe.compile, student, teacher) as (fast_student, fast_teacher),
+          closing(batches(training.draws, range(training.iteration, total), workers, accelerator.device)) as stream):  # its processes end with the step
+        for terms in losses(fast_student, fast_teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe.non_finite == "skip"):
             after_iteration(training, terms, log, judges)
             stop = training.stopping(asked)
             if progress and (stop or training.iteration == total or (training.iteration % LOG_EVERY == 0 and progress.due())): training.save(progress)

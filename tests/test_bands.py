@@ -1,14 +1,12 @@
-"Losses in bands of rows are the plain composition, in value and gradient, on every choice that they know, and change no result."
+"Losses in bands of rows are the plain composition, in value and gradient, on every choice that they know."
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbs.experiment import Experiment
 from mbs.methods import ABLATIONS, METHODS, Method
 from mbs.objective import in_bands, step_loss
 from mbs.protocol import VOID
-from mbs.run import Settings
 from mbs.segmenter import Segmenter, make_encoder
 
 CHOICES = {**{name: dict(method=name, parts={}) for name in METHODS}, **ABLATIONS}
@@ -59,17 +57,6 @@ def test_which_methods_go_in_bands():
     assert {name for name in METHODS if in_bands(out, Method(name).parts)} == {"finetune", "joint", "kd", "mbs"} and not in_bands(by_full_maps(out), Method("mbs").parts)
 
 
-def test_a_run_is_the_same(tmp_path, monkeypatch):
-    "Step × class IoU of a seeded run with the fast and with the plain way."
-    monkeypatch.setenv("MBS_HOME", str(tmp_path))
-    parameters = dict(protocol="6-2", samples=0, scenes=dict(n_train=60, n_test=20, size=48), training=dict(crop=48, batch=8, iterations=40, optimizer="adamw", lr=1e-3))
-    fast = Experiment(Settings(name="fast", **parameters), tmp_path / "a").run()
-    monkeypatch.setattr("mbs.objective.in_bands", lambda *_: False)
-    plain = Experiment(Settings(name="plain", **parameters), tmp_path / "b").run()
-    assert np.nanmax(plain.iou()[-1]) > .2
-    np.testing.assert_allclose(fast.iou(), plain.iou(), rtol=0, atol=1e-3)
-
-
 def test_nothing_of_full_size_is_kept():
     "Extra memory of value and gradient at 151 classes: below a tenth of the plain composition's."
     from torch.nn import functional as F
@@ -86,3 +73,19 @@ def test_nothing_of_full_size_is_kept():
             if event.name() == "[memory]": now += event.nbytes(); most = max(most, now)
         return most
     assert peak(False) < peak(True) / 10
+
+
+def test_likeliest_is_argmax():
+    "Of any logits, stretched in bands, equal values included."
+    import torch.nn.functional as F
+
+    from mbs.bands import band_argmax
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        (h, w), n = rng.integers(1, 6, 2), int(rng.integers(1, 30))
+        z = torch.from_numpy(rng.normal(size=(2, n, h, w)))
+        if seed % 2: z = z.round()  # equal channels
+        size = int(8 * h - rng.integers(0, 8)), int(8 * w - rng.integers(0, 8))
+        stretched = F.interpolate(z, size=(8 * int(h), 8 * int(w)), mode="bilinear", align_corners=False)[..., :size[0], :size[1]]
+        found = band_argmax(z, size, (8 * int(h), 8 * int(w)), int(rng.integers(1, 9)))
+        torch.testing.assert_close(stretched.gather(1, found[:, None])[:, 0], stretched.amax(1), rtol=0, atol=1e-12)
