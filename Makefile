@@ -2,12 +2,13 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+FIGURES := $(CURDIR)/outputs/stress.jsonl
 FACTS := settings.ini setup.py pyproject.toml
 KIND := requirements/$(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c 'import platform, sys; print("python%d.%d-%s-%s.txt" % (*sys.version_info[:2], sys.platform, platform.machine()))' 2>/dev/null)
 LOCK ?= $(wildcard $(KIND))  # versions known to work together, where there is a file for this Python and machine; make LOCK= … does without
 OLDEST := golden_model golden_parts rivals segmenter evaluation metrics protocol resume explore errors
 
-.PHONY: help demo bench test lint export docs readme picture trained lock oldest clean
+.PHONY: help demo bench test stress lint export docs readme picture trained lock oldest clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +38,12 @@ demo: .venv/installed ## class-incremental learning on generated scenes, three m
 
 test: .venv/developer ## every test, JOBS at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+stress: .venv/developer ## everything that can go wrong, in full, for hours; its figures go into docs/stress.md
+	@rm -f $(FIGURES)
+	@MBS_FIGURES=$(FIGURES) MBS_KILLS=40 MBS_NOTEBOOK_KILLS=12 MBS_EVERY_KILL=1 MBS_NOTEBOOK_SAVES=6 MBS_FAULTS=90 MBS_MUTATIONS=250 MBS_LONG=3 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $$(grep -l "from figures import kept" tests/test_*.py)
+	@$(BIN)/python docs/stress.py $(FIGURES)
 
 lint: .venv/developer ## style
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ of them, its distillation at four times the published weight; `finetune`, which 
 """
 import argparse
 import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,11 +18,12 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from mbs import ABLATIONS, METHODS, Experiment, Settings, find_runs
+from mbs import ABLATIONS, METHODS, Experiment, Settings, load_run
 from mbs.layouts import home
-from mbs.report import average, curves, flows, groups, label_table, score_table, shift_table
-from mbs.tables import markdown
-from mbs.viz import show_iou_matrix
+from mbs.metrics import scores
+from mbs.report import average, flows, outcome
+from mbs.tables import Table, markdown, over_seeds
+from mbs.viz import show_curves, show_iou_matrix
 
 CLASSES = ["cat", "dog", "person", "horse", "sheep", "cow"]
 RECIPE = dict(crop=112, batch=8, iterations=1000, new_iterations=240, scale=(.75, 1.5), optimizer="adamw", lr=1e-3, weight_decay=.01, schedule="cosine",
@@ -54,8 +56,8 @@ def tried(method, lr_factor, scale):
     name = WEIGHTS.get(method)
     parts = {name: METHODS[method].model_dump()[name] * scale} if scale != 1 else {}
     run = Experiment(settings(method, lr_factor, parts, tuning=.1, name=f"tune-{method}-{lr_factor}-{scale}")).run()
-    scores = [run.metrics(t)["scores"] for t in range(run.n_steps)]
-    trial = dict(lr_factor=lr_factor, scale=scale, all=[round(100 * s["all"], 1) for s in scores], old=round(100 * scores[-1]["old"], 1), new=round(100 * scores[-1]["new"], 1))
+    after = [run.metrics(t)["scores"] for t in range(run.n_steps)]
+    trial = dict(lr_factor=lr_factor, scale=scale, all=[round(100 * s["all"], 1) for s in after], old=round(100 * after[-1]["old"], 1), new=round(100 * after[-1]["new"], 1))
     print(method, json.dumps(trial), flush=True)
     return trial | dict(parts=parts)
 
@@ -91,6 +93,27 @@ def test(protocol, setting, seeds, names):
                   {k: round(100 * v, 1) for k, v in last["shift"].items()}, flush=True)
 
 
+COLUMNS = {"base": "base step", "old": "old", "new": "new", "all": "all", "all_fg": "all, no background", "released": "released convention", "old->background": "old → background",
+           "new->background": "new → background", "old->new": "old → new", "background->old": "background → old"}
+ORDER = ["joint", "mbs", "mib", "kd", "plop", "finetune"]  # of methods in tables; ablations follow as they stand in `ABLATIONS`
+
+
+def collected():
+    "Finished runs of `test` by protocol and setting, then by name, a run a seed; a joint run belongs to all settings of its protocol."
+    found = {}
+    for path in sorted(home("outputs").glob("*-s[0-9]/run.json")):
+        run = load_run(path.parent)
+        protocol, setting, name = re.fullmatch(r"(\d-\d)-(?:(overlapped|disjoint)-)?(.+)-s\d", run.folder.name).groups()
+        if run.finished and not run.settings.tuning: found.setdefault((protocol, setting), {}).setdefault(name, []).append(run)
+    return {key: {name: lines[name] for name in [*ORDER, *ABLATIONS] if name in lines} for key, lines in found.items()}
+
+
+def table(lines, protocol, title):
+    "Means and standard deviations over seeds, in percent."
+    facts = {name: [outcome(run, protocol) for run in runs] for name, runs in lines.items()}
+    return markdown(Table(title, ["", "seeds", *COLUMNS.values()], [[name, len(f), *(over_seeds([one[k] for one in f]) for k in COLUMNS)] for name, f in facts.items()]))
+
+
 def save(figure, path):
     figure.savefig(path, dpi=100, facecolor="white")
     plt.close(figure)
@@ -98,22 +121,24 @@ def save(figure, path):
 
 
 def collect(docs=Path(__file__).parents[1] / "docs"):
-    "Tables and pictures of all finished runs of `test`, and the confusion matrix after every step of each, from which all of it can be counted again."
-    runs = [run for run in find_runs([home("outputs")])[0] if run.finished and not run.settings.tuning]
-    np.savez_compressed(docs / "results/animals.npz", **{f"{run.folder.name}/{t}": run.confusion(t).counts for run in runs for t in range(run.n_steps)})
-    own = {planned(name, "3-1", "overlapped", seed).name for name in ABLATIONS if name not in METHODS for seed in range(9)}
-    ablated = [run for run in runs if run.folder.name in own or (run.settings.method in ("mbs", "kd") and run.settings.protocol_setting == "overlapped" and run.settings.protocol == "3-1")]
-    methods = groups([run for run in runs if run.folder.name not in own])
-    parts = [markdown(table) for group in methods for table in (score_table(group), shift_table(group), label_table(group)) if table]
-    parts += [markdown(table) for group in groups(ablated) for table in (score_table(group), shift_table(group), label_table(group)) if table]
-    (docs / "results/animals-tables.txt").write_text("\n".join(parts))
-    for group in methods:
-        place = docs / "images" / f"animals-{group.protocol.name}-{group.first.settings.setting}"
-        save(curves(group), f"{place}-curves.png")
-        if group.protocol.name == "3-1" and group.first.settings.setting == "overlapped":
-            for line in group.lines.values():
-                save(flows(line, group.protocol), f"{place}-{line[0].settings.method}-flow.png")
-                save(show_iou_matrix(average([run.iou() for run in line]), group.names, group.protocol.first_step), f"{place}-{line[0].settings.method}-iou.png")
+    "Print the tables, draw the pictures, and keep the confusion matrix after every step of each run, from which all of it can be counted again."
+    found = collected()
+    every = [run for lines in found.values() for runs in lines.values() for run in runs]
+    np.savez_compressed(docs / "results/animals.npz", **{f"{run.folder.name}/{t}": run.confusion(t).counts for run in every for t in range(run.n_steps)})
+    for (name, setting), lines in found.items():
+        if setting is None: continue
+        methods = {k: runs for k, runs in lines.items() if k in ORDER}
+        protocol = methods["mbs"][0].protocol
+        print(table(found.get((name, None), {}) | methods, protocol, f"{name} {setting}"))
+        if name != "3-1" or setting != "overlapped": continue
+        print(table({k: [run for run in runs if run.settings.seed == 0] for k, runs in lines.items() if k in ABLATIONS}, protocol, f"{name} {setting}, seed 0"))
+        place = docs / "images" / "animals"
+        panels = {"all": "all classes so far", "old": "cat, dog, person, background", "new": "horse, sheep, cow"}
+        save(show_curves({title: {k: np.array([[scores(run.confusion(t), protocol, t)[key] for t in range(run.n_steps)] for run in runs]) for k, runs in methods.items()}
+                          for key, title in panels.items()}), f"{place}-curves.png")
+        for k in ("mbs", "mib", "kd"):
+            save(flows(methods[k], protocol), f"{place}-flow-{k}.png")
+            save(show_iou_matrix(average([run.iou() for run in methods[k]]), methods[k][0].names, protocol.first_step), f"{place}-iou-{k}.png")
 
 
 if __name__ == "__main__":

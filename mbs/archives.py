@@ -9,6 +9,7 @@ __all__ = ['ARCHIVES', 'STALL', 'TRIES', 'LARGEST', 'Archive', 'file_digest', 'v
 # %% ../nbs/06_archives.ipynb #c27ba522
 import hashlib
 import os
+import struct
 import tarfile
 import time
 import urllib.error
@@ -125,7 +126,7 @@ def safe_path(name:str, archive:Path)->PurePosixPath:
     "The member's path, if it stays below the folder it is unpacked in; else ValueError."
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in path.as_posix().split("/")[0]:
-        raise ValueError(f"{archive} holds {name!r}, which would leave its folder: expected plain relative paths; do not use this archive")
+        raise ValueError(f"{archive} holds {name!r}, which would leave its folder: expected plain relative paths; do not use it")
     return path
 
 def members(archive:Path)->Iterator[tuple[str, bool, int, Callable[[], bytes]]]:
@@ -148,5 +149,5 @@ def contents(archive:Path,                                          # .tar, .tgz
             if (place := wanted(safe_path(name, archive))) is None: continue
             if not regular or size > LARGEST: raise ValueError(f"{archive} holds {name!r}, which is no plain file of a sensible size; do not use this archive")
             yield place, read()
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, zlib.error) as e:
-        raise ValueError(f"{archive} cannot be read ({e}): expected a complete archive; fetch it again") from None
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, IndexError, UnicodeDecodeError, struct.error, zlib.error) as e:
+        raise ValueError(f"{archive} cannot be read ({' '.join(str(e).split())}): expected a complete archive; fetch it again") from None

@@ -71,8 +71,9 @@ def last_record(path:Path, size:int=4096)->dict:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - size))
             lines = file.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines else {}
-    except (FileNotFoundError, ValueError): return {}
+        found = json.loads(lines[-1]) if lines else {}
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError): return {}
 
 @dataclass(frozen=True)
 class Status:
@@ -88,7 +89,7 @@ def status_of(folder:Path)->Status:
     if not (folder / "run.json").is_file(): return Status()
     run, record = load_run(folder), last_record(folder / "log.jsonl")
     n, now = run.n_steps, record.get("step") == run.n_steps
-    return Status(n, sum(run.iterations[:n]) + (record["iteration"] if now else 0), record.get("loss"), run.metrics()["scores"]["all"] if n else None, run.card["base"] if n else None)
+    return Status(n, sum(run.iterations[:n]) + (record.get("iteration", 0) if now else 0), record.get("loss"), run.metrics()["scores"]["all"] if n else None, run.card["base"] if n else None)
 
 # %% ../nbs/70_batch.ipynb #8b7a045e
 ENDED = ("done", "failed", "stopped")  # states of a run that nobody works on any more

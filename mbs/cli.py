@@ -132,7 +132,7 @@ def explore(run:Annotated[Path, typer.Argument(help="Run folder.")],
         if as_app and find_spec("voila") is None: raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
         closed = ["voila", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True"] if as_app else ["jupyterlab", "--ServerApp.ip=127.0.0.1"]  # voila asks nobody who he is unless told to
         command = [sys.executable, "-m", *closed, str(write_tour(*runs)), *(() if browser else ("--no-browser",))]
-        raise typer.Exit(subprocess.call(command, env=dict(JUPYTER_TOKEN=secrets.token_hex(24)) | os.environ))
+        raise typer.Exit(subprocess.call(command, env=os.environ | dict(JUPYTER_TOKEN=os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24))))
 
 # %% ../nbs/80_cli.ipynb #4fa29671
 def with_progress(plan:list[dict])->list:

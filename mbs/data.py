@@ -76,18 +76,21 @@ def files_key(layout:Layout, part:Part)->str:
     "Hash of what can be seen of a part without opening a file; a missing file counts as such."
     def seen(path:Path)->tuple:
         try: stat = path.stat()
-        except OSError: return path.name, None
+        except (OSError, ValueError): return path.name, None  # ValueError for a name that no file can have
         return path.name, stat.st_size, stat.st_mtime_ns
     colours = [] if layout.colours is None else sorted((*rgb, i) for rgb, i in layout.colours.items())
     facts = [len(layout.classes), colours, part.ids, [seen(p) for p in part.images], [seen(p) for p in part.masks]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-def still_so(layout:Layout, part:Part, kept:Index, n:int=8)->bool:
-    "Whether `n` pairs, spread over the part, are what the index says: content can change while size and time stay, as when a copy keeps times."
+def still_so(layout:Layout, part:Part, kept:Index, looks:int=8)->bool:
+    "Whether `looks` pairs, spread over the part, are what the index says: content can change while size and time stay, as when a copy keeps times."
     def same(i):
         facts = pair_facts(part.images[i], part.masks[i], len(layout.classes), layout.colours)
         return facts.digest == kept.digests[i] and tuple(facts.size) == tuple(kept.sizes[i]) and (facts.counts == kept.counts[i]).all()
-    return len(kept.digests) == len(part.ids) and all(same(i) for i in np.linspace(0, len(part.ids) - 1, min(n, len(part.ids))).round().astype(int))
+    n = len(part.ids)
+    if (kept.counts.shape, kept.sizes.shape, kept.digests.shape) != ((n, len(layout.classes) + 2), (n, 2), (n,)) or {kept.counts.dtype.kind, kept.sizes.dtype.kind} - {"i"}: return False
+    if (kept.counts < 0).any() or (kept.counts.sum(1) != kept.sizes.prod(1)).any(): return False
+    return all(same(i) for i in np.linspace(0, n - 1, min(looks, n)).round().astype(int))
 
 def read_index(layout:Layout, part:str)->Index:
     "The index of the 'train' or 'test' part, from its file if nothing has changed since; ValueError as from `Index.build`."

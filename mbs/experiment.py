@@ -9,6 +9,7 @@ __all__ = ['FREE', 'sample_positions', 'difference', 'refuse_other', 'unwritable
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -105,9 +106,12 @@ class Log:
     "log.jsonl of a run folder: one JSON record a line."
     def __init__(self, folder:Path): self.path = folder / "log.jsonl"
 
-    def __call__(self, record:dict):
+    def __call__(self, *records:dict):
         if not processes().is_main_process: return
-        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(r) + "\n" for r in records))
+            f.flush()
+            os.fsync(f.fileno())  # before a state that counts on it
 
     def cut(self, step:int, iteration:int=0):
         "Drop what an unfinished attempt at `step` left behind after `iteration`."
@@ -119,7 +123,8 @@ class Log:
 def shared_base(outputs:Path, fingerprint:str, but:Path)->Run|None:
     "A run in the folder `outputs`, other than `but`, with a complete base step of this fingerprint."
     for path in sorted(outputs.glob("*/run.json")):
-        other = Run(path.parent)
+        try: other = Run(path.parent)
+        except ValueError: continue  # of another version, or damaged: nothing to take over
         if other.folder != but and other.card["base"] == fingerprint and other.n_steps: return other
     return None
 
@@ -194,6 +199,10 @@ class Writer:
         "Drop what an attempt at `step` has logged after its last saved state."
         self.log.cut(step, self.reached(step))
 
+    def complete(self, step:int):
+        "Remove the states of a complete step, before which a kill may have come."
+        if processes().is_main_process: self.progress(step).clear()
+
     def finish(self, step:int, student:Segmenter, confusion:Confusion, facts:dict, columns:dict[str, Confusion], teacher:Segmenter|None=None):
         "Write the step's folder, the worth of the teacher's pseudo-labels included; all processes go on when it is there."
         if processes().is_main_process:
@@ -228,7 +237,7 @@ class Experiment:
         with processes().main_process_first(): open_folder(self.folder, self.setup, student)
         with written(self.folder), only_writer(self.folder) if processes().is_main_process else nullcontext():
             for step in range(len(self.setup.protocol.sizes)):
-                if agreed(lambda: load_run(self.folder).n_steps) > step: fresh = False
+                if agreed(lambda: load_run(self.folder).n_steps) > step: self.writer.complete(step); fresh = False
                 else:
                     if not fresh: student, fresh = load_model(self.setup.model(step - 1), load_run(self.folder).step(step - 1, "model.safetensors")), True
                     self.writer.begin(step)
@@ -240,8 +249,7 @@ class Experiment:
         other = None if not self.settings.share_base or self.writer.reached(0) else agreed(lambda: shared_base(self.folder.parent, base_fingerprint(self.setup, student), self.folder))
         if other is None: return self.train(student, None, 0)
         load_model(student, other.step(0, "model.safetensors"))
-        for record in other.log():
-            if record["step"] == 0: self.writer.log(record)
+        self.writer.log(*(record for record in other.log() if record["step"] == 0))
         self.writer.finish(0, student, other.confusion(0), dict(seconds=0., base_from=other.folder.name), {name: other.confusion(0, name) for name in other.metrics(0).get("columns", {})})
         return student
 

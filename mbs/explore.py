@@ -40,6 +40,7 @@ from PIL import Image
 
 from .data import read_image
 from .feature_distillation import reliability
+from .files import write_text
 from .orthogonality import orthogonality
 from .protocol import VOID, Protocol, channel_map
 from .run import Run, normalised_batch
@@ -1135,5 +1136,5 @@ def write_tour(run:Run, other:Run|None=None)->Path:
         if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = f'run_folder = {str(path.parent)!r}\nother_folder = {str(other.folder.resolve()) if other else ""!r}'
-    nbformat.write(notebook, path)
+    write_text(path, nbformat.writes(notebook))
     return path

@@ -32,6 +32,7 @@ class Method:
     def __init__(self,
                  name:str="mbs",        # one of `METHODS`
                  dataset:str|int="voc", # "ade" has weights of its own
+                 /,
                  **parts,               # parts to switch differently, e.g. orthogonality=False
                 ):
         if name not in METHODS: raise ValueError(f"method {name!r} is not known: expected one of {', '.join(METHODS)}")

@@ -75,11 +75,12 @@ def execute(notebook:Path,
     from traitlets.config import Config
     with noticing_signals() as asked, passed_on(asked) as kernel, tempfile.TemporaryDirectory(prefix="mbs-") as folder:
         sockets = Config(KernelManager=dict(transport="ipc", ip=f"{folder}/kernel"))  # files of this user instead of open TCP ports
+        paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]  # papermill would put parameters in
         def go_on(**_):
             if asked: raise Interrupted(f"{output.parent} was asked to stop")
         try:
-            papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", language="python", progress_bar=False, stdout_file=to, cwd=str(Path.cwd()),
-                                       config=sockets, kernel_manager_class=kernel, on_cell_start=go_on)
+            papermill.execute_notebook(*paths, parameters, kernel_name="python3", language="python", progress_bar=False, stdout_file=to, cwd=str(Path.cwd()), config=sockets,
+                                       kernel_manager_class=kernel, on_cell_start=go_on)
         except Exception as e:
             told = isinstance(e, papermill.PapermillExecutionError)
             if asked or (told and e.ename in ("Interrupted", "KeyboardInterrupt")):

@@ -20,7 +20,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     @classmethod
-    def checked(cls, **values)->Self:
+    def checked(cls, /, **values)->Self:
         "The parameters with `values`; ValueError in one sentence for unknown names and impossible values."
         try: return cls(**values)
         except ValidationError as e: raise ValueError(refusal(cls, e)) from None
@@ -34,7 +34,7 @@ def refusal(model:type[BaseModel], error:ValidationError)->str:
         near = get_close_matches(name, model.model_fields, 1)
         return f"parameter {name!r} is not known: expected " + (f"{near[0]!r}?" if near else f"one of {', '.join(model.model_fields)}")
     if first["type"] == "missing": return f"{name!r} is missing"
-    return f"parameter {name!r} cannot be {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"parameter {name!r} cannot be {first['input']!r:.80}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 # %% ../nbs/01_parameters.ipynb #af19fb35
 def read_values(path:Path)->dict[str, Any]:

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .files import read_json
+
 # %% ../nbs/05_scenes.ipynb #14df019c
 def tint(rng:np.random.Generator, hue:float, saturation:float, value:float, spread:float=.03)->np.ndarray:
     "(3,) colour 0..1 near a hue (0..1), with some random spread."
@@ -189,7 +191,7 @@ def write_scenes(root:Path|str,   # folder to make
 # %% ../nbs/05_scenes.ipynb #6ee87692
 def same_scenes(root:Path, facts:dict)->Path:
     "`root` if it holds the scenes that `facts` describe, else ValueError."
-    there = json.loads((root / "scenes.json").read_text(encoding="utf-8")) if (root / "scenes.json").is_file() else None
+    there = read_json(root / "scenes.json") if (root / "scenes.json").is_file() else None
     if there != facts: raise ValueError(f"folder {root} holds {there or 'something else'}: expected scenes with {facts}; choose another folder or remove this one")
     return root
 

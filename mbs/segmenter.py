@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Sequence
 from importlib.resources import files
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,6 +226,8 @@ def load_weights(network:nn.Module,        # to fill
     if missing or alien:
         raise ValueError(f"the weights of {source} do not fit: {len(missing)} tensors missing or of another shape ({', '.join(missing[:3])}), "
                          f"{len(alien)} unexpected ({', '.join(alien[:3])}); expected exactly the tensors of the encoder")
+    if spoiled := [k for k in own if not state[k].isfinite().all()]:
+        raise ValueError(f"the weights of {source} hold numbers that are not finite ({', '.join(spoiled[:3])}): expected a sound file; get it again")
     network.load_state_dict({k: state[k] for k in own})
     return dict(source=source, loaded=len(own), missing=0, unexpected=0, unused=sorted({k.split(".")[0] for k in left}))
 
@@ -257,6 +260,8 @@ def make_encoder(name:str,              # timm name
                  **kwargs,              # passed on to timm, e.g. embed_dim=64 depth=2 for a tiny ViT
                 )->nn.Module:           # encoder with .dim, .stride, .mean, .std and .receipt
     "An encoder with its weights, the normalisation that belongs to them and a receipt of what was loaded."
+    if alien := kwargs.keys() & signature(timm.create_model).parameters.keys():
+        raise ValueError(f"encoder option {min(alien)!r} is not one of the network: expected options of its shape; weights are named with weights=FILE")
     if weights == "none" and name.startswith("vit_"): kwargs["img_size"] = image_size + -image_size % kwargs.get("patch_size", 16)
     network, config = bare_network(name, **kwargs), timm.get_pretrained_cfg(name)
     mean, std = (config.mean, config.std) if config else (HALF, HALF)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'train_view',
            'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'same_encoder', 'looked_at', 'losses',
-           'window_mean', 'not_finite', 'compiled', 'one_pass', 'peak_memory', 'Judge', 'looking_times', 'Training',
-           'fit_step', 'train_step', 'after_iteration']
+           'window_mean', 'not_finite', 'compiled', 'one_pass', 'peak_memory', 'Judge', 'looking_times', 'fitting',
+           'Training', 'fit_step', 'train_step', 'after_iteration']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
@@ -74,6 +74,7 @@ ADE = dict(batch=8, epochs=64, lr_factor=.5)
 
 def make_recipe(name:str="clean",   # "paper" or "clean"
                 dataset:str|int="voc", # "ade" has its own batch, epochs and rate; everything else is trained like VOC
+                /,
                 **overrides,        # of the fields of `Recipe`
                )->Recipe:
     "A built-in recipe with some numbers changed."
@@ -230,6 +231,11 @@ def looking_times(total:int)->set[int]:
     return {*range(max(100, total // 10), total, max(100, total // 10)), total}
 
 # %% ../nbs/50_training.ipynb #1fa15e51
+def fitting(tensors:dict[str, Tensor], model:nn.Module)->dict[str, Tensor]:
+    "`tensors` themselves, if there are none or they are those of `model` in names and shapes; else ValueError."
+    if tensors and {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in model.state_dict().items()}: raise ValueError("the best iterate is of another network")
+    return tensors
+
 class Training:
     "What changes while a step is trained, and how to save it and go on with it."
     def __init__(self, student:nn.Module, optimizer, accelerator:Accelerator, recipe:Recipe, draws:Draws, total:int, judges:Sequence[Judge]):
@@ -265,10 +271,13 @@ class Training:
         "Become what was saved."
         self.model().load_state_dict(below(tensors, "student"))
         load_optimiser(self.optimizer, below(tensors, "optimiser"))
-        for k, judge in enumerate(self.judges): judge.go_on(facts["best"][k], below(tensors, f"judge.{k}"))
+        for k, judge in enumerate(self.judges): judge.go_on(float(facts["best"][k]), fitting(below(tensors, f"judge.{k}"), self.model()))
         if facts["scaler"]: self.accelerator.scaler.load_state_dict(facts["scaler"])
         if streams := below(tensors, f"random.{self.accelerator.process_index}"): set_random_state(streams)
-        self.iteration, self.window = facts["iteration"], [{} if row.isnan().all() else dict(zip(facts["terms"], row.to(self.accelerator.device))) for row in tensors.get("window", ())]
+        rows, terms = tensors.get("window", torch.zeros(0, len(facts["terms"]))), [str(name) for name in facts["terms"]]
+        if not 0 <= facts["iteration"] <= self.total or rows.shape != (facts["iteration"] % LOG_EVERY if len(rows) else 0, len(terms)):
+            raise ValueError(f"iteration {facts['iteration']} of {self.total}, {len(rows)} since the last record")
+        self.iteration, self.window = facts["iteration"], [{} if row.isnan().all() else dict(zip(terms, row.to(self.accelerator.device))) for row in rows]
 
     def stopping(self, asked:list[int])->bool:
         "Whether any process was asked to stop; several processes look only when they log, since looking makes them wait for each other."

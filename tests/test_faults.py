@@ -86,6 +86,7 @@ class Broken:
     def __init__(self, faults, file): self.faults, self.file = faults, file
     def __enter__(self): return self
     def __exit__(self, *_): self.file.close()
+    def __getattr__(self, name): return getattr(self.file, name)
     def write(self, text):
         if not self.faults.due(): return self.file.write(text)
         self.file.write(text[:len(text) // 2]); self.file.flush()
