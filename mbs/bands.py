@@ -85,15 +85,16 @@ def one_band(o:Tensor,            # (rows, B, C, W) logits of the student
     n, q, log_p = o.shape[2], teacher.softmax(2) if teacher is not None else None, o.log_softmax(2)
     labels = band_labels(target, q, plan)
     counts, channel = (labels != VOID)[:, :, None], torch.where(labels != VOID, labels, 0)[:, :, None]
-    entropy, p = -(log_p.gather(2, channel) * counts).sum(), log_p.exp()
-    distilled = by_distilled = None
+    entropy, distilled, by_distilled = -(log_p.gather(2, channel) * counts).sum(), None, None
     if plan.distill == "label-guided":
         q = guide(q, target, n)
-        distilled, by_distilled = -(q * log_p).sum(), q.neg_().add_(p)  # p − q where q was
+        distilled = -(q * log_p).sum()
     elif plan.distill == "plain":
         old = log_p[:, :, :q.shape[2]]
         old = old - old.logsumexp(2, keepdim=True)
         distilled, by_distilled = -(q * old).sum(), F.pad(old.exp() - q, (0, 0, 0, n - q.shape[2]))
+    p = log_p.exp_()  # where log_p was: what fits a cache is fast
+    if plan.distill == "label-guided": by_distilled = q.neg_().add_(p)
     return entropy, distilled, p.mul_(counts).scatter_add_(2, channel, -counts.to(p.dtype)), by_distilled, labels
 
 # %% ../nbs/29_bands.ipynb #73cd1bd0
