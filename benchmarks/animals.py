@@ -128,7 +128,7 @@ def collect(docs=Path(__file__).parents[1] / "docs"):
     for (name, setting), lines in found.items():
         if setting is None: continue
         methods = {k: runs for k, runs in lines.items() if k in ORDER}
-        protocol = methods["mbs"][0].protocol
+        protocol = next(iter(methods.values()))[0].protocol
         print(table(found.get((name, None), {}) | methods, protocol, f"{name} {setting}"))
         if name != "3-1" or setting != "overlapped": continue
         print(table({k: [run for run in runs if run.settings.seed == 0] for k, runs in lines.items() if k in ABLATIONS}, protocol, f"{name} {setting}, seed 0"))

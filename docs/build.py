@@ -23,11 +23,12 @@ LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def page_of(path):
-    "The page of a file of the repository, without ending: notebooks lose their number, pages of docs/ lie at the top; None for all other files."
+    "The page of a file of the repository, without ending: notebooks lose their number, pages of docs/ lie at the top, tables of docs/results/ are one page; None for all other files."
     folder, name = posixpath.split(posixpath.splitext(path)[0])
     if path.endswith(".ipynb") and folder == "nbs": return f"reference/{re.sub(r'^[0-9]+_', '', name)}" if name != "index" else "index"
     if path.endswith(".ipynb") and folder in ("nbs/tutorials", "nbs/runs"): return f"{folder[4:]}/{name}"
     if path.endswith(".md") and folder == "docs": return name
+    if path.endswith(".md") and folder == "docs/results": return "results"
     return {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}.get(path)
 
 
@@ -127,7 +128,7 @@ class Site:
             source = path.relative_to(ROOT).as_posix()
             self.write(f"{page_of(source)}.md", self.linked(path.read_text(encoding="utf-8"), source))
         self.reference()
-        found = [p.read_text(encoding="utf-8") for p in sorted((HERE / "results").glob("*.md")) if p.stem != "README"]
+        found = [self.linked(p.read_text(encoding="utf-8"), f"docs/results/{p.name}") for p in sorted((HERE / "results").glob("*.md")) if p.stem != "README"]
         self.write("results.md", self.linked((HERE / "results.md").read_text(encoding="utf-8"), "docs/results.md").replace("RESULTS\n", "\n\n".join(found)))
         if self.unwritten: raise ValueError(f"{', '.join(sorted(self.unwritten))} would not be in the reference: expected a definition in an exported cell")
         shutil.copytree(HERE / "images", self.folder / "images")
