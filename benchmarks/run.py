@@ -56,7 +56,7 @@ Measured by `python benchmarks/run.py` on {date} at commit {commit}: {machine}.
 Medians of {repeats} rounds in one process, in which the plain and the fast way take turns; the ratio is that of each round, with the lowest and the highest.
 On a CPU times are processor time, so that other programs on the machine change little.
 Plain is `benchmarks/plain.py`: the formulas of the method written down one by one in eager PyTorch (float32, explicit attention, all tensors at full size);
-all ways agree numerically before they are timed. Memory is the most that the tensors of one call take at once, in MiB, plain → ours.
+all ways in float32 give the same numbers, or the command fails; bf16 is not held to that. Memory is the most that the tensors of one call take at once, in MiB, plain → ours.
 
 | what | plain | ours | × faster | memory, MiB |
 |---|---:|---:|---:|---:|
