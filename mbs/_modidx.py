@@ -236,6 +236,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mbs.experiment.write_step': ('experiment.html#write_step', 'mbs/experiment.py'),
                                 'mbs.experiment.written': ('experiment.html#written', 'mbs/experiment.py')},
             'mbs.explore': { 'mbs.explore.Basis': ('explore.html#basis', 'mbs/explore.py'),
+                             'mbs.explore.Drawn': ('explore.html#drawn', 'mbs/explore.py'),
+                             'mbs.explore.Drawn._repr_png_': ('explore.html#drawn._repr_png_', 'mbs/explore.py'),
                              'mbs.explore.Evidence': ('explore.html#evidence', 'mbs/explore.py'),
                              'mbs.explore.FeatureExplorer': ('explore.html#featureexplorer', 'mbs/explore.py'),
                              'mbs.explore.FeatureExplorer.controls': ('explore.html#featureexplorer.controls', 'mbs/explore.py'),

@@ -10,11 +10,12 @@ __all__ = ['LEVELS', 'FLOWS', 'IGNORED_OLD', 'IGNORED_OTHER', 'TAUS', 'ORDERS', 
            'Pictures', 'checked', 'PictureState', 'Shift', 'ShiftState', 'Style', 'style', 'class_style', 'group_style',
            'paint', 'packed', 'encoded', 'quantised', 'thinned', 'panel', 'stamp', 'picture_part', 'rows',
            'shift_picture', 'shift_labels', 'shift_point', 'asset', 'live', 'canvas_class', 'run_title', 'for_script',
-           'write_page', 'png', 'Watch', 'close_all', 'PictureExplorer', 'control', 'choice', 'picture_controls',
-           'wrapped', 'legend_handles', 'show_curve', 'ShiftExplorer', 'draw_shift', 'opened', 'comparable',
-           'picture_states', 'explore_pseudo_labels', 'FeatureMaps', 'FeatureState', 'central', 'feature_picture',
-           'feature_labels', 'feature_point', 'FeatureExplorer', 'draw_features', 'moved', 'explore_features',
-           'TokenState', 'token_title', 'token_chart', 'TokenExplorer', 'explore_class_tokens', 'write_tour']
+           'write_page', 'Drawn', 'png', 'Watch', 'close_all', 'PictureExplorer', 'control', 'choice',
+           'picture_controls', 'wrapped', 'legend_handles', 'show_curve', 'ShiftExplorer', 'draw_shift', 'opened',
+           'comparable', 'picture_states', 'explore_pseudo_labels', 'FeatureMaps', 'FeatureState', 'central',
+           'feature_picture', 'feature_labels', 'feature_point', 'FeatureExplorer', 'draw_features', 'moved',
+           'explore_features', 'TokenState', 'token_title', 'token_chart', 'TokenExplorer', 'explore_class_tokens',
+           'write_tour']
 
 # %% ../nbs/61_explore.ipynb #4bbe4aaf
 import base64
@@ -580,6 +581,12 @@ def write_page(explorer, path:Path|str)->Path:
     Path(path).write_text(re.sub(r"{{(\w+)}}", lambda m: parts[m[1]], asset("explore.html")), encoding="utf-8")
     return Path(path)
 
+class Drawn(Figure):
+    "A figure of its own, which pyplot never keeps; a notebook shows it whether or not pyplot was used there."
+    def _repr_png_(self)->bytes:
+        from IPython.core.pylabtools import print_figure
+        return print_figure(self, bbox_inches="tight")
+
 def png(figure:Figure)->str:
     "A figure as base64, small enough to be stored with a notebook."
     raw, out = BytesIO(), BytesIO()
@@ -743,7 +750,7 @@ class ShiftExplorer(PictureExplorer):
 
     def to_figure(self, panels:Sequence[str]=SHIFT_PANELS, annotate:bool=True)->Figure:
         "The state as a matplotlib figure; without `annotate` only the panels."
-        fig = Figure(figsize=(1.75 * len(panels) + .2, len(self.states) * (2. + 1.9 * annotate) + .3 * annotate), layout="constrained")
+        fig = Drawn(figsize=(1.75 * len(panels) + .2, len(self.states) * (2. + 1.9 * annotate) + .3 * annotate), layout="constrained")
         handles = {}
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             top, bottom = part.subfigures(2, 1, height_ratios=[2.1, 1.7]) if annotate else (part, None)
@@ -942,7 +949,7 @@ class FeatureExplorer(PictureExplorer):
 
     def to_figure(self)->Figure:
         "The state as a matplotlib figure, a row a run."
-        fig = Figure(figsize=(11.5, 2.75 * len(self.states)), layout="constrained")
+        fig = Drawn(figsize=(11.5, 2.75 * len(self.states)), layout="constrained")
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             s, what = state.maps, "components" if state.kind == KINDS[0] else f"channel {state.channel}"
             part.suptitle(f"{run_title(state.run)}, step {state.step}, picture {state.index}, {state.level} features", fontsize=9)
@@ -1093,7 +1100,7 @@ class TokenExplorer:
 
     def to_figure(self)->Figure:
         "The state as a matplotlib figure: cosines and their change, a row a run."
-        fig = Figure(figsize=(8, 3.7 * len(self.states)), layout="constrained")
+        fig = Drawn(figsize=(8, 3.7 * len(self.states)), layout="constrained")
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             part.suptitle(token_title(state), fontsize=9)
             for ax, values, title, limit in zip(part.subplots(1, 2), (state.cosine, state.change), ("cosine", "change since the step before"), (1, self.limit)):

@@ -111,20 +111,24 @@ class CocoPart(Parameters):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 class CocoImage(CocoPart):
+    "A photo of the list."
     id: int|str
     file_name: str
     height: int = Field(ge=1, le=65_535)
     width: int = Field(ge=1, le=65_535)
 
 class CocoCategory(CocoPart):
+    "A class of the list."
     id: int|str
     name: str
 
 class CocoRuns(CocoPart):
+    "A mask as run lengths."
     size: tuple[int, int]  # height, width
     counts: list[int]|str  # lengths of what is outside, inside, outside …, column by column
 
 class CocoAnnotation(CocoPart):
+    "An object in a photo."
     image_id: int|str
     category_id: int|str
     area: FiniteFloat

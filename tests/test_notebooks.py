@@ -7,11 +7,9 @@ import re
 import tempfile
 from pathlib import Path
 
-import kernels
 import nbformat
 import pytest
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_client.provisioning import LocalProvisioner
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -71,9 +69,8 @@ def same(stored, now):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_runs_and_shows_what_is_stored(path, tmp_path, monkeypatch):
+def test_runs_and_shows_what_is_stored(path, tmp_path):
     "Outputs of a second execution: the same to the byte with MBS_IDENTICAL=1, else the same kinds, words and sizes. A notebook stored without any has nothing to compare."
-    monkeypatch.setattr(LocalProvisioner, "launch_kernel", kernels.launch)
     stored, now = ({c["id"]: shown(c) for c in of if c["cell_type"] == "code"} for of in (cells(path, "code"), executed(path, tmp_path).cells))
     if not any(stored.values()): return
     stale = [cell for cell, content in stored.items() if not same(content, now[cell])]
