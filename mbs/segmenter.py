@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFLINE_WEIGHTS', 'HALF', 'MaskNorm', 'MaskTransformer', 'init_linear', 'resize_positions', 'ViTEncoder',
-           'StageEncoder', 'weights_file', 'renamed_in_order', 'read_state', 'hub_state', 'load_weights',
+           'StageEncoder', 'weights_file', 'renamed_in_order', 'read_state', 'hub_state', 'load_weights', 'raw',
            'state_digest', 'bare_network', 'as_encoder', 'make_encoder', 'SegmenterOutput', 'Segmenter']
 
 # %% ../nbs/20_segmenter.ipynb #92bcfd5f
@@ -231,10 +231,14 @@ def load_weights(network:nn.Module,        # to fill
     network.load_state_dict({k: state[k] for k in own})
     return dict(source=source, loaded=len(own), missing=0, unexpected=0, unused=sorted({k.split(".")[0] for k in left}))
 
+def raw(tensor:Tensor)->Tensor:
+    "The bytes of a tensor of any type, uint8."
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
 def state_digest(state:dict[str, Tensor])->str:
     "SHA-256 over the names and values of all tensors, whatever file they come from."
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()): digest.update(name.encode()); digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(state.items()): digest.update(name.encode()); digest.update(raw(tensor).numpy().data)
     return digest.hexdigest()
 
 # %% ../nbs/20_segmenter.ipynb #3bcb15db
