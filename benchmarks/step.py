@@ -10,6 +10,7 @@ from mbs.segmenter import Segmenter, make_encoder
 from mbs.training import compiled, losses, make_accelerator, make_optimizer, make_recipe
 
 VITB = "vit_base_patch16_384"
+WAYS = {"fp32": {}, "fp32, teacher in bf16": dict(teacher_precision="bf16"), "bf16": dict(precision="bf16", cpu_precision="bf16")}
 
 
 def networks(encoder, n, n_new, side, device, **options):
@@ -34,7 +35,7 @@ class Ours:
         self.networks = compiled(recipe.compile, student, teacher)
         def again():
             while True: yield given
-        self.loop = losses(*self.networks.__enter__(), Method("mbs"), again(), optimiser, accelerator, n_new)
+        self.loop = losses(*self.networks.__enter__(), Method("mbs"), again(), optimiser, accelerator, n_new, recipe)
 
     def __call__(self): return next(self.loop)["loss"]
 
@@ -44,15 +45,15 @@ def measure(repeats=3, side=512, classes=(21, 151), encoder=VITB, **options):
     for n in classes:
         device = make_accelerator(make_recipe()).device
         given = pictures(n, n_new, side, 1, device)
-        pairs = [networks(encoder, n, n_new, side, device, **options) for _ in range(3)]
+        pairs = [networks(encoder, n, n_new, side, device, **options) for _ in range(1 + len(WAYS))]
         other_teacher, other = map(plain.network, pairs[0])
         optimiser, values = plain.optimiser(other), {}
         iterations = dict(plain=lambda: plain.step(other, other_teacher, *given, n_new, optimiser))  # noqa: B023
-        for (teacher, student), precision in zip(pairs[1:], ("fp32", "bf16")): iterations[precision] = Ours(student, teacher, given, n_new, precision=precision, cpu_precision=precision)
+        for (teacher, student), (name, choices) in zip(pairs[1:], WAYS.items()): iterations[name] = Ours(student, teacher, given, n_new, **dict(precision="fp32") | choices)
         def kept(name): values.setdefault(name, []).append(float(iterations[name]()))  # noqa: B023
         ways = {name: partial(kept, name) for name in iterations}
         memory = {name: peak(way) for name, way in ways.items()}
         spent = rounds(ways, repeats)
         same({name: torch.tensor(values[name]) for name in ("plain", "fp32")}, rtol=1e-3)  # a later loss depends on the gradients before
-        found += [row(f"whole step, {n} classes, {precision}", spent, precision, memory=(memory["plain"], memory[precision])) for precision in ("fp32", "bf16")]
+        found += [row(f"whole step, {n} classes, {name}", spent, name, memory=(memory["plain"], memory[name])) for name in WAYS]
     return found

@@ -768,6 +768,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.training.rate_at': ('training.html#rate_at', 'mbs/training.py'),
                               'mbs.training.same_encoder': ('training.html#same_encoder', 'mbs/training.py'),
                               'mbs.training.step_iterations': ('training.html#step_iterations', 'mbs/training.py'),
+                              'mbs.training.teacher_casts': ('training.html#teacher_casts', 'mbs/training.py'),
                               'mbs.training.test_view': ('training.html#test_view', 'mbs/training.py'),
                               'mbs.training.train_step': ('training.html#train_step', 'mbs/training.py'),
                               'mbs.training.train_view': ('training.html#train_view', 'mbs/training.py'),

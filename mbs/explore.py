@@ -41,7 +41,7 @@ from PIL import Image
 
 from .data import read_image
 from .feature_distillation import reliability
-from .files import write_text
+from .files import read_json, write_text
 from .orthogonality import orthogonality
 from .protocol import VOID, Protocol, channel_map
 from .run import Run, normalised_batch
@@ -1132,10 +1132,13 @@ def explore_class_tokens(run:Run|Path|str, other:Run|Path|str|None=None, *, step
 
 # %% ../nbs/61_explore.ipynb #d3490518
 def write_tour(run:Run, other:Run|None=None)->Path:
-    "Put the guided tour of a run, or of two, into its folder, unless it is there; its path."
+    "Put the guided tour of a run, or of two, into its folder, unless it is there; its path. ValueError when what is there is no notebook: it may hold notes, so it stays."
     import nbformat
     path = run.folder.resolve() / ("explore.ipynb" if other is None else f"explore-{other.folder.name}.ipynb")
-    if path.is_file(): return path
+    if path.is_file():
+        try: nbformat.validate(read_json(path))
+        except Exception: raise ValueError(f"{path} cannot be read: expected a notebook; remove it, and the tour is written anew") from None  # nbformat stumbles in many ways
+        return path
     package = Path(str(files("mbs")))
     source = package / "tutorials" if (package / "tutorials").is_dir() else package.parent / "nbs" / "tutorials"
     notebook = nbformat.read(source / "explore.ipynb", 4)

@@ -54,7 +54,7 @@ def seconds_per_iteration(setup:Setup, step:int, repeats:int=1)->float:
     images = torch.randn(batch, 3, setup.recipe.crop, setup.recipe.crop)
     labels = torch.randint(0, 1 + n_new, (batch, *images.shape[2:]))
     labels = torch.where(labels > 0, labels + setup.protocol.n_channels(step) - 1 - n_new, 0)
-    iterations, took = losses(student, teacher, setup.method, iter([(images, labels)] * (1 + repeats)), optimizer, accelerator, n_new), []
+    iterations, took = losses(student, teacher, setup.method, iter([(images, labels)] * (1 + repeats)), optimizer, accelerator, n_new, setup.recipe), []
     for _ in range(1 + repeats):
         start = time.perf_counter()
         next(iterations)["loss"].item()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'ADE', 'LOG_EVERY', 'Recipe', 'make_recipe', 'step_iterations', 'rate_at', 'make_optimizer', 'train_view',
-           'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'same_encoder', 'looked_at', 'losses',
-           'window_mean', 'not_finite', 'compiled', 'one_pass', 'peak_memory', 'Judge', 'looking_times', 'fitting',
-           'Training', 'fit_step', 'train_step', 'after_iteration']
+           'test_view', 'make_accelerator', 'joint_statistics', 'gradient_norm', 'same_encoder', 'teacher_casts',
+           'looked_at', 'losses', 'window_mean', 'not_finite', 'compiled', 'one_pass', 'peak_memory', 'Judge',
+           'looking_times', 'fitting', 'Training', 'fit_step', 'train_step', 'after_iteration']
 
 # %% ../nbs/50_training.ipynb #70f2297a
 import math
@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Literal
 
 import numpy as np
@@ -59,6 +59,7 @@ class Recipe(Parameters):
     normalisation: Literal["imagenet", "weights"] = "weights"
     precision: Literal["fp32", "fp16", "bf16"] = "bf16"     # on a GPU
     cpu_precision: Literal["fp32", "bf16"] = "fp32"         # on a CPU; bf16 rounds more, and pays where the processor multiplies it (avx512_bf16, amx)
+    teacher_precision: Literal["same", "bf16"] = "same"     # the teacher may look in bf16 while the student learns in another precision
     compile: bool = False                                   # compile networks and losses: minutes at the beginning of a step, less in each iteration, meant for GPUs; needs a C++ compiler
     deterministic: bool = False                             # on a GPU: only algorithms that give the same bits every time, slower; a CPU always does
     non_finite: Literal["stop", "skip"] = "stop"            # a gradient that is not finite: end the run, or leave such iterations out and count them
@@ -141,24 +142,28 @@ def same_encoder(student:Segmenter, teacher:Segmenter)->bool:
     mine, theirs = (list(model.encoder.state_dict().values()) for model in (student, teacher))
     return not student.encoder_learns and len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
-def looked_at(teacher:Segmenter, images:Tensor, tokens:Tensor|None=None)->SegmenterOutput:
-    "What the teacher gives, in inference mode, as copies that a loss may keep for its backward pass."
-    with torch.inference_mode(): out = teacher(images, tokens)
-    return SegmenterOutput(*(x.clone() if isinstance(x, Tensor) else x for x in out))
+def teacher_casts(recipe:Recipe, accelerator:Accelerator)->AbstractContextManager:
+    "The precision in which a teacher looks: the student's, or bf16."
+    return torch.autocast(accelerator.device.type, torch.bfloat16) if recipe.teacher_precision == "bf16" else accelerator.autocast()
 
-def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iterator, optimizer, accelerator:Accelerator, n_new:int, skip:bool=False)->Iterator[dict]:
-    "Train an iteration at a time; yields the detached loss terms of each and its gradient's norm. With `skip`, one whose gradient is not finite changes nothing and yields {}."
+def looked_at(teacher:Segmenter, images:Tensor, tokens:Tensor|None=None)->SegmenterOutput:
+    "What the teacher gives, in inference mode, as float32 copies that a loss may keep for its backward pass."
+    with torch.inference_mode(): out = teacher(images, tokens)
+    return SegmenterOutput(*(x.to(torch.promote_types(x.dtype, torch.float32), copy=True) if isinstance(x, Tensor) else x for x in out))
+
+def losses(student:Segmenter, teacher:Segmenter|None, method:Method, stream:Iterator, optimizer, accelerator:Accelerator, n_new:int, recipe:Recipe)->Iterator[dict]:
+    "Train an iteration at a time; yields the detached loss terms of each and its gradient's norm, or {} where the recipe leaves out an iteration whose gradient is not finite."
     model = accelerator.unwrap_model(student)
     shared = teacher is not None and same_encoder(model, teacher)
     for images, labels in stream:
         images, labels = images.to(accelerator.device, non_blocking=True), labels.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             with torch.no_grad(): tokens = model.encode(images) if shared else None
-            old = looked_at(teacher, images, tokens) if teacher is not None else None
+            with teacher_casts(recipe, accelerator): old = looked_at(teacher, images, tokens) if teacher is not None else None
             terms = method.loss(student(images, tokens), old, labels, n_new)
         accelerator.backward(terms["loss"])
         norm = terms["loss"].detach() if accelerator.scaler else gradient_norm(student)  # fp16's scaler leaves such iterations out by itself
-        left_out = skip and not math.isfinite(norm)
+        left_out = recipe.non_finite == "skip" and not math.isfinite(norm)
         if not left_out: optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield {} if left_out else {k: v.detach() for k, v in terms.items()} | dict(gradient=norm)
@@ -315,12 +320,12 @@ def train_step(student:Segmenter,        # grown for the step; trained in place
     workers = default_workers(recipe.crop) if workers is None else workers
     if teacher is not None:
         teacher = teacher.to(accelerator.device)
-        with accelerator.autocast(), loading(), closing(one_pass(view, recipe.batch, workers, accelerator.device, seed)) as pictures: method.prepare(teacher, pictures)
+        with teacher_casts(recipe, accelerator), loading(), closing(one_pass(view, recipe.batch, workers, accelerator.device, seed)) as pictures: method.prepare(teacher, pictures)
     if progress: training.go_on(progress)
     training.set_rate()
     with (noticing_signals() as asked, loading(), compiled(recipe.compile, student, teacher) as (fast_student, fast_teacher),
           closing(batches(training.draws, range(training.iteration, total), workers, accelerator.device)) as stream):  # its processes end with the step
-        for terms in losses(fast_student, fast_teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe.non_finite == "skip"):
+        for terms in losses(fast_student, fast_teacher, method, stream, optimizer, accelerator, len(view.protocol.steps[view.step]), recipe):
             after_iteration(training, terms, log, judges)
             stop = training.stopping(asked)
             if progress and (stop or training.iteration == total or (training.iteration % LOG_EVERY == 0 and progress.due())): training.save(progress)

@@ -21,7 +21,7 @@ def is_row(r):
 
 
 @pytest.mark.parametrize("part,sizes,n", [("objective", dict(side=64, classes=(5, 9)), 2), ("attention", dict(tokens=33, heads=2, width=8), 1),
-                                          ("evaluation", dict(side=64, classes=(5,), batch=2), 2), ("step", dict(side=64, classes=(5,), **NETWORK), 2)])
+                                          ("evaluation", dict(side=64, classes=(5,), batch=2), 2), ("step", dict(side=64, classes=(5,), **NETWORK), 3)])
 def test_all_ways_agree(part, sizes, n):
     "`measure` compares them before it returns."
     found = __import__(part).measure(2, **sizes)

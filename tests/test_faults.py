@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -134,6 +135,34 @@ def test_a_disk_that_is_really_full_and_then_read_only(home):
         sentence(error)
         assert load_run(disk / "run").finished
         kept("write faults injected and survived", 2)
+    finally: subprocess.run(["umount", str(disk)], check=True)
+
+
+def said_by(*words):
+    "Exit code and last line of the command `mbs`."
+    done = subprocess.run([sys.executable, "-m", "mbs", *words], capture_output=True, text=True, timeout=300, env=os.environ | dict(COLUMNS="400", OMP_NUM_THREADS="1"))
+    text = done.stdout + done.stderr
+    assert "Traceback" not in text, text
+    return done.returncode, text.strip().splitlines()[-1]
+
+
+def test_the_command_on_a_full_and_on_a_read_only_disk(home):
+    "What a user sees: one sentence – exit code 2 before a run, 1 in the middle of it – and the same command goes on when there is room, also where there was none for the notebook."
+    disk = home / "outputs"
+    mounted(disk, "size=24k")
+    words = [f"{k}={json.dumps(v)}" for k, v in (TINY | dict(samples=0)).items()]
+    try:
+        for size in ("24k", "300k"):
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+            code, line = said_by("run", *words)
+            assert code and line.startswith("mbs: ") and "No space left on device" in line and "the same command goes on" in line, line
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        assert said_by("run", *words)[0] == 0
+        same_end(load_run(disk / "run"), go(home / "whole", samples=0))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        code, line = said_by("run", *words, "name=other")
+        assert code == 2 and line.startswith("mbs: ") and "cannot be written (Read-only file system)" in line, line
+        kept("write faults injected and survived", 3)
     finally: subprocess.run(["umount", str(disk)], check=True)
 
 

@@ -37,6 +37,7 @@ from mbs.cli import app, parse_words
 from mbs.curves import scalars
 from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
+from mbs.explore import write_tour
 from mbs.files import write_arrays
 from mbs.grid import batch_settings, read_grid
 from mbs.layouts import describe_folder, find_layout
@@ -528,6 +529,24 @@ def read_all(folder, models=False):
     failure(folder / "train.ipynb"), worker(folder)
     for t in steps if models else (): assert all(v.isfinite().all() for v in run.model(t).state_dict().values())
     return run
+
+
+def test_tours(home, made):
+    "The notebook that `mbs explore` leaves in a run folder, changed or half-written: opened, or refused and left as it is, since there may be notes in it."
+    mutants, folder = Mutants(16), home / "run"
+    shutil.copytree(made, folder)
+    run = load_run(folder)
+    path = write_tour(run)
+    data = path.read_bytes()
+    assert write_tour(run) == path and path.read_bytes() == data
+    path.write_bytes(data[:len(data) // 2])
+    with pytest.raises(ValueError, match=r"explore\.ipynb cannot be read: expected a notebook; remove it"): write_tour(run)
+    with Tally("notebooks of run folders") as tally:
+        for k in range(MANY):
+            changed = json.dumps(mutants.tree(json.loads(data))).encode() if k % 2 else mutants.changed(data)
+            path.write_bytes(changed)
+            tally(outcome(partial(write_tour, run)))
+            assert path.read_bytes() == changed
 
 
 TREES = ["run.json", "step-01/metrics.json", "log.jsonl"]

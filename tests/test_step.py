@@ -52,7 +52,7 @@ def loop(name="mbs", n=3, **choices):
     student, optimizer = accelerator.prepare(student, make_optimizer(student, recipe, 1))
     teacher = teacher.to(accelerator.device)
     with compiled(recipe.compile, student, teacher) as networks_to_call:
-        yield from losses(*networks_to_call, method, [(images.to(accelerator.device), labels)] * n, optimizer, accelerator, 2)
+        yield from losses(*networks_to_call, method, [(images.to(accelerator.device), labels)] * n, optimizer, accelerator, 2, recipe)
     yield accelerator.unwrap_model(student, keep_fp32_wrapper=False)
 
 
@@ -135,6 +135,15 @@ def test_teacher_in_inference_mode():
     torch.nn.functional.mse_loss(student(images).patches, found.patches).backward()
 
 
+@pytest.mark.parametrize("name", ["mbs", "kd"])
+def test_teacher_in_bf16(name):
+    "Rounds the teacher, and only the teacher: the first loss is that of float32 to a few thousandths, and is not the same."
+    (plain, *_), (found, *_) = loop(name), loop(name, teacher_precision="bf16")
+    assert found["loss"].dtype == torch.float32 and found["loss"] != plain["loss"]
+    torch.testing.assert_close(found["loss"], plain["loss"], rtol=5e-3, atol=0)
+    if name == "kd": assert found["cross_entropy"] == plain["cross_entropy"]  # looks at no teacher where nothing is relabelled
+
+
 def test_attention_is_fused():
     "In every block of encoder and decoder, forward and backward: the kernel that keeps no tokens × tokens tensor."
     _, student = networks(Method("mbs"))
@@ -150,10 +159,11 @@ def test_several_precisions_in_one_process():
     make_accelerator(make_recipe())
 
 
-def two_steps(kind, name):
+def two_steps(kind, name, **choices):
     "Step × class IoU, and all logged losses, of two steps after the base step of the trained run that comes with mbs: there is something to forget."
     trained = trained_run("mbs")
-    settings = trained.settings.model_copy(update=dict(method=name, scenes=trained.settings.scenes | dict(n_train=200, n_test=40), training=trained.settings.training | dict(new_iterations=20)))
+    training = trained.settings.training | dict(new_iterations=20) | choices
+    settings = trained.settings.model_copy(update=dict(method=name, scenes=trained.settings.scenes | dict(n_train=200, n_test=40), training=training))
     setup, model, log = Setup(settings, kind), trained.model(0), []
     tested = []
     for step in (1, 2):
@@ -185,3 +195,9 @@ def test_fast_and_plain_runs_are_the_same(name, monkeypatch):
     assert (plain[-1] > .3).sum() >= 5  # the run has learned something
     np.testing.assert_allclose(fast_losses, plain_losses, rtol=1e-3)
     np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-3)
+
+
+def test_a_teacher_in_bf16_teaches_nearly_the_same():
+    "Not the same: where a pseudo-label hangs on the threshold, rounding decides. Mean IoU moved by 0.008 when this was written."
+    (plain, _), (found, _) = two_steps(Method, "mbs"), two_steps(Method, "mbs", teacher_precision="bf16")
+    assert 0 < np.abs(found - plain)[~np.isnan(plain)].max() and abs(np.nanmean(found[-1]) - np.nanmean(plain[-1])) < .03
