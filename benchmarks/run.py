@@ -62,7 +62,8 @@ all ways in float32 give the same numbers, or the command fails; bf16 is not hel
 |---|---:|---:|---:|---:|
 {rows}
 
-A step in bf16 rounds more than float32, so it is not what a CPU does unless asked: of the teacher alone (`training.teacher_precision=bf16`) or of both networks (`training.cpu_precision=bf16`). On a GPU bf16 is the default of both.
+A step in bf16 rounds more than float32, so it is not what a CPU does unless asked:
+of the teacher alone (`training.teacher_precision=bf16`) or of both networks (`training.cpu_precision=bf16`). On a GPU bf16 is the default of both.
 
 ## On a GPU
 
