@@ -34,7 +34,9 @@ def home(tmp_path, monkeypatch):
 
 
 def command(home, *words):
-    return subprocess.Popen([sys.executable, "-m", "mbs", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COLUMNS": "200"})
+    "`mbs WORDS`, which hears that its terminal has gone, even when these tests run under nohup."
+    return subprocess.Popen([sys.executable, "-m", "mbs", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COLUMNS": "200"},
+                            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL))
 
 
 def parameters(values): return [f"{k}={json.dumps(v)}" for k, v in values.items()]
