@@ -63,7 +63,7 @@ def only_writer(folder:Path)->Iterator[None]:
         f.truncate(0)
         f.write(f"process {os.getpid()} on {platform.node()}")
         f.flush()
-        for path in folder.rglob(".*.*"):
+        for path in (*folder.rglob(".*.*"), *folder.rglob(".tmp*")):  # safetensors has names of its own for what is half-written
             if path.is_file(): path.unlink()
         yield
 

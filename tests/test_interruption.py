@@ -12,6 +12,7 @@ from figures import kept
 from safetensors.torch import load_file
 
 from mbs.experiment import Experiment
+from mbs.files import only_writer
 from mbs.lifeline import Interrupted
 from mbs.run import Settings, load_run
 
@@ -117,3 +118,12 @@ def test_one_writer(tmp_path, monkeypatch, forked):
     experiment = Experiment(Settings(**PARAMETERS | dict(training=PARAMETERS["training"] | dict(iterations=5000))), tmp_path)
     monkeypatch.setattr(experiment, "base", lambda student: student)
     assert next(experiment.steps()) == 0
+
+
+def test_what_a_dead_writer_leaves_is_removed(tmp_path):
+    "Half-written files under our names and under those of safetensors, in any folder; nothing else that is hidden."
+    left, others = ["step-01/.model.safetensors.123", "resume/.tmpUclfoe", ".run.json.7"], [".lock", ".gitignore", "resume/step-01-00000012.safetensors"]
+    for name in left + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with only_writer(tmp_path): assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(others)
