@@ -99,7 +99,7 @@ ORDER = ["joint", "mbs", "mib", "kd", "plop", "finetune"]  # of methods in table
 
 
 def collected():
-    "Finished runs of `test` by protocol and setting, then by name, a run a seed; a joint run belongs to all settings of its protocol."
+    "Finished runs of `test` by protocol and setting, then by name, a run a seed; a joint run has no setting, and belongs to all protocols, whose classes are the same in the same order."
     found = {}
     for path in sorted(home("outputs").glob("*-s[0-9]/run.json")):
         run = load_run(path.parent)
@@ -123,22 +123,22 @@ def save(figure, path):
 def collect(docs=Path(__file__).parents[1] / "docs"):
     "Print the tables, draw the pictures, and keep the confusion matrix after every step of each run, from which all of it can be counted again."
     found = collected()
+    joint = {name: runs for (_, setting), lines in found.items() if setting is None for name, runs in lines.items()}
     every = [run for lines in found.values() for runs in lines.values() for run in runs]
     np.savez_compressed(docs / "results/animals.npz", **{f"{run.folder.name}/{t}": run.confusion(t).counts for run in every for t in range(run.n_steps)})
     for (name, setting), lines in found.items():
         if setting is None: continue
         methods = {k: runs for k, runs in lines.items() if k in ORDER}
         protocol = next(iter(methods.values()))[0].protocol
-        print(table(found.get((name, None), {}) | methods, protocol, f"{name} {setting}"))
+        print(table(joint | methods, protocol, f"{name} {setting}"))
         if name != "3-1" or setting != "overlapped": continue
         print(table({k: [run for run in runs if run.settings.seed == 0] for k, runs in lines.items() if k in ABLATIONS}, protocol, f"{name} {setting}, seed 0"))
         place = docs / "images" / "animals"
         panels = {"all": "all classes so far", "old": "cat, dog, person, background", "new": "horse, sheep, cow"}
         save(show_curves({title: {k: np.array([[scores(run.confusion(t), protocol, t)[key] for t in range(run.n_steps)] for run in runs]) for k, runs in methods.items()}
                           for key, title in panels.items()}), f"{place}-curves.png")
-        for k in ("mbs", "mib", "kd"):
-            save(flows(methods[k], protocol), f"{place}-flow-{k}.png")
-            save(show_iou_matrix(average([run.iou() for run in methods[k]]), methods[k][0].names, protocol.first_step), f"{place}-iou-{k}.png")
+        save(flows(methods["mbs"], protocol), f"{place}-flow-mbs.png")
+        for k in ("mbs", "mib", "kd"): save(show_iou_matrix(average([run.iou() for run in methods[k]]), methods[k][0].names, protocol.first_step), f"{place}-iou-{k}.png")
 
 
 if __name__ == "__main__":
