@@ -55,14 +55,16 @@ def test_killed_at_random_moments(tmp_path, monkeypatch, forked, changes):
     began = time.monotonic()
     go(tmp_path / "whole", changes)
     took, drawn, caught = time.monotonic() - began, random.Random(0), set()
+    longest, folder = 3 * took / KILLS + .3, tmp_path / "killed" / "run"
     for _ in range(KILLS):
         process = forked.Process(target=go, args=(tmp_path / "killed", changes))
         process.start()
-        process.join(drawn.uniform(.02, 3 * took / KILLS + .3))
+        process.join(drawn.uniform(.02, longest))
         process.kill()
         process.join()
-        folder = tmp_path / "killed" / "run"
-        caught.add((load_run(folder).n_steps, len(load_run(folder).log())) if (folder / "run.json").is_file() else None)
+        place = (load_run(folder).n_steps, len(load_run(folder).log())) if (folder / "run.json").is_file() else None
+        longest *= 1.1 if place in caught else 1  # a busy machine gets no further: it is given more time
+        caught.add(place)
     assert len(caught) > 2  # the kills met the run at several places
     go(tmp_path / "killed", changes)
     same(load_run(tmp_path / "killed" / "run"), load_run(tmp_path / "whole" / "run"))
