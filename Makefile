@@ -39,7 +39,7 @@ demo: .venv/installed ## class-incremental learning on generated scenes, three m
 test: .venv/developer ## every test, JOBS at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-stress: .venv/developer ## everything that can go wrong, in full, for hours; its figures go into docs/stress.md
+stress: .venv/developer ## everything that can go wrong, in full (9 minutes on two cores); its figures go into docs/stress.md
 	@rm -f $(FIGURES)
 	@MBS_FIGURES=$(FIGURES) MBS_KILLS=40 MBS_NOTEBOOK_KILLS=12 MBS_EVERY_KILL=1 MBS_NOTEBOOK_SAVES=6 MBS_FAULTS=90 MBS_MUTATIONS=250 MBS_LONG=3 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $$(grep -l "from figures import kept" tests/test_*.py)

@@ -53,7 +53,7 @@ from mbs.scenes import write_scenes
 from mbs.segmenter import make_encoder
 from mbs.training import make_recipe
 
-MANY = int(os.environ.get("MBS_MUTATIONS", 60))  # inputs of each kind; 800 with make stress
+MANY = int(os.environ.get("MBS_MUTATIONS", 60))  # inputs of each kind; 250 with make stress
 SECONDS = 20                                     # of computation that one input may take; if it waits, thirty times as many
 COLOURS = {(0, 0, 0): 0, (200, 0, 0): 1, (0, 200, 0): 2, (0, 0, 200): 3}
 NETWORK = dict(patch_size=8, embed_dim=16, depth=1, num_heads=1)
