@@ -20,8 +20,7 @@ from PIL import Image
 
 from mbs import ABLATIONS, METHODS, Experiment, Settings, load_run
 from mbs.layouts import home
-from mbs.metrics import scores
-from mbs.report import average, flows, outcome
+from mbs.report import average, flows, outcome, series
 from mbs.tables import Table, markdown, over_seeds
 from mbs.viz import show_curves, show_iou_matrix
 
@@ -114,11 +113,6 @@ def table(lines, protocol, title):
     return markdown(Table(title, ["", "seeds", *COLUMNS.values()], [[name, len(f), *(over_seeds([one[k] for one in f]) for k in COLUMNS)] for name, f in facts.items()]))
 
 
-def after(run, protocol, key):
-    "The score `key` after every step; a single one of a joint run."
-    return [scores(run.confusion(t), protocol, t)[key] for t in range(run.n_steps)] if run.n_steps > 1 else [outcome(run, protocol)[key]]
-
-
 def save(figure, path):
     figure.savefig(path, dpi=100, facecolor="white")
     plt.close(figure)
@@ -140,7 +134,7 @@ def collect(docs=Path(__file__).parents[1] / "docs"):
         print(table({k: [run for run in runs if run.settings.seed == 0] for k, runs in lines.items() if k in ABLATIONS}, protocol, f"{name} {setting}, seed 0"))
         place = docs / "images" / "animals"
         panels = {"all": "all classes so far", "old": "cat, dog, person, background", "new": "horse, sheep, cow"}
-        save(show_curves({title: {k: np.array([after(run, protocol, key) for run in runs]) for k, runs in (joint | methods).items()} for key, title in panels.items()}), f"{place}-curves.png")
+        save(show_curves({title: {k: np.array([series(run, key, protocol) for run in runs]) for k, runs in (joint | methods).items()} for key, title in panels.items()}), f"{place}-curves.png")
         save(flows(methods["mbs"], protocol), f"{place}-flow-mbs.png")
         for k in ("mbs", "mib", "kd"): save(show_iou_matrix(average([run.iou() for run in methods[k]]), methods[k][0].names, protocol.first_step), f"{place}-iou-{k}.png")
 

@@ -303,10 +303,10 @@ def average(arrays:Sequence[np.ndarray])->np.ndarray:
     "Mean over seeds of what is not NaN."
     return np.ma.masked_invalid(np.stack(arrays)).mean(0).filled(np.nan)
 
-def series(run:Run, key:str, group:Group)->list[float]:
-    "A mean IoU after every step of the group, NaN for steps that are not complete; a single one for a run that learnt all at once."
-    if single_step(run): return [outcome(run, group.protocol)[key]]
-    return [scores(run.confusion(t), run.protocol, t)[key] for t in range(run.n_steps)] + [np.nan] * (group.last + 1 - run.n_steps)
+def series(run:Run, key:str, protocol:Protocol)->list[float]:
+    "A mean IoU after every step of `protocol`, NaN for steps that are not complete; a single one for a run that learnt all at once."
+    if single_step(run): return [outcome(run, protocol)[key]]
+    return [scores(run.confusion(t), run.protocol, t)[key] for t in range(run.n_steps)] + [np.nan] * (len(protocol.sizes) - run.n_steps)
 
 def comparison(group:Group)->Figure|None:
     "Methods side by side: mIoU over steps, old / new / all at the end, one test picture after every step; None when runs kept no pictures."
@@ -314,7 +314,7 @@ def comparison(group:Group)->Figure|None:
     first = {label: line[0].samples() for label, line in lines.items()}
     n = min(map(len, first.values()), default=0)
     if not n: return None
-    over_steps = {label: average([series(run, "all", group) for run in line]) for label, line in lines.items()}
+    over_steps = {label: average([series(run, "all", group.protocol) for run in line]) for label, line in lines.items()}
     final = {row["method"]: {k: row[k].mean for k in ("old", "new", "all")} for row in rows(group)}
     hits = np.array([[(predictions[-1] == truth).mean() for _, truth, predictions in samples[:n]] for samples in first.values()])
     k = int(np.ptp(hits, axis=0).argmax())
@@ -335,7 +335,7 @@ def curves(group:Group)->Figure|None:
     "Mean IoU over the steps, unfinished runs as far as they are; None when there is nothing to draw."
     lines = group.lines | group.at_once | {f"{label}, unfinished ({run.folder.name})": [run] for label, run in group.unfinished if run.n_steps}
     if not lines: return None
-    return show_curves({title: {label: np.array([series(run, key, group) for run in line]) for label, line in lines.items()} for key, title in PANELS.items()})
+    return show_curves({title: {label: np.array([series(run, key, group.protocol) for run in line]) for label, line in lines.items()} for key, title in PANELS.items()})
 
 def flows(line:Sequence[Run], protocol:Protocol)->Figure:
     "Flow charts of the background shift of one line after the incremental steps, five of them at most."

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from figures import kept
 from safetensors.torch import load_file
 from test_interruption import PARAMETERS
+from test_stopping import command, parameters
 
 import mbs.checkpoint
 import mbs.experiment
@@ -139,29 +139,30 @@ def test_a_disk_that_is_really_full_and_then_read_only(home):
     finally: subprocess.run(["umount", str(disk)], check=True)
 
 
-def said_by(*words):
+def said_by(home, *words):
     "Exit code and last line of the command `mbs`."
-    done = subprocess.run([sys.executable, "-m", "mbs", *words], capture_output=True, text=True, timeout=300, env=os.environ | dict(COLUMNS="400", OMP_NUM_THREADS="1"))
-    text = done.stdout + done.stderr
+    process = command(home, *words)
+    text = process.communicate(timeout=300)[0]
     assert "Traceback" not in text, text
-    return done.returncode, text.strip().splitlines()[-1]
+    return process.returncode, text.strip().splitlines()[-1]
 
 
-def test_the_command_on_a_full_and_on_a_read_only_disk(home):
+def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
     "What a user sees: one sentence – exit code 2 before a run, 1 in the middle of it – and the same command goes on when there is room, also where there was none for the notebook."
     disk = home / "outputs"
     mounted(disk, "size=24k")
-    words = [f"{k}={json.dumps(v)}" for k, v in (TINY | dict(samples=0)).items()]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = parameters(TINY | dict(samples=0))
     try:
         for size in ("24k", "300k"):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
-            code, line = said_by("run", *words)
+            code, line = said_by(home, "run", *words)
             assert code and line.startswith("mbs: ") and "No space left on device" in line and "the same command goes on" in line, line
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        assert said_by("run", *words)[0] == 0
+        assert said_by(home, "run", *words)[0] == 0
         same_end(load_run(disk / "run"), go(home / "whole", samples=0))
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        code, line = said_by("run", *words, "name=other")
+        code, line = said_by(home, "run", *words, "name=other")
         assert code == 2 and line.startswith("mbs: ") and "cannot be written (Read-only file system)" in line, line
         kept("write faults injected and survived", 3)
     finally: subprocess.run(["umount", str(disk)], check=True)
