@@ -1,4 +1,5 @@
 "Requirements from settings.ini; run notebooks, published rows, tutorials and trained runs from nbs as the package data of mbs.runs, mbs.tutorials and mbs.trained. All else is in pyproject.toml."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -12,7 +13,20 @@ setup(
     install_requires=settings["DEFAULT"]["requirements"].split(),
     extras_require=extras,
     packages=["mbs", "mbs.runs", "mbs.runs.protocols", "mbs.runs.grids", "mbs.tutorials", "mbs.trained"],
-    package_dir={"mbs": "mbs", "mbs.runs": "nbs/runs", "mbs.runs.protocols": "nbs/runs/protocols", "mbs.runs.grids": "nbs/runs/grids", "mbs.tutorials": "nbs/tutorials", "mbs.trained": "nbs/trained"},
-    package_data={"mbs": ["explore.*"], "mbs.runs": ["*.ipynb", "*.yaml"], "mbs.runs.protocols": ["*.yaml"], "mbs.runs.grids": ["*.yaml"], "mbs.tutorials": ["*.ipynb"],
-                  "mbs.trained": ["*.md", "*.yaml", "*/*", "*/*/*"]},
+    package_dir={
+        "mbs": "mbs",
+        "mbs.runs": "nbs/runs",
+        "mbs.runs.protocols": "nbs/runs/protocols",
+        "mbs.runs.grids": "nbs/runs/grids",
+        "mbs.tutorials": "nbs/tutorials",
+        "mbs.trained": "nbs/trained",
+    },
+    package_data={
+        "mbs": ["explore.*"],
+        "mbs.runs": ["*.ipynb", "*.yaml"],
+        "mbs.runs.protocols": ["*.yaml"],
+        "mbs.runs.grids": ["*.yaml"],
+        "mbs.tutorials": ["*.ipynb"],
+        "mbs.trained": ["*.md", "*.yaml", "*/*", "*/*/*"],
+    },
 )

@@ -1,4 +1,5 @@
 """How everything here is measured: in one process, the ways one after the other, again and again; what counts is each round's ratio."""
+
 import statistics
 import time
 
@@ -28,7 +29,16 @@ def rounds(ways, repeats):
 def row(what, spent, ours, baseline="plain", unit="s", **more):
     "Medians of both, and the median, lowest and highest ratio of a round."
     ratios = sorted(b / o for b, o in zip(spent[baseline], spent[ours]))
-    return dict(what=what, baseline=statistics.median(spent[baseline]), ours=statistics.median(spent[ours]), ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1], unit=unit, **more)
+    return dict(
+        what=what,
+        baseline=statistics.median(spent[baseline]),
+        ours=statistics.median(spent[ours]),
+        ratio=statistics.median(ratios),
+        low=ratios[0],
+        high=ratios[-1],
+        unit=unit,
+        **more,
+    )
 
 
 def peak(way):
@@ -38,14 +48,20 @@ def peak(way):
         before = torch.cuda.memory_allocated()
         way()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: way()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        way()
     now = most = 0
     for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]": now += event.nbytes(); most = max(most, now)
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
     return most / 2**20
 
 
 def same(found, rtol=1e-4, atol=1e-6):
     "AssertionError unless all ways give the numbers of the first."
     (first, want), *others = found.items()
-    for name, got in others: torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=lambda m: f"{name} is not what {first} gives: {m}")  # noqa: B023 - called at once
+    for name, got in others:
+        torch.testing.assert_close(
+            got, want, rtol=rtol, atol=atol, msg=lambda m: f"{name} is not what {first} gives: {m}"
+        )  # noqa: B023 - called at once

@@ -1,4 +1,5 @@
 """What everything is compared with: METHOD.md's formulas written down one by one in eager PyTorch, as one would without a thought of time or memory."""
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -8,11 +9,12 @@ from mbs.orthogonality import orthogonality
 
 def attention(q, k, v):
     "softmax(QKᵀ / √d) V."
-    return (q @ k.mT / q.shape[-1] ** .5).softmax(-1) @ v
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
 
 
 class Attention(torch.nn.Module):
     "The same with the projections of a timm block, whose parameters it shares."
+
     def __init__(self, own):
         super().__init__()
         self.qkv, self.proj, self.heads = own.qkv, own.proj, own.num_heads
@@ -24,14 +26,16 @@ class Attention(torch.nn.Module):
 
 def network(segmenter):
     "`segmenter` with plain attention in every block."
-    for block in [*segmenter.encoder.vit.blocks, *segmenter.decoder.blocks]: block.attn = Attention(block.attn)
+    for block in [*segmenter.encoder.vit.blocks, *segmenter.decoder.blocks]:
+        block.attn = Attention(block.attn)
     return segmenter
 
 
-def stretched(z, size): return F.interpolate(z, size=size, mode="bilinear", align_corners=False)
+def stretched(z, size):
+    return F.interpolate(z, size=size, mode="bilinear", align_corners=False)
 
 
-def pixel_losses(z, old, target, weight=25., threshold=.7):
+def pixel_losses(z, old, target, weight=25.0, threshold=0.7):
     "Cross-entropy on selective pseudo-labels and label-guided distillation of patch logits: everything at full size, one class after the other. The loss and the training labels."
     n_old, n = old.shape[1], z.shape[1]
     logits, teacher = stretched(z, target.shape[1:]), stretched(old, target.shape[1:])
@@ -42,9 +46,12 @@ def pixel_losses(z, old, target, weight=25., threshold=.7):
     entropy = F.cross_entropy(logits, labels, ignore_index=255)
     guided = []
     for c in range(n):
-        if c == 0: guided.append(torch.where((target >= n_old) & (target != 255), 0, q[:, 0]))
-        elif c < n_old: guided.append(q[:, c])
-        else: guided.append(torch.where(target == c, q[:, 0], 0))
+        if c == 0:
+            guided.append(torch.where((target >= n_old) & (target != 255), 0, q[:, 0]))
+        elif c < n_old:
+            guided.append(q[:, c])
+        else:
+            guided.append(torch.where(target == c, q[:, 0], 0))
     return entropy - weight * (torch.stack(guided, 1) * logits.log_softmax(1)).mean(), labels
 
 
@@ -55,13 +62,18 @@ def loss(student, teacher, target, n_new):
     small = F.interpolate(labels[:, None].float(), size=p.shape[1:], mode="nearest")[:, 0]
     weight = torch.where(small == 0, p, ((small > 0) & (small < n_old)).float()).flatten(1)[..., None]
     squared = weight * (student.patches - teacher.patches).square()
-    total = total + squared.sum() / ((weight > 0).sum() * squared.shape[2]).clamp(min=1) + F.mse_loss(student.class_features[:, :n_old], teacher.class_features)
+    total = (
+        total
+        + squared.sum() / ((weight > 0).sum() * squared.shape[2]).clamp(min=1)
+        + F.mse_loss(student.class_features[:, :n_old], teacher.class_features)
+    )
     return total + orthogonality(student.class_tokens, n_new)
 
 
 def step(student, teacher, images, target, n_new, optimiser):
     "One iteration, its loss read at once."
-    with torch.no_grad(): old = teacher(images)
+    with torch.no_grad():
+        old = teacher(images)
     value = loss(student(images), old, target, n_new)
     value.backward()
     optimiser.step()
@@ -69,7 +81,8 @@ def step(student, teacher, images, target, n_new, optimiser):
     return value.item()
 
 
-def optimiser(student): return torch.optim.SGD(student.parameters(), 1e-4, momentum=.9, weight_decay=1e-5, nesterov=True, foreach=False)
+def optimiser(student):
+    return torch.optim.SGD(student.parameters(), 1e-4, momentum=0.9, weight_decay=1e-5, nesterov=True, foreach=False)
 
 
 def confusion(z, truth):

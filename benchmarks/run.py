@@ -1,7 +1,8 @@
 """All benchmarks with one command, as ratios to the plain eager way, into benchmarks/RESULTS.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/run.py [--repeats 3] [--only objective attention …] [--out FILE]
+OMP_NUM_THREADS=1 python benchmarks/run.py [--repeats 3] [--only objective attention …] [--out FILE]
 """
+
 import argparse
 import datetime
 import importlib
@@ -31,22 +32,49 @@ def machine():
 
 
 def line(r):
-    memory = f"{r['memory'][0]:,.1f} → {r['memory'][1]:,.1f} (1/{r['memory'][0] / r['memory'][1]:.1f})" if r.get("memory") else ""
+    memory = (
+        f"{r['memory'][0]:,.1f} → {r['memory'][1]:,.1f} (1/{r['memory'][0] / r['memory'][1]:.1f})"
+        if r.get("memory")
+        else ""
+    )
     return f"| {r['what']} | {r['baseline']:.4g} {r['unit']} | {r['ours']:.4g} {r['unit']} | **{r['ratio']:.1f}** ({r['low']:.1f} … {r['high']:.1f}) | {memory} |"
 
 
 def on_gpu(repeats):
     "The table of absolute numbers, and what the time is made of; the same table without figures where there is no GPU."
-    tasks = [(task, incremental, compile) for task in full_size.TASKS for incremental in (False, True) for compile in (False, True)]
+    tasks = [
+        (task, incremental, compile)
+        for task in full_size.TASKS
+        for incremental in (False, True)
+        for compile in (False, True)
+    ]
     if not torch.cuda.is_available():
-        rows = [f"| {task} | {'incremental' if incremental else 'base'} | 16 | {'yes' if compile else 'no'} |  |  |  |  |  |" for task, incremental, compile in tasks]
-        return "No GPU was at hand: nothing below was measured, and nothing is guessed. The same command fills the rows on a machine that has one.\n\n" + full_size.HEAD + "\n".join(rows)
-    rows = [full_size.line(full_size.absolute(task, incremental, 16, repeats, compile)) for task, incremental, compile in tasks]
+        rows = [
+            f"| {task} | {'incremental' if incremental else 'base'} | 16 | {'yes' if compile else 'no'} |  |  |  |  |  |"
+            for task, incremental, compile in tasks
+        ]
+        return (
+            "No GPU was at hand: nothing below was measured, and nothing is guessed. The same command fills the rows on a machine that has one.\n\n"
+            + full_size.HEAD
+            + "\n".join(rows)
+        )
+    rows = [
+        full_size.line(full_size.absolute(task, incremental, 16, repeats, compile))
+        for task, incremental, compile in tasks
+    ]
     for task, (n_base, n_new) in full_size.TASKS.items():
         batch = full_size.largest_batch(n_base, n_new, True)
         rows.append(full_size.line(full_size.absolute(task, True, batch, repeats)))
-    profiles = [f"### {task}, incremental, batch 16\n\n```\n{full_size.profile_table(task, 16)}\n```" for task in full_size.TASKS]
-    return full_size.HEAD + "\n".join(rows) + "\n\nBytes are counted as if every operation went to memory.\n\n" + "\n\n".join(profiles)
+    profiles = [
+        f"### {task}, incremental, batch 16\n\n```\n{full_size.profile_table(task, 16)}\n```"
+        for task in full_size.TASKS
+    ]
+    return (
+        full_size.HEAD
+        + "\n".join(rows)
+        + "\n\nBytes are counted as if every operation went to memory.\n\n"
+        + "\n\n".join(profiles)
+    )
 
 
 TEXT = """# Benchmarks
@@ -82,8 +110,14 @@ def main(words=None):
         for r in importlib.import_module(part).measure(options.repeats):
             rows.append(line(r))
             print(rows[-1], flush=True)
-    facts = dict(date=datetime.date.today().isoformat(), commit=git_commit() or "unknown", machine=machine(), repeats=options.repeats)
+    facts = dict(
+        date=datetime.date.today().isoformat(),
+        commit=git_commit() or "unknown",
+        machine=machine(),
+        repeats=options.repeats,
+    )
     options.out.write_text(TEXT.format(rows="\n".join(rows), gpu=on_gpu(options.repeats), **facts), encoding="utf-8")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 """A whole training iteration of an incremental step at 512 × 512 pixels: two forward passes, loss, backward pass and optimiser, as `train_step` does them, against METHOD.md's plain ones."""
+
 from functools import partial
 
 import plain
@@ -10,7 +11,11 @@ from mbs.segmenter import Segmenter, make_encoder
 from mbs.training import compiled, losses, make_accelerator, make_optimizer, make_recipe
 
 VITB = "vit_base_patch16_384"
-WAYS = {"fp32": {}, "fp32, teacher in bf16": dict(teacher_precision="bf16"), "bf16": dict(precision="bf16", cpu_precision="bf16")}
+WAYS = {
+    "fp32": {},
+    "fp32, teacher in bf16": dict(teacher_precision="bf16"),
+    "bf16": dict(precision="bf16", cpu_precision="bf16"),
+}
 
 
 def networks(encoder, n, n_new, side, device, **options):
@@ -21,23 +26,31 @@ def networks(encoder, n, n_new, side, device, **options):
 
 
 def pictures(n, n_new, side, batch, device):
-    images, labels = torch.randn(batch, 3, side, side, device=device), torch.zeros(batch, side, side, dtype=torch.long, device=device)
-    labels[:, side // 4:side // 2, side // 4:side // 2] = n - n_new
+    images, labels = (
+        torch.randn(batch, 3, side, side, device=device),
+        torch.zeros(batch, side, side, dtype=torch.long, device=device),
+    )
+    labels[:, side // 4 : side // 2, side // 4 : side // 2] = n - n_new
     return images, labels
 
 
 class Ours:
     "The loop of a step, an iteration a call, without a teacher for the base step; gives the loss."
+
     def __init__(self, student, teacher, given, n_new, **choices):
-        recipe = make_recipe(lr=1e-3, lr_factor=.1, **choices)
+        recipe = make_recipe(lr=1e-3, lr_factor=0.1, **choices)
         accelerator = make_accelerator(recipe)
         student, optimiser = accelerator.prepare(student, make_optimizer(student, recipe, step=1))
         self.networks = compiled(recipe.compile, student, teacher)
+
         def again():
-            while True: yield given
+            while True:
+                yield given
+
         self.loop = losses(*self.networks.__enter__(), Method("mbs"), again(), optimiser, accelerator, n_new, recipe)
 
-    def __call__(self): return next(self.loop)["loss"]
+    def __call__(self):
+        return next(self.loop)["loss"]
 
 
 def measure(repeats=3, side=512, classes=(21, 151), encoder=VITB, **options):
@@ -49,11 +62,20 @@ def measure(repeats=3, side=512, classes=(21, 151), encoder=VITB, **options):
         other_teacher, other = map(plain.network, pairs[0])
         optimiser, values = plain.optimiser(other), {}
         iterations = dict(plain=lambda: plain.step(other, other_teacher, *given, n_new, optimiser))  # noqa: B023
-        for (teacher, student), (name, choices) in zip(pairs[1:], WAYS.items()): iterations[name] = Ours(student, teacher, given, n_new, **dict(precision="fp32") | choices)
-        def kept(name): values.setdefault(name, []).append(float(iterations[name]()))  # noqa: B023
+        for (teacher, student), (name, choices) in zip(pairs[1:], WAYS.items()):
+            iterations[name] = Ours(student, teacher, given, n_new, **dict(precision="fp32") | choices)
+
+        def kept(name):
+            values.setdefault(name, []).append(float(iterations[name]()))  # noqa: B023
+
         ways = {name: partial(kept, name) for name in iterations}
         memory = {name: peak(way) for name, way in ways.items()}
         spent = rounds(ways, repeats)
-        same({name: torch.tensor(values[name]) for name in ("plain", "fp32")}, rtol=1e-3)  # a later loss depends on the gradients before
-        found += [row(f"whole step, {n} classes, {name}", spent, name, memory=(memory["plain"], memory[name])) for name in WAYS]
+        same(
+            {name: torch.tensor(values[name]) for name in ("plain", "fp32")}, rtol=1e-3
+        )  # a later loss depends on the gradients before
+        found += [
+            row(f"whole step, {n} classes, {name}", spent, name, memory=(memory["plain"], memory[name]))
+            for name in WAYS
+        ]
     return found

@@ -1,4 +1,5 @@
 "Settings of Sphinx. `docs/build.py` makes the pages and calls it."
+
 import re
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ version = release = re.search(r'__version__ = "(.*)"', (ROOT / "mbs/__init__.py"
 copyright = "the mbs authors"
 extensions = ["myst_nb", "sphinx.ext.viewcode"]
 
-nb_execution_mode = "off"      # pages show what the notebooks store
+nb_execution_mode = "off"  # pages show what the notebooks store
 nb_render_markdown_format = "gfm"  # of outputs: tables, too
 nb_code_prompt_show = "Show the {type}"
 nb_code_prompt_hide = "Hide the {type}"
@@ -42,10 +43,13 @@ html_show_sphinx = False
 
 def mathml(text, display):
     "TeX as MathML, which browsers draw by themselves: no script, no font, no network."
-    known = re.sub(r"\\[bB]ig+[lr]?(?=[\\|])", "", text).replace(r"\arg", r"\operatorname{arg}")  # latex2mathml takes neither
+    known = re.sub(r"\\[bB]ig+[lr]?(?=[\\|])", "", text).replace(
+        r"\arg", r"\operatorname{arg}"
+    )  # latex2mathml takes neither
     known = re.sub(r"(?<!\\)\||\\[lr]vert", r"\\vert ", known)  # and sets these as operators, with space around them
     found = convert(known, display=display)
-    if "\\" in found: logging.getLogger(__name__).warning("this formula uses a command that latex2mathml does not know: %s", text)
+    if "\\" in found:
+        logging.getLogger(__name__).warning("this formula uses a command that latex2mathml does not know: %s", text)
     return found
 
 

@@ -1,4 +1,5 @@
 "The picture of background shift on the front page, from the runs of the demo: `make demo picture`, or `mbs demo` and then `python docs/picture.py`."
+
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,8 +23,14 @@ def picture(runs, n=2):
         image, truth, _ = runs[0].samples()[k]
         labels = [np.where(np.isin(truth, list(runs[0].protocol.new_channels(t))), truth, 0) for t in range(steps)]
         predicted = [run.samples()[k][2][-1] for run in runs]
-        titles = ["photo", "everything in it", *(f"labels of step {t}" for t in range(steps)), *(f"in the end:\n{run.settings.method}" for run in runs)]
-        for ax, content, title in zip(row, [image, *(overlay(image, m) for m in [truth, *labels, *predicted])], titles): show(ax, content, "" if k else title)
+        titles = [
+            "photo",
+            "everything in it",
+            *(f"labels of step {t}" for t in range(steps)),
+            *(f"in the end:\n{run.settings.method}" for run in runs),
+        ]
+        for ax, content, title in zip(row, [image, *(overlay(image, m) for m in [truth, *labels, *predicted])], titles):
+            show(ax, content, "" if k else title)
         shown += [truth, *predicted]
     class_legend(fig, shown, names)
     return fig

@@ -1,4 +1,5 @@
 "README.md from nbs/index.ipynb: `python docs/readme.py`, or `make readme`."
+
 import json
 import posixpath
 import re
@@ -11,12 +12,18 @@ NOTE = f"<!-- Made from {SOURCE} by `make readme`: edit it there. -->\n\n"
 
 def from_root(text):
     "Links of the notebook as links of a file at the root."
-    return re.sub(r"(\]\()(?![a-z]+:|#)([^)\s]+)\)", lambda m: f"{m[1]}{posixpath.normpath(posixpath.join(posixpath.dirname(SOURCE), m[2]))})", text)
+    return re.sub(
+        r"(\]\()(?![a-z]+:|#)([^)\s]+)\)",
+        lambda m: f"{m[1]}{posixpath.normpath(posixpath.join(posixpath.dirname(SOURCE), m[2]))})",
+        text,
+    )
 
 
 def printed(output):
     "What a code cell printed or ended with, as text."
-    return "".join(output["text"] if output["output_type"] == "stream" else output.get("data", {}).get("text/plain", []))
+    return "".join(
+        output["text"] if output["output_type"] == "stream" else output.get("data", {}).get("text/plain", [])
+    )
 
 
 def readme():
@@ -24,10 +31,16 @@ def readme():
     parts = []
     for cell in json.loads((ROOT / SOURCE).read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
-        if source.startswith("#| hide"): continue
-        if cell["cell_type"] == "markdown": parts.append(from_root(source))
-        else: parts += [f"```python\n{source}\n```"] + [f"```\n{text}\n```" for o in cell["outputs"] if (text := printed(o).rstrip())]
+        if source.startswith("#| hide"):
+            continue
+        if cell["cell_type"] == "markdown":
+            parts.append(from_root(source))
+        else:
+            parts += [f"```python\n{source}\n```"] + [
+                f"```\n{text}\n```" for o in cell["outputs"] if (text := printed(o).rstrip())
+            ]
     return NOTE + "\n\n".join(parts) + "\n"
 
 
-if __name__ == "__main__": (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")

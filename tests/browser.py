@@ -1,4 +1,5 @@
 "A real JupyterLab and a real headless Chromium for the tests of the explorers."
+
 import json
 import os
 import secrets
@@ -30,38 +31,65 @@ def chromium():
 
 def missing():
     "Why no browser can be started here; empty where one can, and where one must: there its absence is a failure."
-    if DEMANDED: return ""
-    if find_spec("playwright") is None: return "playwright is not installed: pip install 'mbs[dev]'"
+    if DEMANDED:
+        return ""
+    if find_spec("playwright") is None:
+        return "playwright is not installed: pip install 'mbs[dev]'"
     if chromium() is None:
         from playwright.sync_api import sync_playwright
+
         with sync_playwright() as playwright:
-            if not Path(playwright.chromium.executable_path).is_file(): return "no Chromium: apt-get install chromium, or playwright install chromium"
+            if not Path(playwright.chromium.executable_path).is_file():
+                return "no Chromium: apt-get install chromium, or playwright install chromium"
     return ""
 
 
 class Lab:
     "A running server: its address, token and root folder."
-    def __init__(self, url, token, root): self.url, self.token, self.root = url, token, root
+
+    def __init__(self, url, token, root):
+        self.url, self.token, self.root = url, token, root
 
 
 @contextmanager
 def server(folder, command, ready, environment=None):
     "A server with settings and kernels of its own below `folder`, once its address `ready` answers; stopped with all its kernels at the end."
-    places = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
+    places = {
+        name: str(folder / name.lower())
+        for name in (
+            "JUPYTER_CONFIG_DIR",
+            "JUPYTER_DATA_DIR",
+            "JUPYTER_RUNTIME_DIR",
+            "JUPYTERLAB_WORKSPACES_DIR",
+            "IPYTHONDIR",
+        )
+    }
     with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log, start_new_session=True, env=os.environ | places | (environment or {}))
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | places | (environment or {}),
+        )
     try:
         end = time.monotonic() + 90
         while True:
-            try: urllib.request.urlopen(ready, timeout=60); break
+            try:
+                urllib.request.urlopen(ready, timeout=60)
+                break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, (folder / "server.log").read_text()[-3000:]
-                time.sleep(.1)
+                time.sleep(0.1)
         yield
     finally:
-        try: os.killpg(process.pid, signal.SIGTERM); process.wait(10)
-        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def free_port():
@@ -74,28 +102,53 @@ def free_port():
 def jupyter_lab(folder, environment=None):
     "JupyterLab below `folder`."
     root, settings = folder / "root", folder / "settings" / "@jupyterlab"
-    chosen = dict(apputils=("notification", {"fetchNews": "false", "checkForUpdates": False}), notebook=("tracker", {"windowingMode": "none"}))  # no pop-up; every cell is drawn, seen or not
+    chosen = dict(
+        apputils=("notification", {"fetchNews": "false", "checkForUpdates": False}),
+        notebook=("tracker", {"windowingMode": "none"}),
+    )  # no pop-up; every cell is drawn, seen or not
     root.mkdir()
     for extension, (name, values) in chosen.items():
         (settings / f"{extension}-extension").mkdir(parents=True)
         (settings / f"{extension}-extension" / f"{name}.jupyterlab-settings").write_text(json.dumps(values))
     port, token = free_port(), secrets.token_hex(16)
-    command = ["jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-               f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
+    command = [
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={root}",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.extension_manager=readonly",
+    ]
     url = f"http://127.0.0.1:{port}"
-    with server(folder, command, f"{url}/api/status?token={token}", {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")} | (environment or {})): yield Lab(url, token, root)
+    with server(
+        folder,
+        command,
+        f"{url}/api/status?token={token}",
+        {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")} | (environment or {}),
+    ):
+        yield Lab(url, token, root)
 
 
 @contextmanager
 def voila(notebook, folder):
     "A notebook as an app; its address."
     port = free_port()
-    with server(folder, ["voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"], f"http://127.0.0.1:{port}/voila/static/voila.js"): yield f"http://127.0.0.1:{port}"
+    with server(
+        folder,
+        ["voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"],
+        f"http://127.0.0.1:{port}/voila/static/voila.js",
+    ):
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
 def browser():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         one = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         yield one
@@ -105,7 +158,9 @@ def browser():
 @contextmanager
 def page_of(browser, width=1300, height=1000, dark=False):
     "A fresh page; `page.external` collects every request that would leave the machine, `page.errors` what went wrong in scripts."
-    context = browser.new_context(viewport=dict(width=width, height=height), device_scale_factor=1, color_scheme="dark" if dark else "light")
+    context = browser.new_context(
+        viewport=dict(width=width, height=height), device_scale_factor=1, color_scheme="dark" if dark else "light"
+    )
     page = context.new_page()
     page.set_default_timeout(60_000)
     page.external, page.errors = [], []
@@ -121,24 +176,30 @@ def open_notebook(page, lab, path, run=True):
     page.goto(f"{lab.url}/lab/tree/{Path(path).name}?token={lab.token}&reset")
     page.wait_for_function(READY)
     page.evaluate("() => { window.jupyterapp.commands.execute('application:toggle-left-area') }")
-    if run: page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    if run:
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
 
 
 def kernel(page, code):
     "What `code` prints in the kernel of the shown notebook."
-    out, error = page.evaluate("""async (code) => {
+    out, error = page.evaluate(
+        """async (code) => {
         const future = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code, store_history: false });
         let out = '', error = '';
         future.onIOPub = (m) => { if (m.header.msg_type === 'stream') out += m.content.text; if (m.header.msg_type === 'error') error += m.content.traceback.join('\\n'); };
         await future.done;
-        return [out, error]; }""", code)
+        return [out, error]; }""",
+        code,
+    )
     assert not error, error
     return out
 
 
 def canvas_pixels(canvas):
     "(H, W, 3) uint8 of a canvas element."
-    height, width, data = canvas.evaluate("""(c) => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let text = '';
+    height, width, data = (
+        canvas.evaluate("""(c) => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let text = '';
         for (let i = 0; i < d.length; i += 8192) text += String.fromCharCode(...d.subarray(i, i + 8192));
         return [c.height, c.width, btoa(text)]; }""")
+    )
     return np.frombuffer(b64decode(data), np.uint8).reshape(height, width, 4)[..., :3]

@@ -1,4 +1,5 @@
 "Changed files and values for test_mutations.py: bytes, JSON and YAML, PNG and .safetensors, at random from a seed."
+
 import copy
 import json
 import random
@@ -7,112 +8,244 @@ import zlib
 
 NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 CODE = "__import__('os').system('touch owned')"
-VALUES = (None, True, False, 0, -1, 1, 2, 3.5, 255, 256, 10**6, 2**31, 2**63, 10**30, -0.0, 1e-320, 1e308, float("nan"), float("inf"), "", " ", "0", "1e3", "nan", "x" * 3000, "a\nb", "'", '"""', "\\",
-          "<script>alert(1)</script>", "{x}", "{0}", "%s", "$HOME", "../../x", "/etc/passwd", "\0", "\x1b[31m", "é\u202e😀", "!!python/object/apply:os.system [true]", CODE,
-          [], {}, [[]], [None], {"": 0}, {"cls": 1, "self": 2, "name": 3}, {"a": {"b": {"c": []}}}, [1, "1", 1.0], list(range(300)))
-WORDS = ("null", "true", "-1", "0x10", "1:30", "2001-02-31", "&a [*a]", "*b", "!!binary x", "!!set {a}", "? - x", "<<: 1", "---", "...", "{", "]", "|", ">", "%YAML 9", "\t", "\0", "~", "'", '"',
-         "é", ": ", "- ")
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3.5,
+    255,
+    256,
+    10**6,
+    2**31,
+    2**63,
+    10**30,
+    -0.0,
+    1e-320,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "0",
+    "1e3",
+    "nan",
+    "x" * 3000,
+    "a\nb",
+    "'",
+    '"""',
+    "\\",
+    "<script>alert(1)</script>",
+    "{x}",
+    "{0}",
+    "%s",
+    "$HOME",
+    "../../x",
+    "/etc/passwd",
+    "\0",
+    "\x1b[31m",
+    "é\u202e😀",
+    "!!python/object/apply:os.system [true]",
+    CODE,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": 0},
+    {"cls": 1, "self": 2, "name": 3},
+    {"a": {"b": {"c": []}}},
+    [1, "1", 1.0],
+    list(range(300)),
+)
+WORDS = (
+    "null",
+    "true",
+    "-1",
+    "0x10",
+    "1:30",
+    "2001-02-31",
+    "&a [*a]",
+    "*b",
+    "!!binary x",
+    "!!set {a}",
+    "? - x",
+    "<<: 1",
+    "---",
+    "...",
+    "{",
+    "]",
+    "|",
+    ">",
+    "%YAML 9",
+    "\t",
+    "\0",
+    "~",
+    "'",
+    '"',
+    "é",
+    ": ",
+    "- ",
+)
 
 
 class Mutants:
     "An endless supply of changes."
-    def __init__(self, seed): self.random = random.Random(seed)
 
-    def changed(self, data:bytes, most:int=8)->bytes:
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def changed(self, data: bytes, most: int = 8) -> bytes:
         "`data` with a few bits, bytes or stretches changed."
         r, out = self.random, bytearray(data)
         for _ in range(r.choice((1, 1, 1, 2, 3, most))):
             at, length = r.randrange(len(out) + 1), r.choice((1, 1, 2, 4, 16, 200))
             kind = r.randrange(9)
-            if kind < 3 and at < len(out): out[at] ^= 1 << r.randrange(8)
-            elif kind == 3: out[at:at + 4] = struct.pack(r.choice("<>") + "I", r.choice(NUMBERS))
-            elif kind == 4: del out[at:at + length]
-            elif kind == 5: out[at:at] = out[at:at + length]
-            elif kind == 6: out[at:at] = r.randbytes(length)
-            elif kind == 7: out[at:at + length] = bytes(length)
-            elif r.random() < .3: del out[at:]
-            elif out: out[min(at, len(out) - 1)] = r.choice(b"\x00\xff\n\"'{}[]:,-09aZ ")
+            if kind < 3 and at < len(out):
+                out[at] ^= 1 << r.randrange(8)
+            elif kind == 3:
+                out[at : at + 4] = struct.pack(r.choice("<>") + "I", r.choice(NUMBERS))
+            elif kind == 4:
+                del out[at : at + length]
+            elif kind == 5:
+                out[at:at] = out[at : at + length]
+            elif kind == 6:
+                out[at:at] = r.randbytes(length)
+            elif kind == 7:
+                out[at : at + length] = bytes(length)
+            elif r.random() < 0.3:
+                del out[at:]
+            elif out:
+                out[min(at, len(out) - 1)] = r.choice(b"\x00\xff\n\"'{}[]:,-09aZ ")
         return bytes(out)
 
-    def text(self, text:str)->bytes:
+    def text(self, text: str) -> bytes:
         "A text with words put in, taken out or doubled, or with changed bytes."
         r = self.random
-        if r.random() < .4: return self.changed(text.encode(), 4)
+        if r.random() < 0.4:
+            return self.changed(text.encode(), 4)
         lines = text.split("\n")
         for _ in range(r.choice((1, 1, 2, 4))):
             at = r.randrange(len(lines))
             words = lines[at].split(" ")
             kind, k = r.randrange(6), r.randrange(len(words))
-            if kind == 0: words[k] = r.choice(WORDS)
-            elif kind == 1: words[k:k] = [r.choice(WORDS)]
-            elif kind == 2: del words[k]
-            elif kind == 3: words[k] = json.dumps(r.choice(VALUES))
-            elif kind == 4: lines[at:at] = [lines[r.randrange(len(lines))]]
-            else: words = ["" if r.random() < .5 else "  ", *words]
+            if kind == 0:
+                words[k] = r.choice(WORDS)
+            elif kind == 1:
+                words[k:k] = [r.choice(WORDS)]
+            elif kind == 2:
+                del words[k]
+            elif kind == 3:
+                words[k] = json.dumps(r.choice(VALUES))
+            elif kind == 4:
+                lines[at:at] = [lines[r.randrange(len(lines))]]
+            else:
+                words = ["" if r.random() < 0.5 else "  ", *words]
             lines[at] = " ".join(words)
         return "\n".join(lines).encode("utf-8", "surrogatepass")
 
     def tree(self, value):
         "A copy of what JSON can say, with a few places changed."
         out = [copy.deepcopy(value)]
-        for _ in range(self.random.choice((1, 1, 1, 2, 3))): self.graft(out)
+        for _ in range(self.random.choice((1, 1, 1, 2, 3))):
+            self.graft(out)
         return out[0]
 
-    def graft(self, out:list):
+    def graft(self, out: list):
         "Change one place below out[0]."
         r, holder, key = self.random, out, 0
-        while isinstance(holder[key], (dict, list)) and holder[key] and r.random() < .85:
+        while isinstance(holder[key], (dict, list)) and holder[key] and r.random() < 0.85:
             holder = holder[key]
             key = r.choice(list(holder)) if isinstance(holder, dict) else r.randrange(len(holder))
         value, kind = holder[key], r.randrange(6)
-        if kind == 0 and holder is not out: del holder[key]
-        elif kind == 1 and isinstance(holder, list) and holder is not out: holder.insert(key, copy.deepcopy(value))
-        elif kind == 2 and isinstance(holder, dict): holder[r.choice([str(v)[:20] for v in VALUES])] = holder.pop(key)
-        elif kind == 3 and isinstance(value, (int, float)) and not isinstance(value, bool): holder[key] = r.choice((value + 1, -value, value * 1000, str(value), value + .5, [value]))
-        else: holder[key] = copy.deepcopy(r.choice(VALUES))
+        if kind == 0 and holder is not out:
+            del holder[key]
+        elif kind == 1 and isinstance(holder, list) and holder is not out:
+            holder.insert(key, copy.deepcopy(value))
+        elif kind == 2 and isinstance(holder, dict):
+            holder[r.choice([str(v)[:20] for v in VALUES])] = holder.pop(key)
+        elif kind == 3 and isinstance(value, (int, float)) and not isinstance(value, bool):
+            holder[key] = r.choice((value + 1, -value, value * 1000, str(value), value + 0.5, [value]))
+        else:
+            holder[key] = copy.deepcopy(r.choice(VALUES))
 
 
-def pieces(png:bytes)->list[list]:
+def pieces(png: bytes) -> list[list]:
     "Kind and content of each part of a PNG, as far as they can be told apart."
     out, at = [], 8
     while at + 12 <= len(png):
-        length, kind = struct.unpack(">I4s", png[at:at + 8])
-        out.append([kind, png[at + 8:at + 8 + length]])
+        length, kind = struct.unpack(">I4s", png[at : at + 8])
+        out.append([kind, png[at + 8 : at + 8 + length]])
         at += 12 + length
     return out
 
 
-def joined(parts:list[list])->bytes:
+def joined(parts: list[list]) -> bytes:
     "A PNG whose checksums are right, whatever is in it."
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in parts
+    )
 
 
-def inside_png(mutants:Mutants, png:bytes)->bytes:
+def inside_png(mutants: Mutants, png: bytes) -> bytes:
     "A PNG changed behind its checksums: in its header, palette or compressed pixels, in the order of its parts, or in the pixels themselves."
     r, parts = mutants.random, pieces(png)
     part = r.choice(parts)
     kind = r.randrange(4)
-    if kind == 0: part[1] = mutants.changed(part[1], 2)
-    elif kind == 1: parts.remove(part)
-    elif kind == 2: parts.insert(r.randrange(len(parts) + 1), part)
+    if kind == 0:
+        part[1] = mutants.changed(part[1], 2)
+    elif kind == 1:
+        parts.remove(part)
+    elif kind == 2:
+        parts.insert(r.randrange(len(parts) + 1), part)
     else:
         part = next(p for p in parts if p[0] == b"IDAT")
         part[1] = zlib.compress(mutants.changed(zlib.decompress(part[1]), 3))
     return joined(parts)
 
 
-def inside_safetensors(mutants:Mutants, data:bytes)->bytes:
+def inside_safetensors(mutants: Mutants, data: bytes) -> bytes:
     "A .safetensors file with a changed header that is JSON all the same: types, shapes, places, names."
     r, length = mutants.random, struct.unpack("<Q", data[:8])[0]
-    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [k for k in header if k != "__metadata__"]
     name, kind = r.choice(names), r.randrange(7)
-    if kind == 0: header[name]["dtype"] = r.choice(("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", "", 3))
-    elif kind == 1: header[name]["shape"] = r.choice(([], [0], [-1], [2**40, 2**40], [1] * 70, header[name]["shape"][::-1], ["1"], None, header[r.choice(names)]["shape"]))
-    elif kind == 2: header[name]["data_offsets"] = r.choice(([0, 0], [0, 2**60], [8, 4], [-4, 0], header[r.choice(names)]["data_offsets"], [0], [0, len(body) + 8]))
-    elif kind == 3: header[r.choice(("x", "", "é" * 500, name + ".weight"))] = header.pop(name)
-    elif kind == 4: del header[name]
-    elif kind == 5: header["__metadata__"] = r.choice(({}, {"facts": "{"}, {"facts": "[]"}, {"digest": ""}, {"facts": 3}, None))
-    else: header = mutants.tree(header)
+    if kind == 0:
+        header[name]["dtype"] = r.choice(
+            ("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", "", 3)
+        )
+    elif kind == 1:
+        header[name]["shape"] = r.choice(
+            (
+                [],
+                [0],
+                [-1],
+                [2**40, 2**40],
+                [1] * 70,
+                header[name]["shape"][::-1],
+                ["1"],
+                None,
+                header[r.choice(names)]["shape"],
+            )
+        )
+    elif kind == 2:
+        header[name]["data_offsets"] = r.choice(
+            ([0, 0], [0, 2**60], [8, 4], [-4, 0], header[r.choice(names)]["data_offsets"], [0], [0, len(body) + 8])
+        )
+    elif kind == 3:
+        header[r.choice(("x", "", "é" * 500, name + ".weight"))] = header.pop(name)
+    elif kind == 4:
+        del header[name]
+    elif kind == 5:
+        header["__metadata__"] = r.choice(({}, {"facts": "{"}, {"facts": "[]"}, {"digest": ""}, {"facts": 3}, None))
+    else:
+        header = mutants.tree(header)
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if r.random() < .9 else r.choice((0, 1, 2**30, 2**63, len(text) - 1))) + text + body
+    return (
+        struct.pack("<Q", len(text) if r.random() < 0.9 else r.choice((0, 1, 2**30, 2**63, len(text) - 1)))
+        + text
+        + body
+    )

@@ -1,4 +1,5 @@
 "Data sets from archives: a server on the loopback that serves whole, cut, stalled, corrupt and hostile ones of the real layout."
+
 import hashlib
 import http.server
 import io
@@ -23,7 +24,11 @@ from mbs.pictures import read_mask
 
 def picture(seed, kind="JPEG", size=(24, 18)):
     "Bytes of a photo, or with kind PNG of a mask of one class."
-    pixels = np.full(size, seed % 20 + 1, np.uint8) if kind == "PNG" else np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    pixels = (
+        np.full(size, seed % 20 + 1, np.uint8)
+        if kind == "PNG"
+        else np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    )
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
@@ -48,47 +53,79 @@ def tar(files, mode="w"):
 def zipped(files):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z:
-        for name, content in files.items(): z.writestr(name, content)
+        for name, content in files.items():
+            z.writestr(name, content)
     return buffer.getvalue()
 
 
 VOC = "VOCdevkit/VOC2012/"
 FILES = {
-    "voc": tar({VOC + "Annotations/p1.xml": b"<x/>", **{VOC + f"JPEGImages/p{k}.jpg": picture(k) for k in range(8)},
-                **{VOC + f"SegmentationClass/p{k}.png": picture(k, "PNG") for k in (0, 1, 2)},
-                VOC + "ImageSets/Segmentation/train.txt": b"p0\np1\n", VOC + "ImageSets/Segmentation/val.txt": b"p2\n", VOC + "ImageSets/Main/train.txt": b"p7\n"}),
-    "sbd": tar({f"benchmark_RELEASE/dataset/cls/p{k}.mat": mat(k + 10) for k in (1, 2, 3, 4)} | {"benchmark_RELEASE/dataset/inst/p1.mat": b"other"}, "w:gz"),
-    "ade": zipped({"ADEChallengeData2016/objectInfo150.txt": ("Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "".join(f"{k}\t.1\t1\t1\t0\tthing {k}, item\n" for k in range(1, 151))).encode(),
-                   **{f"ADEChallengeData2016/{kind}/{part}/ADE_{part}_{k}.{end}": picture(k, how)
-                      for part in ("training", "validation") for k in range(3) for kind, end, how in (("images", "jpg", "JPEG"), ("annotations", "png", "PNG"))}}),
+    "voc": tar(
+        {
+            VOC + "Annotations/p1.xml": b"<x/>",
+            **{VOC + f"JPEGImages/p{k}.jpg": picture(k) for k in range(8)},
+            **{VOC + f"SegmentationClass/p{k}.png": picture(k, "PNG") for k in (0, 1, 2)},
+            VOC + "ImageSets/Segmentation/train.txt": b"p0\np1\n",
+            VOC + "ImageSets/Segmentation/val.txt": b"p2\n",
+            VOC + "ImageSets/Main/train.txt": b"p7\n",
+        }
+    ),
+    "sbd": tar(
+        {f"benchmark_RELEASE/dataset/cls/p{k}.mat": mat(k + 10) for k in (1, 2, 3, 4)}
+        | {"benchmark_RELEASE/dataset/inst/p1.mat": b"other"},
+        "w:gz",
+    ),
+    "ade": zipped(
+        {
+            "ADEChallengeData2016/objectInfo150.txt": (
+                "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
+                + "".join(f"{k}\t.1\t1\t1\t0\tthing {k}, item\n" for k in range(1, 151))
+            ).encode(),
+            **{
+                f"ADEChallengeData2016/{kind}/{part}/ADE_{part}_{k}.{end}": picture(k, how)
+                for part in ("training", "validation")
+                for k in range(3)
+                for kind, end, how in (("images", "jpg", "JPEG"), ("annotations", "png", "PNG"))
+            },
+        }
+    ),
 }
 
 
 class Server(http.server.BaseHTTPRequestHandler):
     "Serves FILES; `manner` decides how badly."
+
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         _, manner, name = self.path.split("/")
         body, start = FILES[name], int((self.headers.get("Range") or "bytes=0-")[6:-1])
         self.server.asked.append((manner, name, start))
-        if manner == "missing": return self.send_error(404)
-        if start >= len(body): return self.send_error(416)
-        if manner == "corrupt": body = body[:100] + b"?" + body[101:]
-        if manner == "forgetful": start = 0  # knows no Range
+        if manner == "missing":
+            return self.send_error(404)
+        if start >= len(body):
+            return self.send_error(416)
+        if manner == "corrupt":
+            body = body[:100] + b"?" + body[101:]
+        if manner == "forgetful":
+            start = 0  # knows no Range
         self.send_response(206 if start else 200)
-        if start: self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         first = len([a for a in self.server.asked if a[1] == name])
         if manner in ("cut", "stalled") and first < 4:
-            self.wfile.write(body[start:start + len(body) // 5])
+            self.wfile.write(body[start : start + len(body) // 5])
             self.wfile.flush()
-            if manner == "stalled": time.sleep(1)
+            if manner == "stalled":
+                time.sleep(1)
             self.close_connection = True
-        else: self.wfile.write(body[start:])
+        else:
+            self.wfile.write(body[start:])
 
-    def log_message(self, *_): pass
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
@@ -97,14 +134,20 @@ def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(mbs.archives, "STALL", .3)
+    monkeypatch.setattr(mbs.archives, "STALL", 0.3)
     monkeypatch.setattr(mbs.archives, "TRIES", 2)
+
     def serve(*manners):
         for name, body in FILES.items():
             urls = tuple(f"http://127.0.0.1:{server.server_port}/{manner}/{name}" for manner in manners)
             real = KNOWN[name]
-            monkeypatch.setitem(ARCHIVES, name, Archive(real.name, urls, len(body), real.algorithm, hashlib.new(real.algorithm, body).hexdigest()))
+            monkeypatch.setitem(
+                ARCHIVES,
+                name,
+                Archive(real.name, urls, len(body), real.algorithm, hashlib.new(real.algorithm, body).hexdigest()),
+            )
         return server
+
     yield serve
     server.shutdown()
 
@@ -125,7 +168,8 @@ def data(*words, code=0):
     return result.stdout + result.stderr
 
 
-def left(home): return sorted(p.name for p in (home / "data").iterdir()) if (home / "data").is_dir() else []
+def left(home):
+    return sorted(p.name for p in (home / "data").iterdir()) if (home / "data").is_dir() else []
 
 
 def check_voc(root):
@@ -136,13 +180,24 @@ def check_voc(root):
     assert train.dataset == "voc" and not (root / "JPEGImages" / "p7.jpg").exists()
 
 
-@pytest.mark.parametrize("manners,asked", [(("good",), 1), (("cut",), 4), (("stalled",), 4), (("forgetful",), 1), (("missing", "good"), 2), (("corrupt", "good"), 2)])
+@pytest.mark.parametrize(
+    "manners,asked",
+    [
+        (("good",), 1),
+        (("cut",), 4),
+        (("stalled",), 4),
+        (("forgetful",), 1),
+        (("missing", "good"), 2),
+        (("corrupt", "good"), 2),
+    ],
+)
 def test_voc_in_spite_of_the_network(server, home, manners, asked):
     log = server(*manners).asked
     assert "4 training and 1 test pictures" in data("voc")
     check_voc(home / "data" / "voc")
     assert left(home) == ["archives", "voc"] and len([a for a in log if a[1] == "voc"]) == asked
-    if "cut" in manners: assert [start for _, name, start in log if name == "voc"] == [k * (len(FILES["voc"]) // 5) for k in range(4)]
+    if "cut" in manners:
+        assert [start for _, name, start in log if name == "voc"] == [k * (len(FILES["voc"]) // 5) for k in range(4)]
 
 
 def test_interrupted_download_is_resumed_by_the_same_command(server, home):
@@ -150,7 +205,9 @@ def test_interrupted_download_is_resumed_by_the_same_command(server, home):
     (home / "data" / "archives").mkdir(parents=True)
     part = home / "data" / "archives" / (KNOWN["voc"].name + ".part")
     part.write_bytes(FILES["voc"][:1000])
-    assert "1,000 bytes that came are kept and the same command goes on" in data("voc", code=2) and left(home) == ["archives"]
+    assert "1,000 bytes that came are kept and the same command goes on" in data("voc", code=2) and left(home) == [
+        "archives"
+    ]
     log = server("good").asked
     data("voc")
     assert ("good", "voc", 1000) in log
@@ -168,7 +225,12 @@ def test_no_network(monkeypatch, home):
     monkeypatch.setitem(ARCHIVES, "voc", ARCHIVES["voc"]._replace(urls=("http://127.0.0.1:9/voc.tar",)))
     monkeypatch.setattr(mbs.archives, "TRIES", 1)
     said = data("voc", code=2)
-    assert KNOWN["voc"].name in said and "put it at" in said and str(home / "data" / "archives") in said and left(home) == ["archives"]
+    assert (
+        KNOWN["voc"].name in said
+        and "put it at" in said
+        and str(home / "data" / "archives") in said
+        and left(home) == ["archives"]
+    )
 
 
 def test_archives_that_are_there_already(server, home, tmp_path):
@@ -196,17 +258,28 @@ def test_ade(server, home):
 
 EVIL = ["../../evil.png", "/etc/evil.png", "C:/evil.png", "..\\..\\evil.png"]
 
+
 @pytest.mark.parametrize("name", EVIL)
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_hostile_paths(tmp_path, name, kind):
     archive = tmp_path / "in" / f"a.{kind}"
     archive.parent.mkdir()
     archive.write_bytes((zipped if kind == "zip" else tar)({"fine.png": b"x", name: b"x"}))
-    with pytest.raises(ValueError, match="would leave its folder"): list(contents(archive, lambda path: path))
+    with pytest.raises(ValueError, match="would leave its folder"):
+        list(contents(archive, lambda path: path))
 
 
 def test_hostile_archive_leaves_nothing(server, home, monkeypatch):
-    monkeypatch.setitem(FILES, "ade", zipped({"ADEChallengeData2016/images/training/a.jpg": picture(0), "ADEChallengeData2016/images/training/../../../../../evil.jpg": picture(0)}))
+    monkeypatch.setitem(
+        FILES,
+        "ade",
+        zipped(
+            {
+                "ADEChallengeData2016/images/training/a.jpg": picture(0),
+                "ADEChallengeData2016/images/training/../../../../../evil.jpg": picture(0),
+            }
+        ),
+    )
     server("good")
     assert "would leave its folder" in data("ade", code=2)
     assert left(home) == ["archives"] and not list(home.parent.rglob("evil*"))
@@ -218,7 +291,8 @@ def test_links_and_devices(tmp_path, kind):
         info = tarfile.TarInfo("x.png")
         info.type, info.linkname = kind, "/etc/passwd"
         t.addfile(info)
-    with pytest.raises(ValueError, match="no plain file"): list(contents(tmp_path / "a.tar", lambda path: path))
+    with pytest.raises(ValueError, match="no plain file"):
+        list(contents(tmp_path / "a.tar", lambda path: path))
 
 
 @pytest.mark.parametrize("name", ["voc", "sbd", "ade"])
@@ -227,8 +301,10 @@ def test_every_cut_is_one_sentence(tmp_path, name):
     path = tmp_path / "a"
     for cut in np.linspace(0, len(FILES[name]) - 1, 60).astype(int):
         path.write_bytes(FILES[name][:cut])
-        try: list(contents(path, lambda p: p))
-        except ValueError as e: assert "cannot be read" in str(e)
+        try:
+            list(contents(path, lambda p: p))
+        except ValueError as e:
+            assert "cannot be read" in str(e)
 
 
 def test_wrong_content_of_a_right_archive(server, home, monkeypatch):
@@ -247,7 +323,10 @@ def test_target_that_cannot_be_written(server, home, tmp_path):
     assert "cannot be made" in data("voc", "--to", tmp_path / "file" / "voc", code=2)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert "there already" in data("voc", "--to", tmp_path / "full", code=2) and Path(tmp_path / "full" / "mine.txt").read_text() == "mine"
+    assert (
+        "there already" in data("voc", "--to", tmp_path / "full", code=2)
+        and Path(tmp_path / "full" / "mine.txt").read_text() == "mine"
+    )
 
 
 def test_check_lists_every_problem(home, server):
@@ -259,10 +338,21 @@ def test_check_lists_every_problem(home, server):
     Image.fromarray(np.full((24, 18), 77, np.uint8)).save(root / "SegmentationClassAug" / "p1.png")
     Image.fromarray(np.full((24, 17), 1, np.uint8)).save(root / "SegmentationClassAug" / "p3.png")
     (root / "SegmentationClassAug" / "p2.png").unlink()
-    with open(root / "ImageSets" / "Segmentation" / "val.txt", "a") as f: f.write("p4\n")
+    with open(root / "ImageSets" / "Segmentation" / "val.txt", "a") as f:
+        f.write("p4\n")
     result = CliRunner().invoke(app, ["data", "check", str(root)])
     said = result.stdout
     assert result.exit_code == 2 and "5 problems" in said
-    for part in ("p0.jpg cannot be read", "holds [77]", "differ in size", "p2.png is missing", "'p4' is in the train and in the test part"): assert part in said, said
+    for part in (
+        "p0.jpg cannot be read",
+        "holds [77]",
+        "differ in size",
+        "p2.png is missing",
+        "'p4' is in the train and in the test part",
+    ):
+        assert part in said, said
     (root / "ImageSets" / "Segmentation" / "val.txt").write_text("p2\n")
-    assert f"and 2 more: mbs data check {root} lists them" in CliRunner().invoke(app, ["run", f"data={root}", "protocol=19-1"]).stderr
+    assert (
+        f"and 2 more: mbs data check {root} lists them"
+        in CliRunner().invoke(app, ["run", f"data={root}", "protocol=19-1"]).stderr
+    )

@@ -1,4 +1,5 @@
 "Batches: the same twelve runs on this machine and on a Ray cluster, whoever dies meanwhile; plans, names, shared base steps, and what cannot be."
+
 import json
 import os
 import signal
@@ -17,8 +18,15 @@ from mbs.grid import batch_settings, read_grid
 from mbs.notebooks import RunFailed, runs_folder, worker
 from mbs.run import load_run
 
-TINY = dict(protocol="6-2", scenes=dict(n_train=40, n_test=8, size=32), samples=1, workers=0, decoder=dict(depth=1),
-            encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1), training=dict(crop=32, batch=4, iterations=30, optimizer="adamw"))
+TINY = dict(
+    protocol="6-2",
+    scenes=dict(n_train=40, n_test=8, size=32),
+    samples=1,
+    workers=0,
+    decoder=dict(depth=1),
+    encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1),
+    training=dict(crop=32, batch=4, iterations=30, optimizer="adamw"),
+)
 TWELVE = dict(method=["finetune", "kd", "mbs"], setting=["overlapped", "disjoint"], seed=[0, 1])
 TRAIN = """
 from pathlib import Path
@@ -36,52 +44,72 @@ for step in Experiment(settings).steps(): print("step", step)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): monkeypatch.setenv(name, "1")  # so that sums come out alike everywhere
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # so that sums come out alike everywhere
     return tmp_path
 
 
 def write_batch(home, **grid) -> Path:
     "The file of a batch, with a notebook that trains like train.ipynb but draws nothing."
     train = nbformat.read(runs_folder() / "train.ipynb", 4)
-    train.cells = [next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])), nbformat.v4.new_code_cell(TRAIN)]
+    train.cells = [
+        next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])),
+        nbformat.v4.new_code_cell(TRAIN),
+    ]
     nbformat.write(train, home / "plain.ipynb")
-    (home / "twelve.yaml").write_text(yaml.safe_dump(dict(notebook=str(home / "plain.ipynb"), parameters=TINY, grid=TWELVE) | grid, sort_keys=False))
+    (home / "twelve.yaml").write_text(
+        yaml.safe_dump(dict(notebook=str(home / "plain.ipynb"), parameters=TINY, grid=TWELVE) | grid, sort_keys=False)
+    )
     return home / "twelve.yaml"
 
 
 class Driver(subprocess.Popen):
     "The command in a process of its own; what it says goes into a file."
+
     def __init__(self, *words):
         self.file = Path(f"said-{time.monotonic_ns()}.txt").absolute()
-        with open(self.file, "w") as out: super().__init__([sys.executable, "-m", "mbs", *map(str, words)], stdout=out, stderr=subprocess.STDOUT)
+        with open(self.file, "w") as out:
+            super().__init__([sys.executable, "-m", "mbs", *map(str, words)], stdout=out, stderr=subprocess.STDOUT)
 
-    def said(self) -> str: return self.file.read_text()
+    def said(self) -> str:
+        return self.file.read_text()
 
     def until(self, what, seconds=300):
         "What `what` gives, as soon as it is something; the process must not end before."
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert self.poll() is None and time.monotonic() < deadline, self.said()
-            time.sleep(.05)
+            time.sleep(0.05)
         return found
 
 
-def runs_in(folder: Path) -> list: return [load_run(path.parent) for path in sorted(folder.glob("*/run.json"))]
+def runs_in(folder: Path) -> list:
+    return [load_run(path.parent) for path in sorted(folder.glob("*/run.json"))]
 
 
-def finished(folder: Path, n: int) -> list: return found if len(found := [run for run in runs_in(folder) if run.finished]) >= n else []
+def finished(folder: Path, n: int) -> list:
+    return found if len(found := [run for run in runs_in(folder) if run.finished]) >= n else []
 
 
 def at_work(folder: Path):
     "A run that trains its first step now, with the number of its process."
     for run in runs_in(folder):
-        if run.n_steps == 0 and run.log() and psutil.pid_exists(worker(run.folder)["pid"]): return run.folder, worker(run.folder)["pid"]
+        if run.n_steps == 0 and run.log() and psutil.pid_exists(worker(run.folder)["pid"]):
+            return run.folder, worker(run.folder)["pid"]
 
 
-def stamps(folder: Path) -> dict: return {path: path.stat().st_mtime_ns for path in folder.glob("*/step-*/*")}
+def stamps(folder: Path) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/step-*/*")}
 
 
-def result(folder: Path) -> dict: return {run.folder.name: (run.log(), [(run.metrics(t)["scores"], run.confusion(t).counts.tolist()) for t in range(run.n_steps)]) for run in runs_in(folder)}
+def result(folder: Path) -> dict:
+    return {
+        run.folder.name: (
+            run.log(),
+            [(run.metrics(t)["scores"], run.confusion(t).counts.tolist()) for t in range(run.n_steps)],
+        )
+        for run in runs_in(folder)
+    }
 
 
 def on_this_machine(home) -> dict:
@@ -97,22 +125,30 @@ def on_this_machine(home) -> dict:
     driver.kill()
     driver.wait()
     assert not psutil.wait_procs(others, 30)[1], "processes outlive their driver"
-    assert "its process was ended by signal 9" in driver.said() and f"twelve/{finished(folder, 1)[0].folder.name}: step 1" in driver.said()
+    assert (
+        "its process was ended by signal 9" in driver.said()
+        and f"twelve/{finished(folder, 1)[0].folder.name}: step 1" in driver.said()
+    )
     before, plan = stamps(folder), {row[0]: row for row in Batch(grid).plan(measure=False).rows}
-    assert {row[1] for row in plan.values()} == {"done", "broken", "new"} and sum(row[1] == "done" for row in plan.values()) == len(finished(folder, 3)) >= 3
+    assert {row[1] for row in plan.values()} == {"done", "broken", "new"} and sum(
+        row[1] == "done" for row in plan.values()
+    ) == len(finished(folder, 3)) >= 3
     assert any("RuntimeError: there is trouble" in row[6] for name, row in plan.items() if name.startswith("kd-"))
     (home / "trouble").unlink()
     again = Driver("batch", grid, "--workers", 2)
     assert again.wait(600) == 0 and "12 done" in again.said(), again.said()
     assert before.items() <= stamps(folder).items()
     trained = [run for run in runs_in(folder) if "base_from" not in run.metrics(0)]
-    assert len(trained) == len({run.card["base"] for run in runs_in(folder)}) == 4, "a base step was trained more than once"
+    assert len(trained) == len({run.card["base"] for run in runs_in(folder)}) == 4, (
+        "a base step was trained more than once"
+    )
     return result(folder)
 
 
 def on_two_nodes(home) -> dict:
     "A Ray worker dies, then a node; Ray starts their runs again, and they end like those of this machine."
     from ray.cluster_utils import Cluster
+
     grid, folder = write_batch(home), home / "outputs" / "twelve"
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     try:
@@ -127,7 +163,8 @@ def on_two_nodes(home) -> dict:
         assert driver.wait(600) == 0 and "12 done" in driver.said(), driver.said()
         assert "on_node" in driver.said() and "step 1" in driver.said()  # the runs' own words came back
         assert before.items() <= stamps(folder).items()
-    finally: cluster.shutdown()
+    finally:
+        cluster.shutdown()
     return result(folder)
 
 
@@ -145,9 +182,15 @@ def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch):
 
 def test_an_interrupt_ends_all(home):
     "Ctrl-C: exit code 75 and not one process left, not even of a run that has several; a finished step stays."
-    grid = write_batch(home, grid=dict(method=["finetune"]), parameters=TINY | dict(processes=2, training=TINY["training"] | dict(new_iterations=100_000)))
+    grid = write_batch(
+        home,
+        grid=dict(method=["finetune"]),
+        parameters=TINY | dict(processes=2, training=TINY["training"] | dict(new_iterations=100_000)),
+    )
     driver = Driver("batch", grid)
-    run = driver.until(lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 5), None))
+    run = driver.until(
+        lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 5), None)
+    )
     others = psutil.Process(driver.pid).children(recursive=True)
     assert len(others) >= 5  # the run's process, its kernel, the launcher and two that train
     driver.send_signal(signal.SIGINT)
@@ -159,9 +202,22 @@ def test_a_plan_costs_nothing(home):
     "Names, shared base steps and iterations are known before anything is written; time is measured once for the same work."
     batch = Batch(write_batch(home))
     plan = batch.plan()
-    assert [row[0] for row in plan.rows[:3]] == ["finetune-overlapped-s0", "finetune-overlapped-s1", "finetune-disjoint-s0"]
-    assert [row[3] for row in plan.rows] == ["trains it"] * 4 + ["of finetune-overlapped-s0", "of finetune-overlapped-s1", "of finetune-disjoint-s0", "of finetune-disjoint-s1"] * 2
-    assert [row[4] for row in plan.rows] == ["60"] * 4 + ["30"] * 8 and "12 new; 4 base steps to train; 480 iterations" in plan.note and "timed here" in plan.note
+    assert [row[0] for row in plan.rows[:3]] == [
+        "finetune-overlapped-s0",
+        "finetune-overlapped-s1",
+        "finetune-disjoint-s0",
+    ]
+    assert [row[3] for row in plan.rows] == ["trains it"] * 4 + [
+        "of finetune-overlapped-s0",
+        "of finetune-overlapped-s1",
+        "of finetune-disjoint-s0",
+        "of finetune-disjoint-s1",
+    ] * 2
+    assert (
+        [row[4] for row in plan.rows] == ["60"] * 4 + ["30"] * 8
+        and "12 new; 4 base steps to train; 480 iterations" in plan.note
+        and "timed here" in plan.note
+    )
     assert not (home / "outputs").exists()
     alone = Batch(write_batch(home, parameters=TINY | dict(share_base=False)))
     assert {row[3] for row in alone.plan(measure=False).rows} == {"trains it"}
@@ -169,46 +225,79 @@ def test_a_plan_costs_nothing(home):
 
 def test_names():
     "Readable, of what differs, the same when the batch grows."
-    def names(**grid): return [s.name.removeprefix("x/") for s in batch_settings(read_grid(dict(name="x") | grid))]
-    small = names(runs=[dict(method="kd"), {"method": "mbs", "parts": {"threshold": .8}}, dict(name="full", method="mbs", parts={})], grid={"training.lr": ["1e-3"]})
-    large = names(runs=[dict(method="kd"), {"method": "mbs", "parts": {"threshold": .8}}, dict(name="full", method="mbs", parts={}), dict(method="plop")], grid={"training.lr": ["1e-3", 1e-2]})
-    assert small == ["kd-lr=0.001", "mbs-threshold=0.8-lr=0.001", "full-lr=0.001"] and set(small) < set(large) and len(large) == 8
+
+    def names(**grid):
+        return [s.name.removeprefix("x/") for s in batch_settings(read_grid(dict(name="x") | grid))]
+
+    small = names(
+        runs=[
+            dict(method="kd"),
+            {"method": "mbs", "parts": {"threshold": 0.8}},
+            dict(name="full", method="mbs", parts={}),
+        ],
+        grid={"training.lr": ["1e-3"]},
+    )
+    large = names(
+        runs=[
+            dict(method="kd"),
+            {"method": "mbs", "parts": {"threshold": 0.8}},
+            dict(name="full", method="mbs", parts={}),
+            dict(method="plop"),
+        ],
+        grid={"training.lr": ["1e-3", 1e-2]},
+    )
+    assert (
+        small == ["kd-lr=0.001", "mbs-threshold=0.8-lr=0.001", "full-lr=0.001"]
+        and set(small) < set(large)
+        and len(large) == 8
+    )
     assert names(grid=dict(base=["demo", "voc-15-1-overlapped"])) == ["demo", "voc-15-1-overlapped"]
-    for file in sorted((runs_folder() / "grids").glob("*.yaml")): assert len(batch_settings(read_grid(file.stem))) == len({s.name for s in batch_settings(read_grid(file.stem))}) > 9
+    for file in sorted((runs_folder() / "grids").glob("*.yaml")):
+        assert (
+            len(batch_settings(read_grid(file.stem))) == len({s.name for s in batch_settings(read_grid(file.stem))}) > 9
+        )
 
 
-@pytest.mark.parametrize("grid,words", [
-    (dict(grid=dict(metod=["kd"])), "parameter 'metod' is not known"),
-    (dict(grid=dict(method=[])), "grid of 'method' is empty"),
-    (dict(grid={}), "the batch has no runs"),
-    (dict(gird=dict(seed=[0])), "parameter 'gird' is not known: expected 'grid'?"),
-    (dict(grid=dict(seed=0)), "'grid.seed' cannot be 0"),
-    (dict(runs=[dict(seed=1), dict(seed=1)]), "have the name 's1'"),
-    (dict(runs=[dict(seed=1)], grid=dict(seed=[1])), "is in runs and in grid"),
-    (dict(base="nosuch", grid=dict(seed=[1])), "parameter file nosuch does not exist"),
-    (dict(grid={"protocol.x": [1]}, parameters=dict(protocol="5-1")), "'protocol' is a single value"),
-    (dict(grid=dict(protocol=["5-1", "9-1"]), parameters=TINY | dict(protocol="5-1")), "protocol"),
-    (dict(notebook="nosuch.ipynb", grid=dict(seed=[1])), "nosuch.ipynb does not exist"),
-    (dict(name="../x", grid=dict(seed=[1])), "'name' cannot be"),
-])
+@pytest.mark.parametrize(
+    "grid,words",
+    [
+        (dict(grid=dict(metod=["kd"])), "parameter 'metod' is not known"),
+        (dict(grid=dict(method=[])), "grid of 'method' is empty"),
+        (dict(grid={}), "the batch has no runs"),
+        (dict(gird=dict(seed=[0])), "parameter 'gird' is not known: expected 'grid'?"),
+        (dict(grid=dict(seed=0)), "'grid.seed' cannot be 0"),
+        (dict(runs=[dict(seed=1), dict(seed=1)]), "have the name 's1'"),
+        (dict(runs=[dict(seed=1)], grid=dict(seed=[1])), "is in runs and in grid"),
+        (dict(base="nosuch", grid=dict(seed=[1])), "parameter file nosuch does not exist"),
+        (dict(grid={"protocol.x": [1]}, parameters=dict(protocol="5-1")), "'protocol' is a single value"),
+        (dict(grid=dict(protocol=["5-1", "9-1"]), parameters=TINY | dict(protocol="5-1")), "protocol"),
+        (dict(notebook="nosuch.ipynb", grid=dict(seed=[1])), "nosuch.ipynb does not exist"),
+        (dict(name="../x", grid=dict(seed=[1])), "'name' cannot be"),
+    ],
+)
 def test_what_cannot_be_is_said_before_anything_runs(home, grid, words):
-    with pytest.raises(ValueError, match="(?s)" + words.replace("(", r"\(").replace("?", r"\?")): Batch(dict(name="x") | grid)
+    with pytest.raises(ValueError, match="(?s)" + words.replace("(", r"\(").replace("?", r"\?")):
+        Batch(dict(name="x") | grid)
     assert not (home / "outputs").exists()
 
 
 def test_a_changed_batch_is_refused(home):
     "A folder holds the run that its name says, or the batch does not start."
     from mbs.experiment import Experiment
+
     first = Batch(dict(name="x", parameters=TINY, grid=dict(seed=[0])))
     Experiment(first.jobs[0].settings).run()
     assert Batch(dict(name="x", parameters=TINY, grid=dict(seed=[0, 1]))).plan(measure=False).rows[0][1] == "done"
-    with pytest.raises(ValueError, match=r"settings\.samples: 1 there, 2 now"): Batch(dict(name="x", parameters=TINY | dict(samples=2), grid=dict(seed=[0])))
+    with pytest.raises(ValueError, match=r"settings\.samples: 1 there, 2 now"):
+        Batch(dict(name="x", parameters=TINY | dict(samples=2), grid=dict(seed=[0])))
 
 
 def test_without_ray(monkeypatch):
     from mbs.executors import OnRay
+
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install 'mbs\[cluster\]'"): OnRay()
+    with pytest.raises(ValueError, match=r"pip install 'mbs\[cluster\]'"):
+        OnRay()
 
 
 def test_a_notebook_that_does_not_train(home):
@@ -217,7 +306,8 @@ def test_a_notebook_that_does_not_train(home):
     book = nbformat.read(home / "plain.ipynb", 4)
     book.cells = book.cells[:1]
     nbformat.write(book, home / "plain.ipynb")
-    with pytest.raises(RunFailed, match=r"(?s)2 of 2 runs failed.*before the run was finished"): Batch(path).run(show=lambda table: None, every=.2)
+    with pytest.raises(RunFailed, match=r"(?s)2 of 2 runs failed.*before the run was finished"):
+        Batch(path).run(show=lambda table: None, every=0.2)
 
 
 def test_the_table_in_a_notebook_and_in_a_terminal(monkeypatch, capsys):
@@ -227,12 +317,14 @@ def test_the_table_in_a_notebook_and_in_a_terminal(monkeypatch, capsys):
 
     from mbs import live
     from mbs.tables import Table
+
     table = Table("toy: 1 running", ("run", "state", "loss"), [("[red]<b>-s0", "running", "0.1")])
     shown = []
     monkeypatch.setattr(live, "in_notebook", lambda: True)
     monkeypatch.setattr(IPython.display, "display", shown.append)
     with live.live() as show:
-        for k in range(2): show(table._replace(title=f"{k}"))
+        for k in range(2):
+            show(table._replace(title=f"{k}"))
     assert len(shown) == 1 and "<h3>1</h3>" in shown[0].value and "&lt;b&gt;-s0" in shown[0].value
     monkeypatch.setattr(live, "in_notebook", lambda: False)
     Console(force_terminal=True, width=80).print(live.console_table(table))
@@ -245,11 +337,19 @@ def test_curves(home):
 
     from mbs.curves import Curves
     from mbs.experiment import Experiment
+
     run = Experiment(Batch(dict(name="x", parameters=TINY, grid=dict(seed=[0]))).jobs[0].settings).run()
     curves = Curves([home / "outputs"], home / "events")
-    def losses(): return [(e.step, e.value) for e in EventAccumulator(str(home / "events/x/s0")).Reload().Scalars("loss/loss")]
-    assert losses() == [(30 * r["step"] + r["iteration"], pytest.approx(r["loss"], rel=1e-6)) for r in run.log()] and curves.update() == 0
+
+    def losses():
+        return [(e.step, e.value) for e in EventAccumulator(str(home / "events/x/s0")).Reload().Scalars("loss/loss")]
+
+    assert (
+        losses() == [(30 * r["step"] + r["iteration"], pytest.approx(r["loss"], rel=1e-6)) for r in run.log()]
+        and curves.update() == 0
+    )
     (run.folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in run.log()[:2]))
     curves.update()
     assert [at for at, _ in losses()] == [10, 20]
-    with pytest.raises(ValueError, match="there is no run in"): Curves([home / "events"], home / "more")
+    with pytest.raises(ValueError, match="there is no run in"):
+        Curves([home / "events"], home / "more")

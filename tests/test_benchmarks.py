@@ -1,4 +1,5 @@
 "The benchmarks run, at sizes where nothing can be measured, and all ways that they compare give the same numbers."
+
 import sys
 from pathlib import Path
 
@@ -12,33 +13,53 @@ NETWORK = dict(encoder="vit_tiny_patch16_224", embed_dim=32, depth=1, num_heads=
 def beside(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in [name for name, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(FOLDER))]: del sys.modules[name]  # names as common as `step`
+    for name in [name for name, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(FOLDER))]:
+        del sys.modules[name]  # names as common as `step`
 
 
 def is_row(r):
-    assert {"what", "baseline", "ours", "ratio", "low", "high", "unit"} <= r.keys() and r["low"] <= r["ratio"] <= r["high"] and min(r["baseline"], r["ours"], *r["memory"]) > 0
+    assert (
+        {"what", "baseline", "ours", "ratio", "low", "high", "unit"} <= r.keys()
+        and r["low"] <= r["ratio"] <= r["high"]
+        and min(r["baseline"], r["ours"], *r["memory"]) > 0
+    )
     return True
 
 
-@pytest.mark.parametrize("part,sizes,n", [("objective", dict(side=64, classes=(5, 9)), 2), ("attention", dict(tokens=33, heads=2, width=8), 1),
-                                          ("evaluation", dict(side=64, classes=(5,), batch=2), 2), ("step", dict(side=64, classes=(5,), **NETWORK), 3)])
+@pytest.mark.parametrize(
+    "part,sizes,n",
+    [
+        ("objective", dict(side=64, classes=(5, 9)), 2),
+        ("attention", dict(tokens=33, heads=2, width=8), 1),
+        ("evaluation", dict(side=64, classes=(5,), batch=2), 2),
+        ("step", dict(side=64, classes=(5,), **NETWORK), 3),
+    ],
+)
 def test_all_ways_agree(part, sizes, n):
     "`measure` compares them before it returns."
     found = __import__(part).measure(2, **sizes)
     assert len(found) == n and all(map(is_row, found))
 
 
-@pytest.mark.parametrize("part,name,wrong", [("objective", "pixel_losses", lambda z, old, target: (1.001 * z.square().mean(), None)),
-                                             ("attention", "attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v)])
+@pytest.mark.parametrize(
+    "part,name,wrong",
+    [
+        ("objective", "pixel_losses", lambda z, old, target: (1.001 * z.square().mean(), None)),
+        ("attention", "attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v),
+    ],
+)
 def test_ways_that_differ_are_refused(part, name, wrong, monkeypatch):
     import plain
+
     monkeypatch.setattr(plain, name, wrong)
-    with pytest.raises(AssertionError, match="is not what plain gives"): __import__(part).measure(1, **dict(objective=dict(side=64, classes=(5,)), attention=dict(tokens=33))[part])
+    with pytest.raises(AssertionError, match="is not what plain gives"):
+        __import__(part).measure(1, **dict(objective=dict(side=64, classes=(5,)), attention=dict(tokens=33))[part])
 
 
 def test_absolute_numbers():
     "Arithmetic and traffic of an iteration grow with the batch; without a known GPU nothing is said of its peaks."
     import full_size
+
     one, two = (full_size.absolute("VOC 15-5", True, batch, 1, side=64, **NETWORK) for batch in (1, 2))
     assert 1.8 < two["flops"] / one["flops"] < 2.2 and two["moved"] > one["moved"] and one["shares"] is None
     assert full_size.line(one).count("|") == full_size.HEAD.splitlines()[0].count("|")
@@ -48,9 +69,11 @@ def test_results_are_written(tmp_path, monkeypatch):
     "What was measured, on which machine; the GPU's rows stay empty without one."
     import run
     import torch
+
     measure = __import__("attention").measure
     monkeypatch.setattr("attention.measure", lambda repeats: measure(repeats, tokens=33))
     run.main(["--repeats", "1", "--only", "attention", "--out", str(tmp_path / "RESULTS.md")])
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| attention, 33 tokens |" in text and torch.__version__ in text and str(FOLDER) not in text
-    if not torch.cuda.is_available(): assert "No GPU was at hand" in text and text.count("| 16 | yes |  |  |  |  |  |") == 4
+    if not torch.cuda.is_available():
+        assert "No GPU was at hand" in text and text.count("| 16 | yes |  |  |  |  |  |") == 4

@@ -1,6 +1,7 @@
 """The explorers in a real JupyterLab and a real headless Chromium: what is pressed reaches the kernel, what the kernel knows is what is drawn.
 
 Skipped where there is no Chromium, unless CI or MBS_BROWSER=1 is set: then they fail."""
+
 import json
 import re
 from base64 import b64decode
@@ -19,7 +20,8 @@ DRAWN = "(n) => [...document.querySelectorAll('.mbs-explore')].filter((e) => e.d
 
 @pytest.fixture(scope="module")
 def chrome():
-    with browser() as one: yield one
+    with browser() as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,9 @@ def tour(runs, chrome, tmp_path_factory):
         open_notebook(page, lab, notebook)
         try:
             page.wait_for_function(DRAWN, arg=5)  # one run, two side by side, features, a picture of one's own
-            page.wait_for_function("() => window.jupyterapp.shell.currentWidget.content.widgets.filter((c) => c.model.type === 'code').every((c) => c.model.executionCount)")
+            page.wait_for_function(
+                "() => window.jupyterapp.shell.currentWidget.content.widgets.filter((c) => c.model.type === 'code').every((c) => c.model.executionCount)"
+            )
         except Exception:
             page.screenshot(path=notebook.with_name("failed.png"))
             raise
@@ -40,8 +44,11 @@ def tour(runs, chrome, tmp_path_factory):
 @pytest.fixture
 def shift(tour):
     "The first explorer of the tour, at the same state for each test."
-    kernel(tour, "for name, value in dict(step=1, tau=.5, alpha=.55, hidden=[], flow_filter=[], source='prediction', colour_by='class', order='as stored', index=0, pick=(20, 20)).items(): "
-                 "setattr(shift.state, name, value)")
+    kernel(
+        tour,
+        "for name, value in dict(step=1, tau=.5, alpha=.55, hidden=[], flow_filter=[], source='prediction', colour_by='class', order='as stored', index=0, pick=(20, 20)).items(): "
+        "setattr(shift.state, name, value)",
+    )
     explorer = Explorer(tour, 0, "shift")
     explorer.settled()
     explorer.root.scroll_into_view_if_needed()
@@ -51,30 +58,45 @@ def shift(tour):
 
 class Explorer:
     "One canvas of the page and the variable that it shows."
+
     def __init__(self, page, position, variable):
         self.page, self.variable, self.root = page, variable, page.locator(".mbs-explore").nth(position)
 
-    def panel(self, name, names=PANELS): return self.root.locator("canvas").nth(names.index(name))
-    def pixels(self, names=PANELS): return {name: canvas_pixels(self.panel(name, names)) for name in names}
-    def kernel(self, expression): return json.loads(kernel(self.page, f"import json; print(json.dumps({expression}))"))
-    def state(self, name): return self.kernel(f"{self.variable}.state.{name}")
+    def panel(self, name, names=PANELS):
+        return self.root.locator("canvas").nth(names.index(name))
+
+    def pixels(self, names=PANELS):
+        return {name: canvas_pixels(self.panel(name, names)) for name in names}
+
+    def kernel(self, expression):
+        return json.loads(kernel(self.page, f"import json; print(json.dumps({expression}))"))
+
+    def state(self, name):
+        return self.kernel(f"{self.variable}.state.{name}")
 
     def settled(self):
         "Wait until the page shows what the kernel has."
         stamp = self.kernel(f"{self.variable}.labels({self.variable}.state)['stamp']")
-        self.page.wait_for_function("([e, stamp]) => e.dataset.drawn === stamp", arg=[self.root.element_handle(), stamp])
+        self.page.wait_for_function(
+            "([e, stamp]) => e.dataset.drawn === stamp", arg=[self.root.element_handle(), stamp]
+        )
         lines = self.kernel(f"{self.variable}.point({self.variable}.state)['lines']")
-        self.page.wait_for_function("([e, text]) => e.innerText.includes(text)", arg=[self.root.locator(".mbs-card").element_handle(), lines[0]])
+        self.page.wait_for_function(
+            "([e, text]) => e.innerText.includes(text)", arg=[self.root.locator(".mbs-card").element_handle(), lines[0]]
+        )
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def painted(self, labels, style="class_style(run.names)"):
         "(H, W, 3): the labels, an expression with m and s, as the package's `paint` draws them."
-        text = kernel(self.page, f"""
+        text = kernel(
+            self.page,
+            f"""
 import base64
 from mbs.explore import FLOW_STYLE, class_style, paint
 e = {self.variable}.state; m, s = e.moment, e.shift
 faint = None if not e.flow_filter else ~__import__('numpy').isin(s.flow, e.flow_filter)
-print(base64.b64encode(paint(m.photo, {labels}, {style}, e.alpha, e.hidden if {style!r} != 'FLOW_STYLE' else [], faint).tobytes()).decode(), m.photo.shape[0])""")
+print(base64.b64encode(paint(m.photo, {labels}, {style}, e.alpha, e.hidden if {style!r} != 'FLOW_STYLE' else [], faint).tobytes()).decode(), m.photo.shape[0])""",
+        )
         data, height = text.split()
         return np.frombuffer(b64decode(data), np.uint8).reshape(int(height), -1, 3)
 
@@ -82,24 +104,31 @@ print(base64.b64encode(paint(m.photo, {labels}, {style}, e.alpha, e.hidden if {s
         "Assert that every picture and every number on the page is the kernel's."
         self.settled()
         seen, painted = self.pixels(), dict(truth="m.truth", view="m.view", pseudo="s.pseudo", predicted="m.predicted")
-        for name, labels in painted.items(): assert close(seen[name], self.painted(labels)), name
+        for name, labels in painted.items():
+            assert close(seen[name], self.painted(labels)), name
         assert close(seen["flow"], self.painted("s.flow", "FLOW_STYLE"))
         counts = {name.replace("->", " → "): f"{n:,}" for name, n in self.state("counts").items()}
-        shown = self.root.locator(".mbs-tables tr").evaluate_all("(rows) => rows.map((r) => [r.cells[0].innerText.trim(), r.cells[1].innerText])")
+        shown = self.root.locator(".mbs-tables tr").evaluate_all(
+            "(rows) => rows.map((r) => [r.cells[0].innerText.trim(), r.cells[1].innerText])"
+        )
         assert dict(shown) == counts and len(shown) == len(counts)
         assert sum(int(n.replace(",", "")) for _, n in shown) == 2 * self.kernel("shift.state.moment.view.size")
         card = self.root.locator(".mbs-card").inner_text()
         assert all(line in card for line in self.kernel(f"{self.variable}.point({self.variable}.state)['lines']"))
 
 
-def close(a, b): return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
+def close(a, b):
+    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
 
 
-def changed(before, after): return {name for name in before if not np.array_equal(before[name], after[name])}
+def changed(before, after):
+    return {name for name in before if not np.array_equal(before[name], after[name])}
 
 
 def test_the_tour_runs_through(tour):
-    outputs = tour.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap((c) => c.model.type === 'code' ? c.model.outputs.toJSON() : []).map((o) => o.output_type)")
+    outputs = tour.evaluate(
+        "() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap((c) => c.model.type === 'code' ? c.model.outputs.toJSON() : []).map((o) => o.output_type)"
+    )
     assert "error" not in outputs and len(outputs) >= 8
     assert tour.locator(".js-plotly-plot").count() == 1
     assert tour.external == [] and tour.errors == []
@@ -113,26 +142,30 @@ def test_drag_the_threshold(shift):
     h, t = handle.bounding_box(), track.bounding_box()
     shift.page.mouse.move(h["x"] + h["width"] / 2, h["y"] + h["height"] / 2)
     shift.page.mouse.down()
-    shift.page.mouse.move(t["x"] + .1 * t["width"], h["y"] + h["height"] / 2, steps=12)
+    shift.page.mouse.move(t["x"] + 0.1 * t["width"], h["y"] + h["height"] / 2, steps=12)
     shift.page.mouse.up()
     shift.page.wait_for_function("() => /τ = 0\\.[01]/.test(document.querySelector('.mbs-explore').innerText)")
-    assert .05 <= shift.state("tau") <= .15
+    assert 0.05 <= shift.state("tau") <= 0.15
     shift.shows()
-    assert "pseudo" in changed(before, shift.pixels()) <= {"pseudo", "weight"}, "the prediction's flow, the truth and the labels do not depend on τ"
+    assert "pseudo" in changed(before, shift.pixels()) <= {"pseudo", "weight"}, (
+        "the prediction's flow, the truth and the labels do not depend on τ"
+    )
     assert f"τ = {shift.state('tau'):.2f}" in shift.root.inner_text()
 
 
 def test_click_a_patch(shift):
     before = shift.pixels()
     box = shift.panel("flow").bounding_box()
-    shift.page.mouse.click(box["x"] + .35 * box["width"], box["y"] + .8 * box["height"])
+    shift.page.mouse.click(box["x"] + 0.35 * box["width"], box["y"] + 0.8 * box["height"])
     shift.root.locator(".mbs-card", has_text=re.compile(r"pixel \(3[12], 1[34]\)")).wait_for()
     y, x = shift.state("pick")
     assert y in (31, 32) and x in (13, 14)
     shift.shows()
     assert changed(before, shift.pixels()) == set()
     marks = shift.root.locator(".mbs-mark").evaluate_all("(all) => all.map((m) => [m.style.top, m.style.left])")
-    assert len(marks) == 6 and set(map(tuple, marks)) == {(f"{100 * (y // 8 * 8) / 40:g}%", f"{100 * (x // 8 * 8) / 40:g}%")}
+    assert len(marks) == 6 and set(map(tuple, marks)) == {
+        (f"{100 * (y // 8 * 8) / 40:g}%", f"{100 * (x // 8 * 8) / 40:g}%")
+    }
     bars = shift.root.locator(".mbs-bars .mbs-number").all_inner_texts()
     new = shift.kernel("shift.state.probabilities[1].tolist()")
     assert len(bars) == 6 and {b.split(" → ")[1] for b in bars} <= {f"{p:.2f}" for p in new}
@@ -140,7 +173,7 @@ def test_click_a_patch(shift):
 
 def test_point_at_a_pixel(shift):
     box = shift.panel("truth").bounding_box()
-    shift.page.mouse.move(box["x"] + .5 * box["width"], box["y"] + .5 * box["height"])
+    shift.page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
     tip = shift.root.locator(".mbs-tip").inner_text()
     y, x = map(int, re.match(r"\((\d+), (\d+)\)", tip).groups())
     assert f"truth: {shift.kernel(f'class_style(run.names).names[int(shift.state.moment.truth[{y}, {x}])]')}" in tip
@@ -151,19 +184,22 @@ def test_keys(shift):
     before, kinds = shift.pixels(), shift.page.evaluate(cells)
     shift.panel("pseudo").focus()
     press = shift.page.keyboard.press
-    press("ArrowRight"); press("ArrowDown")
+    press("ArrowRight")
+    press("ArrowDown")
     shift.root.locator(".mbs-card", has_text="pixel (28, 28)").wait_for()
     press("]")
     shift.page.wait_for_function("() => document.querySelector('.mbs-explore').innerText.includes('τ = 0.51')")
-    assert shift.state("tau") == .51
-    for _ in range(6): press("[")
+    assert shift.state("tau") == 0.51
+    for _ in range(6):
+        press("[")
     shift.page.wait_for_function("() => document.querySelector('.mbs-explore').innerText.includes('τ = 0.45')")
     shift.shows()
     press("m")
     shift.settled()
     photo = shift.painted("m.truth * 0", "class_style(run.names)._replace(colours=0 * class_style(run.names).colours)")
     assert all(close(p, photo) for name, p in shift.pixels().items() if name != "weight"), "colours are off"
-    press("m"); press("1")
+    press("m")
+    press("1")
     shift.page.wait_for_function("() => document.querySelector('.mbs-chip').getAttribute('aria-pressed') === 'false'")
     assert shift.state("hidden") == [0]
     shift.shows()
@@ -173,11 +209,15 @@ def test_keys(shift):
     press("?")
     index, ranking = shift.state("index"), shift.state("ranking")
     press("n")
-    shift.page.wait_for_function("(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i} `)", arg=ranking[1])
+    shift.page.wait_for_function(
+        "(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i} `)", arg=ranking[1]
+    )
     shift.shows()
     assert {"truth", "pseudo", "predicted"} <= changed(before, shift.pixels())
     press("p")
-    shift.page.wait_for_function("(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i} `)", arg=index)
+    shift.page.wait_for_function(
+        "(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i} `)", arg=index
+    )
     assert shift.page.evaluate(cells) == kinds, "a key was taken for a shortcut of JupyterLab"
     assert shift.page.evaluate("() => document.activeElement.tagName") == "CANVAS"
 
@@ -185,13 +225,17 @@ def test_keys(shift):
 def test_switch_picture_and_step(shift):
     before = shift.pixels()
     shift.page.get_by_role("button", name="▶").first.click()
-    shift.page.wait_for_function("() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 1 picture 1 ')")
+    shift.page.wait_for_function(
+        "() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 1 picture 1 ')"
+    )
     assert shift.state("index") == 1
     shift.shows()
     middle = shift.pixels()
     assert {"truth", "pseudo"} <= changed(before, middle)
     shift.page.locator(".widget-dropdown select").first.select_option("2")
-    shift.page.wait_for_function("() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 2 picture 1 ')")
+    shift.page.wait_for_function(
+        "() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 2 picture 1 ')"
+    )
     assert shift.state("step") == 2 and "labels of step 2" in shift.root.inner_text()
     shift.shows()
     assert "truth" not in changed(middle, shift.pixels())
@@ -200,20 +244,26 @@ def test_switch_picture_and_step(shift):
 def test_filter_by_flow_and_class(shift):
     row = shift.root.locator(".mbs-tables button").first
     row.click()
-    shift.page.wait_for_function("() => document.querySelector('.mbs-tables button').getAttribute('aria-pressed') === 'true'")
+    shift.page.wait_for_function(
+        "() => document.querySelector('.mbs-tables button').getAttribute('aria-pressed') === 'true'"
+    )
     assert shift.state("flow_filter") == [0]
     shift.shows()
     row.click()
     chip = shift.root.locator(".mbs-chip:not(.mbs-group)").first
     chip.click()
-    shift.page.wait_for_function("() => document.querySelector('.mbs-chip:not(.mbs-group)').getAttribute('aria-pressed') === 'false'")
+    shift.page.wait_for_function(
+        "() => document.querySelector('.mbs-chip:not(.mbs-group)').getAttribute('aria-pressed') === 'false'"
+    )
     assert len(shift.state("hidden")) == 1
     shift.shows()
 
 
 def test_set_from_code(shift):
     kernel(shift.page, "shift.state.tau = .13; shift.state.source = 'pseudo-label'; shift.state.alpha = .9")
-    shift.page.wait_for_function("() => document.querySelector('.mbs-explore').innerText.includes('flow of the pseudo-labels')")
+    shift.page.wait_for_function(
+        "() => document.querySelector('.mbs-explore').innerText.includes('flow of the pseudo-labels')"
+    )
     shift.page.wait_for_function("() => document.querySelector('.mbs-explore').innerText.includes('τ = 0.13')")
     shift.shows()
 
@@ -222,12 +272,14 @@ def test_two_runs_move_together(tour):
     first, second = Explorer(tour, 1, "pair"), Explorer(tour, 2, "pair")
     second.root.scroll_into_view_if_needed()
     box = second.panel("truth").bounding_box()
-    tour.mouse.click(box["x"] + .1 * box["width"], box["y"] + .1 * box["height"])
-    for one in (first, second): one.root.locator(".mbs-card", has_text=re.compile(r"pixel \([34], [34]\)")).wait_for()
+    tour.mouse.click(box["x"] + 0.1 * box["width"], box["y"] + 0.1 * box["height"])
+    for one in (first, second):
+        one.root.locator(".mbs-card", has_text=re.compile(r"pixel \([34], [34]\)")).wait_for()
     second.panel("truth").focus()
     tour.keyboard.press("]")
     tau = round(second.state("tau"), 2)
-    for one in (first, second): one.root.get_by_text(f"pseudo-labels, τ = {tau:.2f}").wait_for()
+    for one in (first, second):
+        one.root.get_by_text(f"pseudo-labels, τ = {tau:.2f}").wait_for()
     titles = [one.root.locator(".mbs-heading").inner_text() for one in (first, second)]
     assert titles[0].startswith("mbs") and titles[1].startswith("kd") and tour.external == []
 
@@ -238,14 +290,19 @@ def test_features_follow_the_pick(tour):
     explorer.root.scroll_into_view_if_needed()
     before = explorer.pixels(names)
     box = explorer.panel("teacher", names).bounding_box()
-    tour.mouse.click(box["x"] + .9 * box["width"], box["y"] + .1 * box["height"])
+    tour.mouse.click(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
     explorer.root.locator(".mbs-card", has_text="patch (0, 4)").wait_for()
     explorer.settled()
     after = explorer.pixels(names)
     assert changed(before, after) == {"cosine_teacher", "cosine_student"}
     cosines = np.array(explorer.kernel("[c.tolist() for c in features.state.cosines]"))
     low, high = np.percentile(cosines, (2, 98))
-    ramp = np.frombuffer(b64decode(kernel(tour, "import base64; print(base64.b64encode(features.picture(features.state)['ramp']).decode())")), np.uint8).reshape(256, 3)
+    ramp = np.frombuffer(
+        b64decode(
+            kernel(tour, "import base64; print(base64.b64encode(features.picture(features.state)['ramp']).decode())")
+        ),
+        np.uint8,
+    ).reshape(256, 3)
     for name, c in zip(names[4:], cosines):
         expected = ramp[(255 * ((c - low) / (high - low)).clip(0, 1)).round().astype(int)]
         assert close(after[name], expected.repeat(8, 0).repeat(8, 1)), name
@@ -274,16 +331,26 @@ def offline(chrome):
 
 
 def test_a_saved_page_is_live(runs, tmp_path, offline):
-    explorer = explore_pseudo_labels(*runs, step=1, index=0, tau=.5)
+    explorer = explore_pseudo_labels(*runs, step=1, index=0, tau=0.5)
     offline.goto(explorer.to_html(tmp_path / "page.html").as_uri())
     offline.wait_for_function("() => document.body.dataset.ready")
     offline.wait_for_function(DRAWN, arg=2)
     one = Explorer(offline, 0, "")
-    for tau in (.5, 0, 1, .25):
-        offline.locator("#tau").evaluate("(s, k) => { s.value = k; s.dispatchEvent(new Event('input')); }", [f["tau"] for f in explorer.saved(explorer.state)["frames"]].index(tau))
-        offline.wait_for_function("(t) => [...document.querySelectorAll('.mbs-explore')].every((e) => e.dataset.drawn.includes(` ${t} `))", arg=f"{tau:.2f}")
+    for tau in (0.5, 0, 1, 0.25):
+        offline.locator("#tau").evaluate(
+            "(s, k) => { s.value = k; s.dispatchEvent(new Event('input')); }",
+            [f["tau"] for f in explorer.saved(explorer.state)["frames"]].index(tau),
+        )
+        offline.wait_for_function(
+            "(t) => [...document.querySelectorAll('.mbs-explore')].every((e) => e.dataset.drawn.includes(` ${t} `))",
+            arg=f"{tau:.2f}",
+        )
         explorer.state.tau = tau
-        shown = dict(one.root.locator(".mbs-tables tr").evaluate_all("(rows) => rows.map((r) => [r.cells[0].innerText.trim(), r.cells[1].innerText])"))
+        shown = dict(
+            one.root.locator(".mbs-tables tr").evaluate_all(
+                "(rows) => rows.map((r) => [r.cells[0].innerText.trim(), r.cells[1].innerText])"
+            )
+        )
         assert shown == {name.replace("->", " → "): f"{n:,}" for name, n in explorer.state.counts.items()}
     before = one.pixels()
     one.root.locator(".mbs-tables button").first.click()
@@ -313,7 +380,8 @@ def test_a_saved_chart_is_drawn(runs, tmp_path, offline):
 
 def test_the_tour_as_an_app(runs, chrome, tmp_path):
     "`mbs explore RUN --app` shows the same notebook under voila, without code."
-    if find_spec("voila") is None and not DEMANDED: pytest.skip("voila is not installed: pip install 'mbs[app]'")
+    if find_spec("voila") is None and not DEMANDED:
+        pytest.skip("voila is not installed: pip install 'mbs[app]'")
     with voila(write_tour(runs[1]), tmp_path) as address, page_of(chrome) as page:
         page.goto(address)
         page.wait_for_function(DRAWN, arg=4)
@@ -321,8 +389,11 @@ def test_the_tour_as_an_app(runs, chrome, tmp_path):
         before = one.pixels()
         handle = page.locator(".noUi-handle").first
         handle.focus()
-        for _ in range(40): page.keyboard.press("ArrowLeft")
+        for _ in range(40):
+            page.keyboard.press("ArrowLeft")
         page.wait_for_function("() => /τ = 0\\.1/.test(document.querySelector('.mbs-explore').innerText)")
         assert "pseudo" in changed(before, one.pixels())
         assert page.get_by_text("explore_pseudo_labels(run").count() == 0, "code is shown"
-        assert [url for url in page.external if "font" not in url.lower()] == []  # voila's own template asks for an icon font
+        assert [
+            url for url in page.external if "font" not in url.lower()
+        ] == []  # voila's own template asks for an icon font

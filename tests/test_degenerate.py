@@ -1,4 +1,5 @@
 "Degenerate inputs are defined and finite, for every method, in value and gradient."
+
 import pytest
 import torch
 
@@ -7,7 +8,7 @@ from mbs.methods import METHODS, Method
 from mbs.protocol import VOID
 from mbs.segmenter import Segmenter, make_encoder
 
-STATISTICS = ((.5, .5, .5), (.5, .5, .5))
+STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def networks(method, n_new, encoder="vit_tiny_patch16_224", **options):
@@ -38,7 +39,8 @@ def test_loss_is_finite(name, target, n_new):
     assert all(torch.isfinite(v) for v in terms.values())
     terms["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
-    if (target == VOID).all(): assert terms["cross_entropy"] == 0
+    if (target == VOID).all():
+        assert terms["cross_entropy"] == 0
 
 
 @pytest.mark.parametrize("height,width", [(1, 1), (5, 64), (33, 7), (32, 32)])
@@ -66,7 +68,8 @@ def test_pictures_smaller_than_the_crop(height, width):
 def test_flat_logits_have_no_nan():
     "Identical class features give a standard deviation of 0 in the mask norm."
     _, model = networks(Method("mbs"), 1, **TINY)
-    for tokens in model.decoder.class_tokens: tokens.data.zero_()
+    for tokens in model.decoder.class_tokens:
+        tokens.data.zero_()
     out = model(torch.randn(1, 3, 32, 32))
     assert torch.isfinite(out.logits).all()
     out.logits.sum().backward()
@@ -79,19 +82,38 @@ def test_a_loss_that_is_not_finite_names_its_pictures(tmp_path, monkeypatch):
     from mbs.experiment import Experiment
     from mbs.methods import Method
     from mbs.run import Settings, Setup, load_run
+
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
+
     class Exploding(Method):
         seen = 0
+
         def loss(self, student, teacher, target, n_new):
             Exploding.seen += 1
             terms = super().loss(student, teacher, target, n_new)
             return {k: v * float("nan") for k, v in terms.items()} if Exploding.seen == 14 else terms
+
     settings = Settings(name="run", samples=0)
-    with pytest.raises(ValueError, match=r"the loss of step 0 is nan in iteration 14 \(pictures (.*)\): expected a finite number") as failure: Experiment(settings, method=Exploding).run()
+    with pytest.raises(
+        ValueError, match=r"the loss of step 0 is nan in iteration 14 \(pictures (.*)\): expected a finite number"
+    ) as failure:
+        Experiment(settings, method=Exploding).run()
     setup = Setup(settings)
     view = setup.train
-    drawn = Draws(type("View", (), dict(step=0, data=view, positions=setup.positions[0], __len__=lambda self: len(setup.positions[0])))(), 8, settings.seed).ids(13)
-    assert len(drawn) == 8 and ", ".join(drawn) in str(failure.value) and load_run(tmp_path / "outputs" / "run").n_steps == 0
+    drawn = Draws(
+        type(
+            "View",
+            (),
+            dict(step=0, data=view, positions=setup.positions[0], __len__=lambda self: len(setup.positions[0])),
+        )(),
+        8,
+        settings.seed,
+    ).ids(13)
+    assert (
+        len(drawn) == 8
+        and ", ".join(drawn) in str(failure.value)
+        and load_run(tmp_path / "outputs" / "run").n_steps == 0
+    )
 
 
 def test_test_pictures_among_the_training_pictures(tmp_path):
@@ -100,11 +122,15 @@ def test_test_pictures_among_the_training_pictures(tmp_path):
 
     from mbs.data import open_data
     from mbs.scenes import write_scenes
+
     root = tmp_path / "data"
     write_scenes(root, n_train=4, n_test=2, size=32)
     lists = root / "ImageSets" / "Segmentation"
     seen = (lists / "trainaug.txt").read_text().split()[1]
-    for photo in (root / "JPEGImages").glob(f"{seen}.*"): shutil.copy(photo, photo.with_stem("copy"))
+    for photo in (root / "JPEGImages").glob(f"{seen}.*"):
+        shutil.copy(photo, photo.with_stem("copy"))
     shutil.copy(root / "SegmentationClassAug" / f"{seen}.png", root / "SegmentationClassAug" / "copy.png")
-    with open(lists / "val.txt", "a") as f: f.write("copy\n")
-    with pytest.warns(UserWarning, match=f"1 test pictures of .* look like training pictures, 'copy' like '{seen}'"): open_data(str(root))
+    with open(lists / "val.txt", "a") as f:
+        f.write("copy\n")
+    with pytest.warns(UserWarning, match=f"1 test pictures of .* look like training pictures, 'copy' like '{seen}'"):
+        open_data(str(root))

@@ -1,4 +1,5 @@
 "Bad input: one clear sentence, exit code 2, nothing half-written."
+
 import shutil
 
 import numpy as np
@@ -30,28 +31,31 @@ def refused(*words):
     return message
 
 
-@pytest.mark.parametrize("words,says", [
-    (["metod=kd"], "'metod' is not known: expected 'method'"),
-    (["training.epoch=3"], "'epoch' is not known: expected 'epochs'"),
-    (["training.lr=-1"], "'lr' cannot be -1"),
-    (["parts.tau=0.5"], "'tau' is not known"),
-    (["parts.threshold=2"], "'threshold' cannot be 2"),
-    (["method=magic"], "expected one of finetune, joint, kd, m"),
-    (["protocol=9-1"], "cannot split 8 classes"),
-    (["protocol=0-1"], "cannot split 8 classes"),
-    (["protocol=5-0"], "cannot split 8 classes"),
-    (["protocol=five"], "expected 'A-B'"),
-    (["setting=joined"], "expected one of overlapped, disjoint"),
-    (["classes=[unicorn]"], "'unicorn' is not in the data set"),
-    (["encoder=resnet9000"], "is not a timm network"),
-    (["encoder_options.depht=2"], "do not suit"),
-    (["decoder.width=2"], "are not known"),
-    (["weights=nowhere.safetensors"], "weight file nowhere.safetensors does not exist"),
-    (["data=nowhere"], "expected 'scenes', 'voc', 'ade' or a folder"),
-    (["name=../outside"], "'name' cannot be"),
-    (["seed"], "parameter file seed does not exist"),
-    (["seed=1", "method"], "'method' is no parameter: expected name=value"),
-])
+@pytest.mark.parametrize(
+    "words,says",
+    [
+        (["metod=kd"], "'metod' is not known: expected 'method'"),
+        (["training.epoch=3"], "'epoch' is not known: expected 'epochs'"),
+        (["training.lr=-1"], "'lr' cannot be -1"),
+        (["parts.tau=0.5"], "'tau' is not known"),
+        (["parts.threshold=2"], "'threshold' cannot be 2"),
+        (["method=magic"], "expected one of finetune, joint, kd, m"),
+        (["protocol=9-1"], "cannot split 8 classes"),
+        (["protocol=0-1"], "cannot split 8 classes"),
+        (["protocol=5-0"], "cannot split 8 classes"),
+        (["protocol=five"], "expected 'A-B'"),
+        (["setting=joined"], "expected one of overlapped, disjoint"),
+        (["classes=[unicorn]"], "'unicorn' is not in the data set"),
+        (["encoder=resnet9000"], "is not a timm network"),
+        (["encoder_options.depht=2"], "do not suit"),
+        (["decoder.width=2"], "are not known"),
+        (["weights=nowhere.safetensors"], "weight file nowhere.safetensors does not exist"),
+        (["data=nowhere"], "expected 'scenes', 'voc', 'ade' or a folder"),
+        (["name=../outside"], "'name' cannot be"),
+        (["seed"], "parameter file seed does not exist"),
+        (["seed=1", "method"], "'method' is no parameter: expected name=value"),
+    ],
+)
 def test_parameters(home, words, says):
     assert says in refused(*words)
     assert not (home / "outputs").exists()
@@ -71,7 +75,9 @@ CHANGES = {
     "cannot be read": lambda image, mask: image.write_bytes(b"no picture"),
     "image file is truncated": lambda image, mask: image.write_bytes(image.read_bytes()[:-200]),
     "mask": lambda image, mask: mask.write_bytes(mask.read_bytes()[:60]),
-    "holds [77], which are no class ids": lambda image, mask: Image.fromarray(np.full((32, 32), 77, np.uint8)).save(mask),
+    "holds [77], which are no class ids": lambda image, mask: Image.fromarray(np.full((32, 32), 77, np.uint8)).save(
+        mask
+    ),
     "differ in size, 32×32 and 32×16": lambda image, mask: Image.fromarray(np.zeros((16, 32), np.uint8)).save(mask),
     "has mode RGB": lambda image, mask: Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(mask),
 }
@@ -117,6 +123,13 @@ def test_unknown_parameter_in_the_notebook(home, tmp_path):
     import papermill
 
     from mbs.notebooks import runs_folder
+
     with pytest.raises(papermill.PapermillExecutionError, match="'metod' is not known"):
-        papermill.execute_notebook(str(runs_folder() / "train.ipynb"), str(tmp_path / "out.ipynb"), dict(metod="kd"), kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(
+            str(runs_folder() / "train.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            dict(metod="kd"),
+            kernel_name="python3",
+            progress_bar=False,
+        )
     assert not (home / "outputs").exists()

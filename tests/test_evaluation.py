@@ -1,4 +1,5 @@
 "Evaluation: windows against a loop over pixels, selection, the two columns, tuning parts, predicting files of any size."
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,12 @@ from mbs.metrics import scores
 from mbs.run import Settings, Setup, load_run
 from mbs.segmenter import Segmenter, make_encoder
 
-SHORT = dict(protocol="6-2", scenes=dict(n_train=40, n_test=8, size=32), samples=1, encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1))
+SHORT = dict(
+    protocol="6-2",
+    scenes=dict(n_train=40, n_test=8, size=32),
+    samples=1,
+    encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1),
+)
 BRIEF = dict(crop=32, batch=4, iterations=3, optimizer="adamw")
 
 
@@ -23,24 +29,42 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("height,width,window,stride", [(40, 56, 24, 8), (40, 56, 24, None), (24, 24, 24, 8), (16, 56, 24, 7), (10, 12, 24, None), (41, 37, 16, 16)])
+@pytest.mark.parametrize(
+    "height,width,window,stride",
+    [(40, 56, 24, 8), (40, 56, 24, None), (24, 24, 24, 8), (16, 56, 24, 7), (10, 12, 24, None), (41, 37, 16, 16)],
+)
 def test_windows_against_a_plain_loop(height, width, window, stride):
     "Every pixel's logits are the mean over all windows that cover it."
     torch.manual_seed(0)
-    model = Segmenter(make_encoder("vit_tiny_patch16_224", image_size=32, **SHORT["encoder_options"]), [1, 2]).double().eval()
+    model = (
+        Segmenter(make_encoder("vit_tiny_patch16_224", image_size=32, **SHORT["encoder_options"]), [1, 2])
+        .double()
+        .eval()
+    )
     image, step = torch.randn(1, 3, height, width, dtype=torch.float64), stride or window // 2
     with torch.inference_mode():
         got = window_logits(model, image, window, stride)[0]
         padded = torch.zeros(1, 3, max(height, window), max(width, window), dtype=torch.float64)
         padded[..., :height, :width] = image
+
         def starts(length):
             found = [0]
-            while found[-1] + window < length: found.append(min(found[-1] + step, length - window))
+            while found[-1] + window < length:
+                found.append(min(found[-1] + step, length - window))
             return found
-        tiles = {(top, left): model(padded[..., top:top + window, left:left + window]).logits[0] for top in starts(padded.shape[2]) for left in starts(padded.shape[3])}
+
+        tiles = {
+            (top, left): model(padded[..., top : top + window, left : left + window]).logits[0]
+            for top in starts(padded.shape[2])
+            for left in starts(padded.shape[3])
+        }
         for y in range(height):
             for x in range(width):
-                values = [tile[:, y - top, x - left] for (top, left), tile in tiles.items() if top <= y < top + window and left <= x < left + window]
+                values = [
+                    tile[:, y - top, x - left]
+                    for (top, left), tile in tiles.items()
+                    if top <= y < top + window and left <= x < left + window
+                ]
                 torch.testing.assert_close(got[:, y, x], torch.stack(values).mean(0))
 
 
@@ -52,10 +76,12 @@ def test_one_window_that_covers_all_is_the_whole_picture():
 
 def test_held_out_images_do_not_train():
     "The slice is set aside in every step, judged with the step's own labels only, and never seen by the loop."
-    settings = Settings(name="held", **SHORT, training=BRIEF | dict(selection="held-out", held_out=.25))
+    settings = Settings(name="held", **SHORT, training=BRIEF | dict(selection="held-out", held_out=0.25))
     whole, setup = Setup(Settings(**SHORT, training=BRIEF)), Setup(settings)
     for t in range(2):
-        assert sorted([*setup.positions[t], *setup.held_out[t]]) == whole.positions[t].tolist() and len(setup.held_out[t]) == round(.25 * len(whole.positions[t]))
+        assert sorted([*setup.positions[t], *setup.held_out[t]]) == whole.positions[t].tolist() and len(
+            setup.held_out[t]
+        ) == round(0.25 * len(whole.positions[t]))
     run = Experiment(settings).run()
     assert run.finished and run.card["images"] == [len(p) for p in setup.positions]
 
@@ -63,11 +89,16 @@ def test_held_out_images_do_not_train():
 @pytest.mark.parametrize("recipe,both", [("paper", True), ("clean", True), ("clean", False)])
 def test_two_columns(recipe, both):
     "Both columns are confusion matrices of all test pixels; the run's own result equals the column that is its recipe."
-    run = Experiment(Settings(name=f"{recipe}{both}", recipe=recipe, **SHORT, training=BRIEF | dict(crop=24, both=both, iterations=120))).run()
+    run = Experiment(
+        Settings(
+            name=f"{recipe}{both}", recipe=recipe, **SHORT, training=BRIEF | dict(crop=24, both=both, iterations=120)
+        )
+    ).run()
     for t in range(run.n_steps):
         columns = run.metrics(t)["columns"]
         assert set(columns) == ({"published", "clean"} if both else set())
-        if not both: continue
+        if not both:
+            continue
         mine = run.confusion(t).counts
         published, clean = (run.confusion(t, name) for name in ("published", "clean"))
         assert (mine == (published if recipe == "paper" else clean).counts).all()
@@ -78,6 +109,7 @@ def test_two_columns(recipe, both):
 def published_void(run, step):
     "Pixels of the centre crops whose class is not yet there."
     from mbs.training import make_recipe, test_view
+
     setup = Setup(run.settings)
     view = test_view(setup.test, setup.protocol, step, ((0,) * 3, (1,) * 3), make_recipe(crop=24), "crop")
     return sum(int((labels == 255).sum()) for _, labels in view)
@@ -87,17 +119,22 @@ def test_measuring_more_does_not_change_the_run():
     "The same iterates, bit by bit, whether or not they are judged on the way."
     plain = Experiment(Settings(name="plain", **SHORT, training=BRIEF | dict(iterations=110))).run()
     both = Experiment(Settings(name="both", **SHORT, training=BRIEF | dict(iterations=110, both=True))).run()
-    for a, b in zip(plain.model().state_dict().values(), both.model().state_dict().values()): assert torch.equal(a, b)
+    for a, b in zip(plain.model().state_dict().values(), both.model().state_dict().values()):
+        assert torch.equal(a, b)
 
 
 def test_tuning_never_opens_the_test_part():
-    settings = Settings(name="tuned", tuning=.3, **SHORT, training=BRIEF)
+    settings = Settings(name="tuned", tuning=0.3, **SHORT, training=BRIEF)
     train, test = open_data("scenes", SHORT["scenes"])
-    for path in test.images: path.write_bytes(b"")        # a test picture that is opened is an error
-    for path in train.root.glob(".mbs-index-test.npz"): path.touch()
-    with pytest.raises(ValueError): test[0]
+    for path in test.images:
+        path.write_bytes(b"")  # a test picture that is opened is an error
+    for path in train.root.glob(".mbs-index-test.npz"):
+        path.touch()
+    with pytest.raises(ValueError):
+        test[0]
     setup = Setup.__new__(Setup)
-    with pytest.raises(ValueError, match="cannot be read"): setup.__init__(settings.model_copy(update=dict(tuning=0)))
+    with pytest.raises(ValueError, match="cannot be read"):
+        setup.__init__(settings.model_copy(update=dict(tuning=0)))
     run = Experiment(settings).run()
     assert run.finished and run.card["data"]["n_train"] == 28 and run.card["data"]["n_test"] == 12
 
@@ -108,20 +145,34 @@ def test_predict_files(home):
     photos = home / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
-    for k, (h, w) in enumerate([(7, 9), (32, 32), (150, 61), (1, 1)]): Image.fromarray(rng.integers(0, 256, (h, w, 3)).astype(np.uint8)).save(photos / f"p{k}.png")
+    for k, (h, w) in enumerate([(7, 9), (32, 32), (150, 61), (1, 1)]):
+        Image.fromarray(rng.integers(0, 256, (h, w, 3)).astype(np.uint8)).save(photos / f"p{k}.png")
     Image.fromarray(rng.integers(0, 256, (20, 20)).astype(np.uint8)).save(home / "grey.jpg")
     (photos / "broken.jpg").write_bytes(b"x")
-    result = CliRunner().invoke(app, ["predict", "seen", str(photos), str(home / "grey.jpg"), "--out", str(home / "out")])
+    result = CliRunner().invoke(
+        app, ["predict", "seen", str(photos), str(home / "grey.jpg"), "--out", str(home / "out")]
+    )
     assert result.exit_code == 2 and "broken.jpg cannot be read" in result.stderr and "Traceback" not in result.stderr
     names = {p.name for p in (home / "out").iterdir()}
-    assert names == {"legend.png"} | {f"{n}-{kind}.png" for n in ("p0", "p1", "p2", "p3", "grey") for kind in ("labels", "overlay")}
+    assert names == {"legend.png"} | {
+        f"{n}-{kind}.png" for n in ("p0", "p1", "p2", "p3", "grey") for kind in ("labels", "overlay")
+    }
     for k in range(4):
         labels = np.asarray(Image.open(home / "out" / f"p{k}-labels.png"))
-        assert (labels == run.predict(photos / f"p{k}.png")).all() and labels.shape == np.asarray(Image.open(photos / f"p{k}.png")).shape[:2]
+        assert (labels == run.predict(photos / f"p{k}.png")).all() and labels.shape == np.asarray(
+            Image.open(photos / f"p{k}.png")
+        ).shape[:2]
 
 
-@pytest.mark.parametrize("words,says", [(["nowhere", "."], "is no run folder"), (["seen", "nothing.jpg"], "does not exist"), (["seen", "empty"], "no picture in"),
-                                        (["seen", "photo.png", "--step", "5"], "expected 0 to 1")])
+@pytest.mark.parametrize(
+    "words,says",
+    [
+        (["nowhere", "."], "is no run folder"),
+        (["seen", "nothing.jpg"], "does not exist"),
+        (["seen", "empty"], "no picture in"),
+        (["seen", "photo.png", "--step", "5"], "expected 0 to 1"),
+    ],
+)
 def test_predict_refuses_in_one_sentence(home, monkeypatch, words, says):
     monkeypatch.chdir(home)
     Experiment(Settings(name="seen", **SHORT, training=BRIEF)).run()
@@ -136,13 +187,19 @@ def test_joint_is_scored_by_the_split():
     run = load_run(Experiment(Settings(name="joint", method="joint", **SHORT, training=BRIEF)).run().folder)
     assert run.finished and run.n_steps == 1 and run.confusion().n == 9 and run.protocol.n_base == 7
     iou = run.iou()[0]
-    assert run.metrics()["scores"]["new"] == pytest.approx(np.nanmean(iou[7:])) and run.metrics()["scores"]["old_fg"] == pytest.approx(np.nanmean(iou[1:7]))
+    assert run.metrics()["scores"]["new"] == pytest.approx(np.nanmean(iou[7:])) and run.metrics()["scores"][
+        "old_fg"
+    ] == pytest.approx(np.nanmean(iou[1:7]))
 
 
 def test_the_report_shows_both_columns():
     "The table's numbers are those of the two confusion matrices; runs that measured one way only are not in it."
     from mbs.report import columns_table, groups
-    both = [Experiment(Settings(name=f"r{seed}", seed=seed, **SHORT, training=BRIEF | dict(crop=24, both=True))).run() for seed in (0, 1)]
+
+    both = [
+        Experiment(Settings(name=f"r{seed}", seed=seed, **SHORT, training=BRIEF | dict(crop=24, both=True))).run()
+        for seed in (0, 1)
+    ]
     assert columns_table(groups([Experiment(Settings(name="one", **SHORT, training=BRIEF)).run()])[0]) is None
     (row,), ways = columns_table(groups(both)[0]).rows, ("published", "clean")
     found = {way: [scores(run.confusion(1, way), run.protocol, 1)["all"] for run in both] for way in ways}
@@ -154,16 +211,28 @@ def test_pseudo_labels_are_checked_against_the_truth():
     "What is kept with a step is what the labels that the method trains on are worth, counted anew from the stored teacher; methods without pseudo-labels keep nothing."
     from mbs.experiment import relabelled
     from mbs.report import groups, label_table
+
     run = Experiment(Settings(name="mbs", **SHORT, training=BRIEF | dict(iterations=60, lr=2e-3))).run()
     kd = Experiment(Settings(name="ft", method="finetune", **SHORT, training=BRIEF)).run()
     assert "pseudo_labels" not in kd.metrics(1) and "pseudo_labels" not in run.metrics(0)
-    setup, pixels, counts = Setup(run.settings), 0, np.zeros((3, 3), int)  # truth: background, old, future × labels: background, void, relabelled right
-    for _, truth, view, labels in relabelled(setup, run.model(0), 1, setup.positions[1]):  # fewer than fifty: all of them
+    setup, pixels, counts = (
+        Setup(run.settings),
+        0,
+        np.zeros((3, 3), int),
+    )  # truth: background, old, future × labels: background, void, relabelled right
+    for _, truth, view, labels in relabelled(
+        setup, run.model(0), 1, setup.positions[1]
+    ):  # fewer than fifty: all of them
         hidden = (view == 0) & (truth != 255)
         kind, fate = np.digitize(truth, [1, 7]), np.select([labels == 0, labels == 255, labels == truth], [0, 1, 2], -1)
         for a in range(3):
-            for b in range(3): counts[a, b] += (hidden & (kind == a) & (fate == b)).sum()
+            for b in range(3):
+                counts[a, b] += (hidden & (kind == a) & (fate == b)).sum()
         pixels += hidden.sum()
     found = run.metrics(1)["pseudo_labels"]
-    assert len(setup.positions[1]) <= 50 and found["ignored"] == pytest.approx(counts[:, 1].sum() / pixels) and found["kept_old"] == pytest.approx(counts[1, 0] / counts[:, 0].sum())
+    assert (
+        len(setup.positions[1]) <= 50
+        and found["ignored"] == pytest.approx(counts[:, 1].sum() / pixels)
+        and found["kept_old"] == pytest.approx(counts[1, 0] / counts[:, 0].sum())
+    )
     assert len(label_table(groups([run])[0]).rows) == 1

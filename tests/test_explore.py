@@ -1,4 +1,5 @@
 "Explorers without a browser: functions, states, widgets without a kernel, and the three ways out."
+
 import base64
 import json
 import re
@@ -16,7 +17,16 @@ from torch.nn import functional as F
 
 from mbs import explore
 from mbs.experiment import Experiment
-from mbs.explore import FATES, FLOWS, FeatureState, Pictures, ShiftState, explore_class_tokens, explore_features, explore_pseudo_labels
+from mbs.explore import (
+    FATES,
+    FLOWS,
+    FeatureState,
+    Pictures,
+    ShiftState,
+    explore_class_tokens,
+    explore_features,
+    explore_pseudo_labels,
+)
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels
 from mbs.run import Settings
@@ -26,24 +36,29 @@ matplotlib.use("Agg")
 HOSTILE = "</script><script>alert(1)</script>"
 
 
-def evidence(seed, n_old=4, height=23, width=31, stride=8, scale=3.):
+def evidence(seed, n_old=4, height=23, width=31, stride=8, scale=3.0):
     "A teacher that says anything."
     rng = np.random.default_rng(seed)
     h, w = -(-height // stride), -(-width // stride)
     logits = (scale * rng.standard_normal((n_old, h, w))).astype(np.float32)
-    full = F.interpolate(torch.from_numpy(logits)[None], size=(h * stride, w * stride), mode="bilinear")[..., :height, :width]
+    full = F.interpolate(torch.from_numpy(logits)[None], size=(h * stride, w * stride), mode="bilinear")[
+        ..., :height, :width
+    ]
     p = full.softmax(1)[0]
     confidence, best = p.max(0)
-    return explore.Evidence(confidence.numpy(), best.numpy().astype(np.uint8), (p[0] < p[1:].sum(0)).numpy(), logits, {}, stride), full
+    return explore.Evidence(
+        confidence.numpy(), best.numpy().astype(np.uint8), (p[0] < p[1:].sum(0)).numpy(), logits, {}, stride
+    ), full
 
 
 # functions
+
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0, 1), st.booleans())
 def test_stored_confidences_give_the_training_labels(seed, tau, ignore):
     teacher, logits = evidence(seed)
-    view = np.random.default_rng(seed).choice([0, 4, VOID], teacher.best.shape, p=[.8, .1, .1]).astype(np.uint8)
+    view = np.random.default_rng(seed).choice([0, 4, VOID], teacher.best.shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
     tau = float(np.float32(tau))  # the comparison with float32 confidences is the training's
     expected = selective_pseudo_labels(torch.from_numpy(view)[None].long(), logits, tau, ignore)[0].numpy()
     assert (explore.labels_at(view, teacher, tau, ignore) == expected).all()
@@ -54,17 +69,24 @@ def test_stored_confidences_give_the_training_labels(seed, tau, ignore):
 def test_curve_is_what_counting_at_every_threshold_gives(seed, ignore):
     teacher, _ = evidence(seed, scale=1.5)
     rng = np.random.default_rng(seed)
-    view, truth = (rng.choice(choices, teacher.best.shape).astype(np.uint8) for choices in ([0, 0, 0, 4, VOID], [0, 1, 2, 3, 4, VOID]))
+    view, truth = (
+        rng.choice(choices, teacher.best.shape).astype(np.uint8)
+        for choices in ([0, 0, 0, 4, VOID], [0, 1, 2, 3, 4, VOID])
+    )
     curve = explore.threshold_curve(view, truth, teacher, ignore)
     for k in range(0, 101, 10):
         labels = explore.labels_at(view, teacher, explore.TAUS[k], ignore)
         fates = explore.counted(pixel_fate(view, labels), FATES)
-        assert [curve[n][k] for n in ("kept", "relabelled", "ignored")] == [fates[n] for n in ("kept background", "relabelled", "ignored")]
+        assert [curve[n][k] for n in ("kept", "relabelled", "ignored")] == [
+            fates[n] for n in ("kept background", "relabelled", "ignored")
+        ]
         new = (view == 0) & (labels > 0) & (labels != VOID)
         known, hidden = new & (truth != VOID), (view == 0) & (truth > 0) & (truth < 4)
         assert curve["recall"][k] == pytest.approx((new & (labels == truth)).sum() / hidden.sum())
-        if known.any(): assert curve["precision"][k] == pytest.approx((new & (labels == truth)).sum() / known.sum())
-        else: assert np.isnan(curve["precision"][k])
+        if known.any():
+            assert curve["precision"][k] == pytest.approx((new & (labels == truth)).sum() / known.sum())
+        else:
+            assert np.isnan(curve["precision"][k])
 
 
 @given(st.integers(0, 10_000))
@@ -87,10 +109,11 @@ def test_painting_keeps_to_its_arguments():
     photo, labels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8), rng.integers(0, 5, (20, 30), dtype=np.uint8)
     style = explore.class_style(list("abcde"))
     assert (explore.paint(photo, labels, style, 0) == photo).all()
-    assert (explore.paint(photo, labels, style, .7, hidden=range(5)) == photo).all()
-    everywhere = explore.paint(photo, labels, style, .7, faint=np.ones((20, 30), bool))
+    assert (explore.paint(photo, labels, style, 0.7, hidden=range(5)) == photo).all()
+    everywhere = explore.paint(photo, labels, style, 0.7, faint=np.ones((20, 30), bool))
     assert (everywhere <= photo).all()
-    with pytest.raises(ValueError, match="a colour for each of 5"): explore.class_style(list("abcde"), np.zeros((4, 3), np.uint8))
+    with pytest.raises(ValueError, match="a colour for each of 5"):
+        explore.class_style(list("abcde"), np.zeros((4, 3), np.uint8))
     assert (explore.class_style(list("ab"), np.array([[0, 0, 0], [9, 8, 7]])).colours[1, :3] == (9, 8, 7)).all()
 
 
@@ -99,26 +122,41 @@ def test_flow_and_fate_colours_are_apart_for_every_eye():
     for style in (explore.FLOW_STYLE, explore.FATE_STYLE):
         looks = [(*style.colours[c].tolist(), c in style.hatched) for c in style.names]
         assert len(set(looks)) == len(looks), looks
-    assert explore.group_style(3, 4, 6).names == {0: "background", 1: "an old class", 2: "an old class", 3: "a new class", 4: "a later class", 5: "a later class", VOID: "ignored or void"}
+    assert explore.group_style(3, 4, 6).names == {
+        0: "background",
+        1: "an old class",
+        2: "an old class",
+        3: "a new class",
+        4: "a later class",
+        5: "a later class",
+        VOID: "ignored or void",
+    }
 
 
 def test_components_do_not_flip():
     features = np.random.default_rng(1).standard_normal((50, 8)) * np.arange(1, 9)
     basis = explore.pca_basis(features)
     assert np.allclose(basis.components, explore.pca_basis(np.concatenate([features[::-1]] * 2)).components)
-    assert explore.pca_rgb(features, basis).dtype == np.uint8 and (basis.components[np.abs(basis.components).argmax(0), range(3)] > 0).all()
+    assert (
+        explore.pca_rgb(features, basis).dtype == np.uint8
+        and (basis.components[np.abs(basis.components).argmax(0), range(3)] > 0).all()
+    )
     flat = explore.pca_basis(np.ones((10, 8)))  # no variance: no division by zero
     assert np.isfinite(explore.pca_rgb(np.ones((2, 2, 8)), flat)).all()
 
 
 def test_script_content_cannot_leave_its_element():
-    assert "<" not in explore.for_script({"a": HOSTILE}) and json.loads(explore.for_script({"a": HOSTILE}))["a"] == HOSTILE
+    assert (
+        "<" not in explore.for_script({"a": HOSTILE}) and json.loads(explore.for_script({"a": HOSTILE}))["a"] == HOSTILE
+    )
     assert base64.b64decode(json.loads(explore.for_script(b"\x00\xff"))["base64"]) == b"\x00\xff"
 
 
 # states
 
-def sums(state): return [sum(state.counts[n] for n in names) for names in (FATES, FLOWS)]
+
+def sums(state):
+    return [sum(state.counts[n] for n in names) for names in (FATES, FLOWS)]
 
 
 def test_counts_sum_to_the_picture_whatever_is_chosen(runs):
@@ -127,9 +165,11 @@ def test_counts_sum_to_the_picture_whatever_is_chosen(runs):
     for state.step in range(1, pictures.n_steps):
         for state.index in range(len(pictures)):
             for state.source in explore.SOURCES:
-                for state.tau in (0, .3, .7, 1):
+                for state.tau in (0, 0.3, 0.7, 1):
                     assert sums(state) == [40 * 40] * 2
-    assert any(state.pictures.at(1, i).teacher.best.any() for i in range(4)), "the teacher only sees background: the tests would say nothing"
+    assert any(state.pictures.at(1, i).teacher.best.any() for i in range(4)), (
+        "the teacher only sees background: the tests would say nothing"
+    )
 
 
 def test_limits_of_tau(runs):
@@ -137,9 +177,16 @@ def test_limits_of_tau(runs):
     m = state.moment
     candidates, doubted = (m.view == 0) & (m.teacher.best > 0), (m.view == 0) & m.teacher.doubt
     state.tau = 0
-    assert state.counts["relabelled"] == candidates.sum() and state.counts["ignored"] == (doubted & ~candidates).sum() + (m.view == VOID).sum()
+    assert (
+        state.counts["relabelled"] == candidates.sum()
+        and state.counts["ignored"] == (doubted & ~candidates).sum() + (m.view == VOID).sum()
+    )
     state.tau = 1
-    assert state.counts["relabelled"] == 0 and state.counts["ignored"] == doubted.sum() + (m.view == VOID).sum() and np.isnan(state.quality[0])
+    assert (
+        state.counts["relabelled"] == 0
+        and state.counts["ignored"] == doubted.sum() + (m.view == VOID).sum()
+        and np.isnan(state.quality[0])
+    )
     state.ignore = False
     assert state.counts["ignored"] == (m.view == VOID).sum() and (state.shift.pseudo == m.view).all()
 
@@ -147,7 +194,8 @@ def test_limits_of_tau(runs):
 def test_relabelled_only_falls_with_tau(runs):
     state = ShiftState(Pictures(runs[0]), step=2, index=1)
     relabelled = []
-    for state.tau in np.linspace(0, 1, 11): relabelled.append(state.counts["relabelled"])
+    for state.tau in np.linspace(0, 1, 11):
+        relabelled.append(state.counts["relabelled"])
     assert relabelled == sorted(relabelled, reverse=True) and relabelled[0] > relabelled[-1]
     curve = state.curve
     assert curve["relabelled"][::10].tolist() == relabelled
@@ -158,7 +206,9 @@ def test_orders_go_round_and_are_sorted(runs):
     for state.order in explore.ORDERS:
         assert state.index == state.ranking[0] and sorted(state.ranking) == [0, 1, 2, 3]
         seen = [state.index]
-        for _ in range(3): state.move(1); seen.append(state.index)
+        for _ in range(3):
+            state.move(1)
+            seen.append(state.index)
         assert seen == state.ranking
         state.move(1)
         assert state.index == state.ranking[0]
@@ -172,20 +222,40 @@ def test_orders_go_round_and_are_sorted(runs):
     assert forgotten == sorted(forgotten, reverse=True)
 
 
-@pytest.mark.parametrize("wrong", [dict(tau=-.1), dict(tau=1.01), dict(step=0), dict(step=3), dict(index=4), dict(index=-1), dict(pick=(40, 0)), dict(alpha=2), dict(tua=.5), dict(moment=None)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(tau=-0.1),
+        dict(tau=1.01),
+        dict(step=0),
+        dict(step=3),
+        dict(index=4),
+        dict(index=-1),
+        dict(pick=(40, 0)),
+        dict(alpha=2),
+        dict(tua=0.5),
+        dict(moment=None),
+    ],
+)
 def test_wrong_choices_are_refused(runs, wrong):
-    with pytest.raises(ValueError, match="expected"): explore_pseudo_labels(runs[0], **wrong)
+    with pytest.raises(ValueError, match="expected"):
+        explore_pseudo_labels(runs[0], **wrong)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 90), (41, 40)])
 def test_any_size_of_picture(runs, size):
     "Sizes that no patch fits; a truth of one part; no truth at all."
     rng = np.random.default_rng(0)
-    photo, truth = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.choice([0, 1, 6, 8, VOID], size).astype(np.uint8)
+    photo, truth = (
+        rng.integers(0, 256, (*size, 3), dtype=np.uint8),
+        rng.choice([0, 1, 6, 8, VOID], size).astype(np.uint8),
+    )
     for images in ([photo], [(photo, truth)], [Image.fromarray(photo)]):
         explorer = explore_pseudo_labels(*runs, images=images)
         assert sums(explorer.state) == [photo[..., 0].size] * 2
-        assert explore.shift_picture(explorer.state)["size"] == list(size) and explore.shift_point(explorer.state)["bars"]
+        assert (
+            explore.shift_picture(explorer.state)["size"] == list(size) and explore.shift_point(explorer.state)["bars"]
+        )
         explorer.to_figure(), explorer.to_frame()
         explore_features(runs[0], images=images).to_frame()
 
@@ -195,30 +265,48 @@ def test_features_share_their_colours_over_steps_and_pictures(runs):
     before = state.basis(state.level)
     state.step, state.index = 2, 3
     assert state.basis(state.level) is before
-    for state.level in explore.LEVELS: assert state.maps.teacher.shape == (5, 5, 3) and np.isclose(max(c.max() for c in state.cosines), 1, atol=1e-5)
+    for state.level in explore.LEVELS:
+        assert state.maps.teacher.shape == (5, 5, 3) and np.isclose(max(c.max() for c in state.cosines), 1, atol=1e-5)
     row, column = (n // 8 for n in state.pick)
     assert all(np.isclose(c[row, column], 1, atol=1e-5) for c in state.cosines)
 
 
 def test_runs_that_do_not_fit_are_refused(runs, tmp_path):
-    other = Experiment(Settings(name="other", protocol="7-1", training=dict(crop=32, batch=4, iterations=1), scenes=dict(n_train=30, n_test=4, size=40), samples=2,
-                                encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1)), tmp_path).run()
-    with pytest.raises(ValueError, match="in other steps"): explore_pseudo_labels(runs[0], other)
-    with pytest.raises(ValueError, match="in other steps"): explore_class_tokens(runs[0], other)
+    other = Experiment(
+        Settings(
+            name="other",
+            protocol="7-1",
+            training=dict(crop=32, batch=4, iterations=1),
+            scenes=dict(n_train=30, n_test=4, size=40),
+            samples=2,
+            encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1),
+        ),
+        tmp_path,
+    ).run()
+    with pytest.raises(ValueError, match="in other steps"):
+        explore_pseudo_labels(runs[0], other)
+    with pytest.raises(ValueError, match="in other steps"):
+        explore_class_tokens(runs[0], other)
 
 
 # widgets without a kernel
 
+
 def controls(box):
     "Every widget below `box`, by its description."
-    return {w.description: w for row in box.children for w in (row, *getattr(row, "children", ())) if getattr(w, "description", "")}
+    return {
+        w.description: w
+        for row in box.children
+        for w in (row, *getattr(row, "children", ()))
+        if getattr(w, "description", "")
+    }
 
 
 def test_view_follows_the_state_and_the_state_the_view(runs):
     explorer = explore_pseudo_labels(*runs, step=1)
     found, (canvas, second) = controls(explorer.view), explorer.canvases
-    found["τ"].value = .35
-    assert explorer.state.tau == canvas.tau == second.tau == .35
+    found["τ"].value = 0.35
+    assert explorer.state.tau == canvas.tau == second.tau == 0.35
     rows = {r["name"]: r["count"] for table in canvas.labels["tables"] for r in table["rows"]}
     assert rows == {name.replace("->", " → "): n for name, n in explorer.state.counts.items()}
     explorer.state.step = 2
@@ -226,14 +314,22 @@ def test_view_follows_the_state_and_the_state_the_view(runs):
     ranking = explorer.state.ranking
     place = ranking.index(explorer.state.index)
     canvas._handle_custom_msg({"move": 1}, [])
-    assert explorer.state.index == explorer.states[1].index == ranking[(place + 1) % 4] and found["rank"].value == (place + 1) % 4 + 1
-    canvas.tau, canvas.hidden, canvas.pick, second.flow_filter = .8, [0, VOID], (3, 4), [1]
-    assert (explorer.state.tau, explorer.states[1].hidden, explorer.states[1].pick, explorer.state.flow_filter) == (.8, [0, VOID], (3, 4), [1])
+    assert (
+        explorer.state.index == explorer.states[1].index == ranking[(place + 1) % 4]
+        and found["rank"].value == (place + 1) % 4 + 1
+    )
+    canvas.tau, canvas.hidden, canvas.pick, second.flow_filter = 0.8, [0, VOID], (3, 4), [1]
+    assert (explorer.state.tau, explorer.states[1].hidden, explorer.states[1].pick, explorer.state.flow_filter) == (
+        0.8,
+        [0, VOID],
+        (3, 4),
+        [1],
+    )
     view = explorer.view
     assert explorer.view is view
     explorer.close()
-    explorer.state.tau = .1
-    assert explorer.states[1].tau == .8, "links live on after close"
+    explorer.state.tau = 0.1
+    assert explorer.states[1].tau == 0.8, "links live on after close"
 
 
 def test_maps_of_the_view_are_those_of_the_state(runs):
@@ -241,7 +337,11 @@ def test_maps_of_the_view_are_those_of_the_state(runs):
     for state.colour_by in explore.COLOURS:
         maps = {k: np.frombuffer(decompress(v), np.uint8) for k, v in explore.shift_labels(state)["maps"].items()}
         shown = state.shift.fate if state.colour_by == "fate" else state.shift.pseudo
-        assert (maps["pseudo"] == shown.ravel()).all() and (maps["flow"] == state.shift.flow.ravel()).all() and (maps["weight"] == explore.quantised(state.shift.weight, 0, 1).ravel()).all()
+        assert (
+            (maps["pseudo"] == shown.ravel()).all()
+            and (maps["flow"] == state.shift.flow.ravel()).all()
+            and (maps["weight"] == explore.quantised(state.shift.weight, 0, 1).ravel()).all()
+        )
 
 
 def test_large_pictures_are_thinned_for_the_eye_alone(runs):
@@ -249,7 +349,12 @@ def test_large_pictures_are_thinned_for_the_eye_alone(runs):
     large = np.kron(photo, np.ones((4, 4, 1), np.uint8)), np.kron(truth, np.ones((4, 4), np.uint8))
     explorer = explore_pseudo_labels(runs[0], images=[large], max_side=64)
     part = explorer.picture(explorer.state)
-    assert part["size"] == [54, 54] and part["reduced"] == 3 and "1/3" in part["note"] and len(decompress(part["maps"]["truth"])) == 54 * 54
+    assert (
+        part["size"] == [54, 54]
+        and part["reduced"] == 3
+        and "1/3" in part["note"]
+        and len(decompress(part["maps"]["truth"])) == 54 * 54
+    )
     assert sums(explorer.state) == [160 * 160] * 2
 
 
@@ -264,7 +369,8 @@ def test_controls_are_named(runs):
 
 
 def test_static_where_nothing_can_be_live(runs, monkeypatch):
-    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "SERVER_SOFTWARE", "MBS_STATIC"): monkeypatch.delenv(name, raising=False)
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "SERVER_SOFTWARE", "MBS_STATIC"):
+        monkeypatch.delenv(name, raising=False)
     explorers = explore_pseudo_labels(*runs), explore_features(runs[0]), explore_class_tokens(*runs)
     for explorer in explorers:
         bundle, _ = explorer._repr_mimebundle_()
@@ -278,19 +384,24 @@ def test_static_where_nothing_can_be_live(runs, monkeypatch):
 
 # three ways out
 
+
 def test_figure_is_the_state(runs):
-    explorer = explore_pseudo_labels(runs[0], step=1, alpha=.8)
-    def drawn(): return [ax.images[0].get_array() for ax in explorer.to_figure(explore.SHIFT_PANELS[:5], annotate=False).axes]
+    explorer = explore_pseudo_labels(runs[0], step=1, alpha=0.8)
+
+    def drawn():
+        return [ax.images[0].get_array() for ax in explorer.to_figure(explore.SHIFT_PANELS[:5], annotate=False).axes]
+
     before = drawn()
     assert len(before) == 5
     style = explore.class_style(runs[0].names)
-    assert (before[0] == explore.paint(explorer.state.moment.photo, explorer.state.moment.truth, style, .8)).all()
-    explorer.state.alpha = .2
+    assert (before[0] == explore.paint(explorer.state.moment.photo, explorer.state.moment.truth, style, 0.8)).all()
+    explorer.state.alpha = 0.2
     after = drawn()
     assert all((a != b).any() for a, b in zip(before, after)), "opacity is left out"
     explorer.state.flow_filter = [explore.AGREE]
     assert (drawn()[0] != after[0]).any(), "the filter is left out"
-    with pytest.raises(ValueError, match="panel 'x' is not known"): explorer.to_figure(["x"])
+    with pytest.raises(ValueError, match="panel 'x' is not known"):
+        explorer.to_figure(["x"])
 
 
 def test_pages_load_nothing(runs, tmp_path):
@@ -305,9 +416,9 @@ def test_pages_load_nothing(runs, tmp_path):
 
 
 def test_saved_thresholds_are_those_of_the_kernel(runs, tmp_path):
-    explorer = explore_pseudo_labels(runs[0], step=1, tau=.37)
+    explorer = explore_pseudo_labels(runs[0], step=1, tau=0.37)
     saved = explorer.saved(explorer.state)["frames"]
-    assert {.37, .7, 0, 1} <= {f["tau"] for f in saved}
+    assert {0.37, 0.7, 0, 1} <= {f["tau"] for f in saved}
     for frame in saved[::5]:
         explorer.state.tau = frame["tau"]
         assert frame["labels"]["tables"][0]["rows"] == explore.shift_labels(explorer.state)["tables"][0]["rows"]
@@ -320,7 +431,7 @@ def test_hostile_names_stay_text(runs, tmp_path, monkeypatch):
 
 
 def test_tables_are_the_states(runs):
-    explorer = explore_pseudo_labels(*runs, step=1, tau=.4)
+    explorer = explore_pseudo_labels(*runs, step=1, tau=0.4)
     table = explorer.to_frame()
     assert table[["run", "picture"]].drop_duplicates().shape == (8, 2)
     for state in explorer.states:
@@ -329,4 +440,7 @@ def test_tables_are_the_states(runs):
     tokens = explore_class_tokens(runs[0], step=2)
     pairs = tokens.to_frame()
     cosine = explore.token_cosine(runs[0].model(2).decoder.tokens().detach().numpy())
-    assert np.allclose(pairs["cosine"], [cosine[i, j] for i in range(len(cosine)) for j in range(i)]) and pairs["change"].notna().sum() == 8 * 7 // 2
+    assert (
+        np.allclose(pairs["cosine"], [cosine[i, j] for i in range(len(cosine)) for j in range(i)])
+        and pairs["change"].notna().sum() == 8 * 7 // 2
+    )

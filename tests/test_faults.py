@@ -1,4 +1,5 @@
 "Full disks, read-only folders, data that vanish, processes that die, numbers that are none: one sentence each, and the run goes on from there to the same end."
+
 import errno
 import io
 import json
@@ -39,7 +40,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def go(outputs, **changes): return Experiment(Settings(**TINY | changes), outputs).run()
+def go(outputs, **changes):
+    return Experiment(Settings(**TINY | changes), outputs).run()
 
 
 def sentence(error):
@@ -58,12 +60,27 @@ def same_end(run, whole):
 
 class Faults:
     "What writes to the run folder, counted; call number `at` leaves half of what it should and raises OSError."
+
     def __init__(self, monkeypatch, folder, at=None, code=errno.ENOSPC):
         self.n, self.at, self.code, self.folder = 0, at, code, str(folder)
-        for owner, name, where in ((os, "fsync", None), (os, "replace", 1), (os, "mkdir", 0), (Path, "write_text", 0), (np, "savez_compressed", 0), (mbs.checkpoint, "save_file", 1)):
+        for owner, name, where in (
+            (os, "fsync", None),
+            (os, "replace", 1),
+            (os, "mkdir", 0),
+            (Path, "write_text", 0),
+            (np, "savez_compressed", 0),
+            (mbs.checkpoint, "save_file", 1),
+        ):
             monkeypatch.setattr(owner, name, self.wrapped(getattr(owner, name), where))
         opened = io.open
-        def log_open(file, mode="r", *args, **kwargs): return Broken(self, opened(file, mode, *args, **kwargs)) if str(file).endswith("log.jsonl") else opened(file, mode, *args, **kwargs)
+
+        def log_open(file, mode="r", *args, **kwargs):
+            return (
+                Broken(self, opened(file, mode, *args, **kwargs))
+                if str(file).endswith("log.jsonl")
+                else opened(file, mode, *args, **kwargs)
+            )
+
         monkeypatch.setattr(mbs.experiment, "open", log_open, raising=False)
 
     def due(self):
@@ -72,26 +89,49 @@ class Faults:
 
     def wrapped(self, real, where):
         def call(*args, **kwargs):
-            target = "" if where is None else str(getattr(args[where], "name", args[where]) if not isinstance(args[where], (str, Path)) else args[where])
-            if where is not None and self.folder not in target: return real(*args, **kwargs)
-            if real.__name__ == "mkdir" and Path(target).is_dir(): return real(*args, **kwargs)  # nothing is written
+            target = (
+                ""
+                if where is None
+                else str(
+                    getattr(args[where], "name", args[where])
+                    if not isinstance(args[where], (str, Path))
+                    else args[where]
+                )
+            )
+            if where is not None and self.folder not in target:
+                return real(*args, **kwargs)
+            if real.__name__ == "mkdir" and Path(target).is_dir():
+                return real(*args, **kwargs)  # nothing is written
             if self.due():
-                if real.__name__ in ("write_text", "save_file"): Path(target).write_bytes(b"half")
+                if real.__name__ in ("write_text", "save_file"):
+                    Path(target).write_bytes(b"half")
                 raise OSError(self.code, os.strerror(self.code), target or None)
             return real(*args, **kwargs)
+
         call.__name__ = real.__name__
         return call
 
 
 class Broken:
     "The log, whose line is cut short when it is due."
-    def __init__(self, faults, file): self.faults, self.file = faults, file
-    def __enter__(self): return self
-    def __exit__(self, *_): self.file.close()
-    def __getattr__(self, name): return getattr(self.file, name)
+
+    def __init__(self, faults, file):
+        self.faults, self.file = faults, file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
     def write(self, text):
-        if not self.faults.due(): return self.file.write(text)
-        self.file.write(text[:len(text) // 2]); self.file.flush()
+        if not self.faults.due():
+            return self.file.write(text)
+        self.file.write(text[: len(text) // 2])
+        self.file.flush()
         raise OSError(self.faults.code, os.strerror(self.faults.code))
 
 
@@ -108,7 +148,8 @@ def test_writing_fails_somewhere(home, code):
         outputs = home / f"fault-{code}-{at}"
         with pytest.MonkeyPatch.context() as patch:
             Faults(patch, outputs, at, code)
-            with pytest.raises(ValueError, match="cannot be written") as error: go(outputs)
+            with pytest.raises(ValueError, match="cannot be written") as error:
+                go(outputs)
         assert os.strerror(code) in sentence(error)
         assert not [p for p in outputs.rglob(".step-*")]  # half a step would fill the disk for good
         same_end(go(outputs), whole)
@@ -119,7 +160,8 @@ def test_writing_fails_somewhere(home, code):
 def mounted(folder, options):
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-    if done.returncode: pytest.skip("mounting is not permitted here")
+    if done.returncode:
+        pytest.skip("mounting is not permitted here")
 
 
 def test_a_disk_that_is_really_full_and_then_read_only(home):
@@ -127,16 +169,19 @@ def test_a_disk_that_is_really_full_and_then_read_only(home):
     disk = home / "disk"
     mounted(disk, "size=500k")
     try:
-        with pytest.raises(ValueError, match="cannot be written") as error: go(disk)
+        with pytest.raises(ValueError, match="cannot be written") as error:
+            go(disk)
         assert "space" in sentence(error).lower()
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         same_end(go(disk), go(home / "whole"))
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with pytest.raises(ValueError, match=r"cannot be written \(Read-only") as error: go(disk, name="other")
+        with pytest.raises(ValueError, match=r"cannot be written \(Read-only") as error:
+            go(disk, name="other")
         sentence(error)
         assert load_run(disk / "run").finished
         kept("write faults injected and survived", 2)
-    finally: subprocess.run(["umount", str(disk)], check=True)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def said_by(home, *words):
@@ -157,7 +202,12 @@ def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
         for size in ("24k", "300k"):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
             code, line = said_by(home, "run", *words)
-            assert code and line.startswith("mbs: ") and "No space left on device" in line and "the same command goes on" in line, line
+            assert (
+                code
+                and line.startswith("mbs: ")
+                and "No space left on device" in line
+                and "the same command goes on" in line
+            ), line
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         assert said_by(home, "run", *words)[0] == 0
         same_end(load_run(disk / "run"), go(home / "whole", samples=0))
@@ -165,7 +215,8 @@ def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
         code, line = said_by(home, "run", *words, "name=other")
         assert code == 2 and line.startswith("mbs: ") and "cannot be written (Read-only file system)" in line, line
         kept("write faults injected and survived", 3)
-    finally: subprocess.run(["umount", str(disk)], check=True)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_files_may_not_grow(home):
@@ -174,9 +225,11 @@ def test_files_may_not_grow(home):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
-        with pytest.raises(ValueError, match="cannot be written") as error: go(home / "quota")
+        with pytest.raises(ValueError, match="cannot be written") as error:
+            go(home / "quota")
         sentence(error)
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     same_end(go(home / "quota"), go(home / "whole"))
     kept("write faults injected and survived", 1)
 
@@ -187,29 +240,41 @@ def test_data_vanish_while_training(home, workers):
     whole, data = go(home / "whole"), next((home / "data").iterdir())
     experiment = Experiment(Settings(**TINY | dict(workers=workers)), home / "cut")
     seen = []
-    def log(record): experiment.writer.__class__.log_real(record); seen.append(record); data.rename(home / "elsewhere") if len(seen) == 3 else None
+
+    def log(record):
+        experiment.writer.__class__.log_real(record)
+        seen.append(record)
+        data.rename(home / "elsewhere") if len(seen) == 3 else None
+
     experiment.writer.__class__.log_real = staticmethod(experiment.writer.log)
     experiment.writer.log = log
     log.cut = experiment.writer.__class__.log_real.cut
-    with pytest.raises(ValueError, match=r"(image|mask) \S+ is missing: expected") as error: experiment.run()
+    with pytest.raises(ValueError, match=r"(image|mask) \S+ is missing: expected") as error:
+        experiment.run()
     sentence(error)
     (home / "elsewhere").rename(data)
     same_end(go(home / "cut"), whole)
     kept("data faults injected and survived", 1)
 
 
-def children(): return [int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+def children():
+    return [int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
 
 
 def test_a_loader_process_dies(home):
     "Killed for its memory: a sentence; the run goes on."
     whole, experiment = go(home / "whole"), Experiment(Settings(**TINY | dict(workers=2)), home / "killed")
     real = experiment.writer.log
+
     def log(record):
         real(record)
-        if record["step"] == 1: os.kill(children()[-1], signal.SIGKILL); time.sleep(.5)
+        if record["step"] == 1:
+            os.kill(children()[-1], signal.SIGKILL)
+            time.sleep(0.5)
+
     log.cut, experiment.writer.log = real.cut, log
-    with pytest.raises(ValueError, match="a process that loads pictures has died") as error: experiment.run()
+    with pytest.raises(ValueError, match="a process that loads pictures has died") as error:
+        experiment.run()
     sentence(error)
     same_end(go(home / "killed"), whole)
     kept("data faults injected and survived", 1)
@@ -218,28 +283,40 @@ def test_a_loader_process_dies(home):
 def test_loader_processes_do_not_hear_signals(home, monkeypatch):
     "Ctrl-C in a terminal, and Slurm, signal every process of a job: the loaders live until the run has saved."
     from mbs.lifeline import Interrupted
+
     experiment = Experiment(Settings(**TINY | dict(workers=2)), home / "asked")
     real = experiment.writer.log
+
     def log(record):
         real(record)
         if record["step"] == 1:
-            for pid in [*children(), os.getpid()]: os.kill(pid, signal.SIGTERM); os.kill(pid, signal.SIGUSR1)
-            time.sleep(.3)
+            for pid in [*children(), os.getpid()]:
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.3)
+
     log.cut, experiment.writer.log = real.cut, log
-    with pytest.raises(Interrupted, match="saved, the same command goes on"): experiment.run()
+    with pytest.raises(Interrupted, match="saved, the same command goes on"):
+        experiment.run()
     same_end(go(home / "asked"), go(home / "whole"))
 
 
 # --- noticing
 
+
 def step_view(setup, step):
     from mbs.training import train_view
-    return train_view(setup.train, setup.protocol, step, setup.statistics(setup.model()), setup.recipe, setup.positions[step])
+
+    return train_view(
+        setup.train, setup.protocol, step, setup.statistics(setup.model()), setup.recipe, setup.positions[step]
+    )
 
 
 class Spoiled(Method):
     "A method whose gradient, not its loss, is not finite in some iterations."
+
     bad, n = (), 0
+
     def loss(self, *args):
         terms = super().loss(*args)
         type(self).n += 1
@@ -257,13 +334,20 @@ def spoiled(home, bad, name="spoiled", **recipe):
 def test_a_gradient_that_is_not_finite(home):
     "By default it ends the run before anything is saved, naming iteration and pictures; by choice it is left out and counted."
     experiment = spoiled(home, {5})
-    with pytest.raises(ValueError, match=r"the gradient of step 0 is nan in iteration 5 \(pictures train_\d+, .*training.non_finite=skip") as error: experiment.run()
+    with pytest.raises(
+        ValueError,
+        match=r"the gradient of step 0 is nan in iteration 5 \(pictures train_\d+, .*training.non_finite=skip",
+    ) as error:
+        experiment.run()
     sentence(error)
     assert not list((experiment.folder / "resume").glob("*")) and not load_run(experiment.folder).log()
     run = spoiled(home, {5, 15}, "skipped", non_finite="skip").run()
-    assert [r.get("left_out", 0) for r in run.log()] == [1, 0, 1, 0, 0, 0] and all(np.isfinite(r["loss"]) for r in run.log())
+    assert [r.get("left_out", 0) for r in run.log()] == [1, 0, 1, 0, 0, 0] and all(
+        np.isfinite(r["loss"]) for r in run.log()
+    )
     assert all(torch.isfinite(v).all() for v in load_file(run.step(0, "model.safetensors")).values())
-    with pytest.raises(ValueError, match="not finite in any of the last 10 iterations"): spoiled(home, set(range(1, 30)), "never", non_finite="skip").run()
+    with pytest.raises(ValueError, match="not finite in any of the last 10 iterations"):
+        spoiled(home, set(range(1, 30)), "never", non_finite="skip").run()
 
 
 def test_skipping_survives_an_interruption(home):
@@ -271,11 +355,15 @@ def test_skipping_survives_an_interruption(home):
     whole = spoiled(home, {3}, "whole", non_finite="skip").run()
     stopped = spoiled(home, {3}, "stopped", non_finite="skip")
     kind, real = type(stopped.setup.method), type(stopped.setup.method).loss
+
     def loss(self, *args):
-        if self.n == 6: signal.raise_signal(signal.SIGTERM)
+        if self.n == 6:
+            signal.raise_signal(signal.SIGTERM)
         return real(self, *args)
+
     kind.loss = loss
-    with pytest.raises(KeyboardInterrupt): stopped.run()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
     resumed = spoiled(home, set(), "stopped", non_finite="skip").run()
     assert resumed.log() == whole.log() and whole.log()[0]["left_out"] == 1
     same_end(resumed, whole)
@@ -284,8 +372,10 @@ def test_skipping_survives_an_interruption(home):
 def test_teacher_and_student_must_fit_the_step(home):
     setup = Experiment(Settings(**TINY)).setup
     student, teacher = setup.model(1), setup.model(1).frozen()
-    with pytest.raises(ValueError, match=r"the teacher of step 1 of 4-2 has 7 channels: expected 5"): train_step(student, teacher, setup.method, step_view(setup, 1), setup.recipe)
-    with pytest.raises(ValueError, match=r"the student of step 1 of 4-2 has 5 channels: expected 7"): train_step(setup.model(0), None, setup.method, step_view(setup, 1), setup.recipe)
+    with pytest.raises(ValueError, match=r"the teacher of step 1 of 4-2 has 7 channels: expected 5"):
+        train_step(student, teacher, setup.method, step_view(setup, 1), setup.recipe)
+    with pytest.raises(ValueError, match=r"the student of step 1 of 4-2 has 5 channels: expected 7"):
+        train_step(setup.model(0), None, setup.method, step_view(setup, 1), setup.recipe)
     with pytest.raises(ValueError, match=r"the teacher of step 0 of 4-2 has 5 channels: expected no teacher"):
         train_step(setup.model(0), setup.model(0), setup.method, step_view(setup, 0), setup.recipe)
 
@@ -302,6 +392,7 @@ def test_changed_data_under_an_index(home):
 
     from mbs.data import SegmentationFolder
     from mbs.scenes import write_scenes
+
     root = write_scenes(home / "s", 20, 4, size=32)
     before = SegmentationFolder(root)
     mask, ids = before.masks[0], before[0][1]
@@ -310,33 +401,50 @@ def test_changed_data_under_an_index(home):
     Image.fromarray(np.where(ids == ids.max(), 0, ids)).save(mask, "BMP")
     os.utime(mask, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert mask.stat().st_size == times.st_size and SegmentationFolder(root).fingerprint != before.fingerprint
-    Image.fromarray(np.zeros((16, 16), np.uint8)).save(before.masks[3]); Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(before.images[3])
-    with pytest.raises(ValueError, match="has changed since the data set was opened: expected 32×32"): before[3]
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(before.masks[3])
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(before.images[3])
+    with pytest.raises(ValueError, match="has changed since the data set was opened: expected 32×32"):
+        before[3]
 
 
 def test_what_is_not_measured_alike_is_said(home):
     "A report of runs that were tested in different ways, or on other data, says so with the values."
     from mbs.report import write_report
-    a, b = go(home / "o", name="a", samples=0), go(home / "o", name="b", seed=1, samples=0, training=TINY["training"] | dict(test="window"))
-    with pytest.warns(UserWarning, match=r"not all runs of this table are measured alike.*test is whole in a, window in b"): write_report([a, b], home / "report")
+
+    a, b = (
+        go(home / "o", name="a", samples=0),
+        go(home / "o", name="b", seed=1, samples=0, training=TINY["training"] | dict(test="window")),
+    )
+    with pytest.warns(
+        UserWarning, match=r"not all runs of this table are measured alike.*test is whole in a, window in b"
+    ):
+        write_report([a, b], home / "report")
     assert "CAUTION: not all runs" in (home / "report/report.html").read_text()
     c = go(home / "o", name="c", samples=0, scenes=TINY["scenes"] | dict(n_test=12))
-    (home / "o/c/run.json").write_text(json.dumps(read_json(home / "o/c/run.json") | dict(settings=a.card["settings"] | dict(name="c"))))
-    with pytest.warns(UserWarning, match=r"stand on different data \(.*n_test 10 and 12"): write_report([a, load_run(c.folder)], home / "report")
+    (home / "o/c/run.json").write_text(
+        json.dumps(read_json(home / "o/c/run.json") | dict(settings=a.card["settings"] | dict(name="c")))
+    )
+    with pytest.warns(UserWarning, match=r"stand on different data \(.*n_test 10 and 12"):
+        write_report([a, load_run(c.folder)], home / "report")
 
 
 def test_same_seed_same_weights(home):
     "On one machine, whatever ran before in the process."
     one = go(home / "one")
-    torch.rand(7); np.random.rand(3); random.random()  # noqa: NPY002
+    torch.rand(7)
+    np.random.rand(3)
+    random.random()  # noqa: NPY002
     two = go(home / "two")
     same_end(two, one)
-    assert not torch.equal(*(load_file(r.step(0, "model.safetensors"))["decoder.proj_patch"] for r in (one, go(home / "three", seed=1))))
+    assert not torch.equal(
+        *(load_file(r.step(0, "model.safetensors"))["decoder.proj_patch"] for r in (one, go(home / "three", seed=1)))
+    )
 
 
 def test_deterministic_is_a_choice():
     "The flags are set, and taken back; what they do on a GPU is for a machine with one."
     from mbs.training import make_accelerator
+
     make_accelerator(make_recipe("clean", deterministic=True))
     assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
     make_accelerator(make_recipe("clean"))
@@ -350,5 +458,6 @@ def test_runs_from_before_a_choice_existed_go_on(home):
     del card["recipe"]["non_finite"], card["recipe"]["deterministic"]
     (run.folder / "run.json").write_text(json.dumps(card))
     assert go(home / "o").finished
-    with pytest.raises(ValueError, match=r"recipe\.non_finite: 'stop' there, 'skip' now"): go(home / "o", training=TINY["training"] | dict(non_finite="skip"))
+    with pytest.raises(ValueError, match=r"recipe\.non_finite: 'stop' there, 'skip' now"):
+        go(home / "o", training=TINY["training"] | dict(non_finite="skip"))
     assert TrainTransform

@@ -1,4 +1,5 @@
 "Encoder, decoder, segmenter and a full training step agree with the released program."
+
 from functools import partial
 
 import numpy as np
@@ -18,8 +19,17 @@ DTYPES = [torch.float64, torch.float32]
 
 def encoder(prefix, dtype):
     "The reference's encoder: 32×32, patch 8, width 16, layer norms of eps 1e-5."
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2,
-                            norm_layer=partial(nn.LayerNorm, eps=1e-5), num_classes=0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        num_classes=0,
+    )
     state = tensors(GOLDEN, prefix, torch.float32)
     vit.load_state_dict({k: v for k, v in state.items() if not k.startswith("head")})
     return ViTEncoder(vit).to(dtype)
@@ -51,7 +61,8 @@ def test_encoder(dtype):
     grid = net.vit.patch_embed(x["im"]) + net.vit.pos_embed[:, 1:]
     grid = torch.cat([(net.vit.cls_token + net.vit.pos_embed[:, :1]).expand(2, -1, -1), grid], 1)
     features = []
-    for block in net.vit.blocks: features.append(grid := block(grid))
+    for block in net.vit.blocks:
+        features.append(grid := block(grid))
     close(torch.stack([f[:, 1:] for f in features], 1), x["block_features"], dtype)
 
 
@@ -82,7 +93,12 @@ def check_gradients(net, want, dtype):
     want = {k.replace("cls_emb", "class_tokens"): v for k, v in want.items()}
     assert set(grads) == set(want)
     for k, grad in grads.items():
-        close(torch.stack([grad.double().sum(), grad.double().square().sum()]), want[k], dtype, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+        close(
+            torch.stack([grad.double().sum(), grad.double().square().sum()]),
+            want[k],
+            dtype,
+            rtol=1e-9 if dtype == torch.float64 else 1e-4,
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,12 +120,20 @@ def test_full_step(dtype):
         close(terms[mine], want[theirs], dtype)
     close(terms["output"] + terms["orthogonality"], want["lod"], dtype)
     terms["loss"].backward()
-    check_gradients(student, {own_prefix(k): v for k, v in tensors(GOLDEN, "fullstep/s1/grad_sum/", torch.float64).items()}, dtype)
-    close(student.encoder.vit.patch_embed.proj.weight.grad, want["grad_patch_embed"], dtype, rtol=None if dtype == torch.float64 else 1e-4)
+    check_gradients(
+        student, {own_prefix(k): v for k, v in tensors(GOLDEN, "fullstep/s1/grad_sum/", torch.float64).items()}, dtype
+    )
+    close(
+        student.encoder.vit.patch_embed.proj.weight.grad,
+        want["grad_patch_embed"],
+        dtype,
+        rtol=None if dtype == torch.float64 else 1e-4,
+    )
     close(student.decoder.class_tokens[2].grad, want["grad_cls_emb2"][0], dtype)
     assert all(name.startswith("encoder.head") for name in GOLDEN["fullstep/s1/params_without_grad"])
-    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3, weight_decay=1e-5, momentum=.9, nesterov=True)
-    for _ in range(3): optimiser.step()
+    optimiser = torch.optim.SGD(student.parameters(), lr=1e-3, weight_decay=1e-5, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        optimiser.step()
     close(student.decoder.class_tokens[2], want["cls_emb2_after_3_sgd"][0], dtype)
     close(student.encoder.vit.patch_embed.proj.bias, want["patch_bias_after_3_sgd"], dtype)
 
@@ -127,4 +151,6 @@ def test_base_step(dtype):
     close(terms["cross_entropy"], want["seg_loss"], dtype)
     close(terms["loss"], want["loss_total"], torch.float32)  # the reference itself is float32 here
     terms["loss"].backward()
-    check_gradients(student, {own_prefix(k): v for k, v in tensors(GOLDEN, "fullstep/s0/grad_sum/", torch.float64).items()}, dtype)
+    check_gradients(
+        student, {own_prefix(k): v for k, v in tensors(GOLDEN, "fullstep/s0/grad_sum/", torch.float64).items()}, dtype
+    )

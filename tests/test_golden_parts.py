@@ -1,4 +1,5 @@
 "The four parts, mask norm, label maps and metrics agree with the released program."
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,16 @@ GOLDEN = load()
 DTYPES = [torch.float64, torch.float32]
 # (case, variant): ref_* of the permuted cases mix class ids and channels; fixed_* is the same code given channels.
 # With MBS off no loss looks at class ids, so ref_ce_plain is right everywhere.
-STEPS = [("v15_1_s1", "ref_ce_mbs"), ("v15_1_s1", "ref_ce_plain"), ("v15_5_s1", "ref_ce_mbs"), ("v15_5_s1", "ref_ce_plain"),
-         ("v15_1b_s1", "fixed_ce_mbs"), ("v15_1b_s1", "ref_ce_plain"), ("v15_1b_s2", "fixed_ce_mbs"), ("v15_1b_s2", "ref_ce_plain")]
+STEPS = [
+    ("v15_1_s1", "ref_ce_mbs"),
+    ("v15_1_s1", "ref_ce_plain"),
+    ("v15_5_s1", "ref_ce_mbs"),
+    ("v15_5_s1", "ref_ce_plain"),
+    ("v15_1b_s1", "fixed_ce_mbs"),
+    ("v15_1b_s1", "ref_ce_plain"),
+    ("v15_1b_s2", "fixed_ce_mbs"),
+    ("v15_1b_s2", "ref_ce_plain"),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,7 +44,8 @@ def test_step(case, variant, dtype):
     terms = method.loss(student, teacher, x["labels"], n_new)
     labels = training_labels(x["labels"], teacher, method.parts)
     assert torch.equal(labels, want["labels_out"])
-    if "scoremap" in want: close(reliability(labels, teacher.patch_logits, x["outputs_prev"].shape[1]), want["scoremap"].flatten(1), dtype)
+    if "scoremap" in want:
+        close(reliability(labels, teacher.patch_logits, x["outputs_prev"].shape[1]), want["scoremap"].flatten(1), dtype)
     close(terms["cross_entropy"], want["seg_loss"], dtype)
     close(terms["patch_features"], want["lfd_patches"], dtype)
     close(terms["patch_features"] + terms["class_features"], want["lfd"], dtype)
@@ -63,7 +73,10 @@ def test_feature_distillation(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_distillation(dtype):
     x = tensors(GOLDEN, "od/", dtype)
-    for key, loss in (("lgod", lambda z: label_guided_distillation(z, x["targets"], x["labels"])), ("kd", lambda z: output_distillation(z, x["targets"]))):
+    for key, loss in (
+        ("lgod", lambda z: label_guided_distillation(z, x["targets"], x["labels"])),
+        ("kd", lambda z: output_distillation(z, x["targets"])),
+    ):
         logits = x["inputs"].clone().requires_grad_()
         value = loss(logits)
         close(value, x[f"{key}_mean"], dtype)
@@ -87,7 +100,8 @@ def test_mask_norm(dtype):
     x = tensors(GOLDEN, "masknorm/", dtype)
     norm = MaskNorm([1, 4, 2]).to(dtype)
     for own, theirs in ((norm.weight, x["weight"]), (norm.bias, x["bias"])):
-        for p, value in zip(own, theirs.split([1, 4, 2])): p.data = value.clone()
+        for p, value in zip(own, theirs.split([1, 4, 2])):
+            p.data = value.clone()
     z = x["input"].clone().requires_grad_()
     y = norm(z)
     close(y, x["output"], dtype)
@@ -104,7 +118,9 @@ def test_label_maps(dataset, split):
     for step in range(len(protocol.steps)):
         want = {part: GOLDEN[f"labelmap/{dataset}_{split}_s{step}_{part}"] for part in ("train", "test")}
         assert np.array_equal(protocol.to_channels(ids, step), want["train"])
-        seen = np.where(want["test"] < protocol.n_channels(step), want["test"], VOID)  # the reference masks the future later
+        seen = np.where(
+            want["test"] < protocol.n_channels(step), want["test"], VOID
+        )  # the reference masks the future later
         assert np.array_equal(protocol.to_channels(ids, step, "test"), seen)
 
 
@@ -130,7 +146,12 @@ def test_metrics(group):
     close((true / counts.sum() * iou).sum(), GOLDEN[f"{group}/FreqW_Acc"].item())
     close(iou[iou > 0].mean(), GOLDEN[f"{group}/Mean_IoU"].item())
     close(s["pixel_accuracy"], GOLDEN[f"{group}/Overall_Acc"].item())
-    close(s["released"], GOLDEN[f"{group}/Mean_IoU"].item(), rtol=1e-7)  # as we report it: the 1e-6 is the only difference
+    close(
+        s["released"], GOLDEN[f"{group}/Mean_IoU"].item(), rtol=1e-7
+    )  # as we report it: the 1e-6 is the only difference
     if n == 21:
-        close([iou[1:16].mean(), iou[16:].mean(), accuracy[1:16].mean(), accuracy[16:].mean()], GOLDEN["metrics21/before_after_15_1"])
+        close(
+            [iou[1:16].mean(), iou[16:].mean(), accuracy[1:16].mean(), accuracy[16:].mean()],
+            GOLDEN["metrics21/before_after_15_1"],
+        )
         close([s["old_fg"], s["new"]], GOLDEN["metrics21/before_after_15_1"][:2], rtol=1e-7)

@@ -1,4 +1,5 @@
 "From files to what a network gets: the released program's crops to the byte, ours with picture and labels in register, bytes until the device, and a cache that changes nothing."
+
 import json
 import os
 import pickle
@@ -40,23 +41,30 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path): return SegmentationFolder(write_scenes(tmp_path / "s", 24, 4, size=48))
+def folder(tmp_path):
+    return SegmentationFolder(write_scenes(tmp_path / "s", 24, 4, size=48))
 
 
-def same(a, b): return len(a) == len(b) and all(np.array_equal(x, y) for i in range(len(a)) for x, y in zip(a[i], b[i]))
+def same(a, b):
+    return len(a) == len(b) and all(np.array_equal(x, y) for i in range(len(a)) for x, y in zip(a[i], b[i]))
 
 
 @needs_golden
 @pytest.mark.parametrize("part", ["val", *(f"train_seed{k}" for k in range(4))])
 def test_crops_of_the_released_program(part):
     "Recorded crops: pictures as near as they were recorded, float32 for the test and float16 for training; labels exactly."
-    image, labels = torch.from_numpy(GOLDEN["transform/img"]).permute(2, 0, 1), torch.from_numpy(GOLDEN["transform/lbl"])
+    image, labels = (
+        torch.from_numpy(GOLDEN["transform/img"]).permute(2, 0, 1),
+        torch.from_numpy(GOLDEN["transform/lbl"]),
+    )
     if part != "val":
         random.seed(int(part[-1]))
-        assert random.uniform(.5, 2) == GOLDEN[f"transform/{part}_scale"]
+        assert random.uniform(0.5, 2) == GOLDEN[f"transform/{part}_scale"]
         random.seed(int(part[-1]))
     x, y = (TestTransform(*IMAGENET, crop=48) if part == "val" else ReleasedTransform(48, *IMAGENET))(image, labels)
-    np.testing.assert_allclose(x, GOLDEN[f"transform/{part}_img"].astype(np.float32), rtol=0, atol=1e-6 if part == "val" else 1e-3)
+    np.testing.assert_allclose(
+        x, GOLDEN[f"transform/{part}_img"].astype(np.float32), rtol=0, atol=1e-6 if part == "val" else 1e-3
+    )
     assert np.array_equal(y, GOLDEN[f"transform/{part}_lbl"])
 
 
@@ -74,10 +82,15 @@ def test_fast_resize(size, wanted, seed):
     "Pictures up to one grey level as Pillow's, whatever the layout; labels are the pixel under the centre, as Pillow's wherever there is only one."
     rng = np.random.default_rng(seed)
     image, labels = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 256, size, dtype=np.uint8)
-    (a, b), (c, d) = map(np.asarray, resized(image, labels, wanted)), resized_fast(image[:, ::-1][:, ::-1], labels, wanted)
+    (a, b), (c, d) = (
+        map(np.asarray, resized(image, labels, wanted)),
+        resized_fast(image[:, ::-1][:, ::-1], labels, wanted),
+    )
     assert c.dtype == d.dtype == np.uint8 and np.abs(a.astype(int) - c).max() <= 1
     centres = [(np.arange(m) * 2 + 1) * n / (2 * m) for n, m in zip(size, wanted)]
-    assert np.array_equal(d, labels[np.floor(centres[0] + 1e-9).astype(int)][:, np.floor(centres[1] + 1e-9).astype(int)])
+    assert np.array_equal(
+        d, labels[np.floor(centres[0] + 1e-9).astype(int)][:, np.floor(centres[1] + 1e-9).astype(int)]
+    )
     only = np.ix_(*(np.abs(x - x.round()) > 1e-3 for x in centres))
     assert np.array_equal(d[only], b[only])
 
@@ -91,8 +104,9 @@ def test_picture_and_labels_are_in_register(kind):
         image[:, edge:], labels[:, edge:] = 255, 1
         random.seed(k)
         x, y = (row[32] for row in kind(64, *IMAGENET, flip=False).cut(image, labels))
-        if {0, 1} <= set(y.tolist()): offsets.append((x[y != VOID, 0] / 255).sum() - (y == 1).sum())
-    assert len(offsets) > 200 and abs(np.mean(offsets)) < .1 and np.abs(offsets).max() < 2
+        if {0, 1} <= set(y.tolist()):
+            offsets.append((x[y != VOID, 0] / 255).sum() - (y == 1).sum())
+    assert len(offsets) > 200 and abs(np.mean(offsets)) < 0.1 and np.abs(offsets).max() < 2
 
 
 def test_a_window_first_shows_what_the_whole_would():
@@ -103,22 +117,25 @@ def test_a_window_first_shows_what_the_whole_would():
         random.seed(k)
         x, y = TrainTransform(96, *IMAGENET).cut(ramp, labels)
         random.seed(k)
-        factor = random.uniform(.5, 2)
+        factor = random.uniform(0.5, 2)
         whole = int(96 * factor), int(128 * factor)
         top, left = (random.randint(0, max(0, s - 96)) for s in whole)
-        full = np.asarray(resized(ramp, labels, whole)[0])[top:top + 96, left:left + 96]
+        full = np.asarray(resized(ramp, labels, whole)[0])[top : top + 96, left : left + 96]
         height, width = full.shape[:2]
-        if random.random() < .5: x, y = x[:, ::-1], y[:, ::-1]
+        if random.random() < 0.5:
+            x, y = x[:, ::-1], y[:, ::-1]
         assert np.abs(x[:height, :width].astype(int) - full).max() <= 2
         assert (y[:height, :width] == 0).all() and (y == VOID).sum() == 96**2 - height * width
 
 
 def test_bytes_travel_and_the_device_does_the_rest(folder):
     "Loader processes hand on uint8; what arrives is what the transform alone gives, for any number of them."
-    view = train_view(folder, Protocol("4-4", 8), 0, ((.4, .5, .6), (.2, .3, .1)), make_recipe(crop=40))
+    view = train_view(folder, Protocol("4-4", 8), 0, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.1)), make_recipe(crop=40))
     draws = Draws(view, 4, seed=3)
     loader = DataLoader(draws, batch_sampler=[range(4), range(4, 8)], num_workers=1)
-    assert [(x.dtype, x.shape, y.dtype, y.shape) for x, y in loader] == [(torch.uint8, (4, 40, 40, 3), torch.uint8, (4, 40, 40))] * 2
+    assert [(x.dtype, x.shape, y.dtype, y.shape) for x, y in loader] == [
+        (torch.uint8, (4, 40, 40, 3), torch.uint8, (4, 40, 40))
+    ] * 2
     plain = StepView(folder, view.protocol, 0, view.transform, positions=view.positions)
     for workers in (0, 2):
         for i, (images, labels) in enumerate(batches(draws, range(2), workers)):
@@ -137,8 +154,10 @@ def test_a_gpu_does_not_wait_and_rounds_alike(folder):
     there = next(stream)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in stream: pass
-    finally: torch.cuda.set_sync_debug_mode("default")
+        for _ in stream:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(there[1].cpu(), here[1])
     torch.testing.assert_close(there[0].cpu(), here[0], rtol=0, atol=1e-6)
 
@@ -146,23 +165,40 @@ def test_a_gpu_does_not_wait_and_rounds_alike(folder):
 def test_statistics_are_sent_once(folder, monkeypatch):
     "A tensor made on a GPU from numbers would make it wait at every batch."
     view = train_view(folder, Protocol("4-4", 8), 0, IMAGENET, make_recipe(crop=40))
-    stream, made, original = on_device(DataLoader(Draws(view, 4), 4, sampler=range(12)), view.transform), [], torch.as_tensor
-    monkeypatch.setattr(torch, "as_tensor", lambda x, **how: (made.append(x) if not isinstance(x, torch.Tensor | np.ndarray) else None, original(x, **how))[1])
+    stream, made, original = (
+        on_device(DataLoader(Draws(view, 4), 4, sampler=range(12)), view.transform),
+        [],
+        torch.as_tensor,
+    )
+    monkeypatch.setattr(
+        torch,
+        "as_tensor",
+        lambda x, **how: (made.append(x) if not isinstance(x, torch.Tensor | np.ndarray) else None, original(x, **how))[
+            1
+        ],
+    )
     assert len(list(stream)) == 3 and made == []
 
 
-@pytest.mark.parametrize("recipe,workers,tuning", [("clean", 0, 0), ("paper", 2, .25)])
+@pytest.mark.parametrize("recipe,workers,tuning", [("clean", 0, 0), ("paper", 2, 0.25)])
 def test_the_same_weights_with_and_without(home, recipe, workers, tuning, capsys):
     "Bit by bit, and the same scores; a finished run is not another one for having been made with a cache."
     training = dict(crop=48, batch=4, iterations=12, optimizer="adamw")
-    def go(name, cache): return Experiment(Settings(name=name, recipe=recipe, workers=workers, tuning=tuning, cache=cache, training=training, **SHORT)).run()
+
+    def go(name, cache):
+        return Experiment(
+            Settings(name=name, recipe=recipe, workers=workers, tuning=tuning, cache=cache, training=training, **SHORT)
+        ).run()
+
     plain, fast = go("plain", False), go("fast", True)
     assert not list(home.glob("data/*/.mbs-decoded-*")) or fast.finished
     assert ("decoding 24 pictures" in capsys.readouterr().out) and list(home.glob("data/*/.mbs-decoded-train.npy"))
     assert plain.log() == fast.log()
     for t in range(2):
         mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (plain, fast))
-        assert all(torch.equal(mine[k], theirs[k]) for k in mine) and np.array_equal(plain.confusion(t).counts, fast.confusion(t).counts)
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine) and np.array_equal(
+            plain.confusion(t).counts, fast.confusion(t).counts
+        )
     assert go("plain", True).finished
 
 
@@ -172,7 +208,8 @@ def test_none_is_made_unasked(home):
 
 
 def test_a_subset_finds_its_pictures(folder):
-    for part in tuning_parts(folder, .3): assert same(cached(part), part) and not same(cached(part), folder)
+    for part in tuning_parts(folder, 0.3):
+        assert same(cached(part), part) and not same(cached(part), folder)
     assert len(list(folder.root.glob(".mbs-decoded-*"))) == 1
 
 
@@ -188,28 +225,59 @@ def rewritten(path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda file, data: os.truncate(file, file.stat().st_size - 1),
-    lambda file, data: os.truncate(file, 0),
-    lambda file, data: file.write_text("something else"),
-    lambda file, data: np.savez(file.open("wb"), a=np.zeros(3)),
-    lambda file, data: np.save(file.open("wb"), np.array([{}]), allow_pickle=True),
-    lambda file, data: file.write_bytes(file.read_bytes()[:128] + bytes(file.stat().st_size - 128)),
-    lambda file, data: file.unlink(),
-    lambda file, data: touched(data.images[5]),
-    lambda file, data: touched(data.masks[23]),
-    lambda file, data: rewritten(data.images[0]),
-    lambda file, data: [path.write_bytes(other.read_bytes()) for path, other in [(file, cached(SegmentationFolder(write_scenes(data.root.with_name("t"), 24, 4, size=48, seed=1))).decoded.file)]],
-], ids=["cut", "empty", "text", "npz", "pickle", "zeros", "gone", "photo touched", "mask touched", "photo of the same size and time", "of other data"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file, data: os.truncate(file, file.stat().st_size - 1),
+        lambda file, data: os.truncate(file, 0),
+        lambda file, data: file.write_text("something else"),
+        lambda file, data: np.savez(file.open("wb"), a=np.zeros(3)),
+        lambda file, data: np.save(file.open("wb"), np.array([{}]), allow_pickle=True),
+        lambda file, data: file.write_bytes(file.read_bytes()[:128] + bytes(file.stat().st_size - 128)),
+        lambda file, data: file.unlink(),
+        lambda file, data: touched(data.images[5]),
+        lambda file, data: touched(data.masks[23]),
+        lambda file, data: rewritten(data.images[0]),
+        lambda file, data: [
+            path.write_bytes(other.read_bytes())
+            for path, other in [
+                (
+                    file,
+                    cached(
+                        SegmentationFolder(write_scenes(data.root.with_name("t"), 24, 4, size=48, seed=1))
+                    ).decoded.file,
+                )
+            ]
+        ],
+    ],
+    ids=[
+        "cut",
+        "empty",
+        "text",
+        "npz",
+        "pickle",
+        "zeros",
+        "gone",
+        "photo touched",
+        "mask touched",
+        "photo of the same size and time",
+        "of other data",
+    ],
+)
 def test_a_cache_that_does_not_fit_is_made_anew(folder, spoil):
-    for path in folder.images: Image.open(path).convert("RGB").save(path, "BMP")  # the size of such a file does not depend on what is in it
+    for path in folder.images:
+        Image.open(path).convert("RGB").save(path, "BMP")  # the size of such a file does not depend on what is in it
     data = SegmentationFolder(folder.root)
     file = cached(data).decoded.file
     assert opened(file, data) is not None
     spoil(file, data)
     assert opened(file, SegmentationFolder(folder.root)) is None
     again = cached(SegmentationFolder(folder.root))
-    assert again.decoded.file == file and same(again, SegmentationFolder(folder.root)) and opened(file, SegmentationFolder(folder.root)) is not None
+    assert (
+        again.decoded.file == file
+        and same(again, SegmentationFolder(folder.root))
+        and opened(file, SegmentationFolder(folder.root)) is not None
+    )
 
 
 def test_readers_keep_what_they_have_mapped(folder):
@@ -225,7 +293,11 @@ def test_readers_keep_what_they_have_mapped(folder):
 def test_no_room(folder, monkeypatch):
     "Refused before anything is written, in one sentence with both sizes."
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**17))
-    with pytest.raises(ValueError, match=r"decoded pictures of s take 0\.2 MiB and .* has 0\.1 MiB left: expected room for them; make some, or leave cache out"): cached(folder)
+    with pytest.raises(
+        ValueError,
+        match=r"decoded pictures of s take 0\.2 MiB and .* has 0\.1 MiB left: expected room for them; make some, or leave cache out",
+    ):
+        cached(folder)
     assert not list(folder.root.glob("*decoded*"))
 
 
@@ -234,8 +306,12 @@ def test_the_disk_fills_up(folder):
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, usual[1]))
     try:
-        with pytest.raises(ValueError, match=r"decoded pictures of s cannot be written to .*: expected room and the right to write"): cached(folder)
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        with pytest.raises(
+            ValueError, match=r"decoded pictures of s cannot be written to .*: expected room and the right to write"
+        ):
+            cached(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert not [p for p in folder.root.iterdir() if "decoded" in p.name]
 
 
@@ -244,7 +320,9 @@ def test_read_only_data(folder, home, monkeypatch):
     beside, at_home = places(folder.layout, "train")
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder.root and allowed(path, mode))
-    assert cached(folder).decoded.file == at_home and at_home.is_relative_to(home / "data/.cache") and not beside.exists()
+    assert (
+        cached(folder).decoded.file == at_home and at_home.is_relative_to(home / "data/.cache") and not beside.exists()
+    )
     monkeypatch.undo()
     at_home.rename(beside)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -256,7 +334,8 @@ def test_home_cannot_be_written_either(folder, home, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     (home / "data").mkdir()
     (home / "data" / ".cache").write_text("in the way")
-    with pytest.raises(ValueError, match=r"cannot be written to .*\.cache"): cached(folder)
+    with pytest.raises(ValueError, match=r"cannot be written to .*\.cache"):
+        cached(folder)
 
 
 BUILDER = """
@@ -278,10 +357,15 @@ print("sum", sum(int(x.sum()) for i in range(len(data)) for x in data[i]))
 def test_several_at_once(folder):
     "One makes it, after removing what a killed one has left; all read the same."
     (folder.root / "..mbs-decoded-train.npy.999999").write_bytes(b"half")
-    together = [subprocess.Popen([sys.executable, "-c", BUILDER, str(folder.root)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    together = [
+        subprocess.Popen([sys.executable, "-c", BUILDER, str(folder.root)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     said = [p.communicate(timeout=120)[0] for p in together]
     assert [p.returncode for p in together] == [0] * 3 and "".join(said).count("decoding 24 pictures") == 1
-    assert {line for text in said for line in text.splitlines() if line.startswith("sum")} == {f"sum {sum(int(x.sum()) for i in range(24) for x in folder[i])}"}
+    assert {line for text in said for line in text.splitlines() if line.startswith("sum")} == {
+        f"sum {sum(int(x.sum()) for i in range(24) for x in folder[i])}"
+    }
     assert [p.name for p in folder.root.iterdir() if "decoded" in p.name] == [".mbs-decoded-train.npy"]
 
 
@@ -291,7 +375,11 @@ def test_loader_processes_take_no_copy_along(folder):
     assert len(pickle.dumps(data.decoded)) < 5_000 and same(pickle.loads(pickle.dumps(data)), folder)
     view = StepView(data, Protocol("4-4", 8), 0, TrainTransform(40, *IMAGENET), as_bytes=True)
     given = list(DataLoader(Draws(view, 4), 4, sampler=range(8), num_workers=1, multiprocessing_context="spawn"))
-    assert all(torch.equal(a, b) for one, two in zip(given, DataLoader(Draws(view, 4), 4, sampler=range(8))) for a, b in zip(one, two))
+    assert all(
+        torch.equal(a, b)
+        for one, two in zip(given, DataLoader(Draws(view, 4), 4, sampler=range(8)))
+        for a, b in zip(one, two)
+    )
 
 
 def test_the_card_says_whether(home):

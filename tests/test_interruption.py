@@ -1,4 +1,5 @@
 "A run that is killed or stopped again and again ends bit for bit like one that never was."
+
 import json
 import multiprocessing
 import os
@@ -17,8 +18,17 @@ from mbs.lifeline import Interrupted
 from mbs.run import Settings, load_run
 
 KILLS = int(os.environ.get("MBS_KILLS", 10))
-PARAMETERS = dict(name="run", protocol="4-2", samples=1, share_base=False, save_minutes=0, workers=0, scenes=dict(n_train=24, n_test=10, size=32),
-                  encoder_options=dict(patch_size=8, embed_dim=32, depth=2, num_heads=2), training=dict(crop=32, batch=4, iterations=60, optimizer="adamw", both=True))
+PARAMETERS = dict(
+    name="run",
+    protocol="4-2",
+    samples=1,
+    share_base=False,
+    save_minutes=0,
+    workers=0,
+    scenes=dict(n_train=24, n_test=10, size=32),
+    encoder_options=dict(patch_size=8, embed_dim=32, depth=2, num_heads=2),
+    training=dict(crop=32, batch=4, iterations=60, optimizer="adamw", both=True),
+)
 
 
 def go(outputs, changes):
@@ -32,8 +42,16 @@ def forked():
     return multiprocessing.get_context("fork")
 
 
-@pytest.fixture(params=[{}, dict(method="plop"), dict(training=PARAMETERS["training"] | dict(optimizer="sgd", selection="held-out"))], ids=["mbs", "plop", "sgd and held-out"])
-def changes(request): return request.param
+@pytest.fixture(
+    params=[
+        {},
+        dict(method="plop"),
+        dict(training=PARAMETERS["training"] | dict(optimizer="sgd", selection="held-out")),
+    ],
+    ids=["mbs", "plop", "sgd and held-out"],
+)
+def changes(request):
+    return request.param
 
 
 def same(run, whole, left=frozenset([".lock"])):
@@ -55,11 +73,11 @@ def test_killed_at_random_moments(tmp_path, monkeypatch, forked, changes):
     began = time.monotonic()
     go(tmp_path / "whole", changes)
     took, drawn, caught = time.monotonic() - began, random.Random(0), set()
-    longest, folder = 3 * took / KILLS + .3, tmp_path / "killed" / "run"
+    longest, folder = 3 * took / KILLS + 0.3, tmp_path / "killed" / "run"
     for _ in range(KILLS):
         process = forked.Process(target=go, args=(tmp_path / "killed", changes))
         process.start()
-        process.join(drawn.uniform(.02, longest))
+        process.join(drawn.uniform(0.02, longest))
         process.kill()
         process.join()
         place = (load_run(folder).n_steps, len(load_run(folder).log())) if (folder / "run.json").is_file() else None
@@ -80,7 +98,8 @@ def test_asked_to_stop(tmp_path, monkeypatch, forked):
     for reached, asked in ((2, signal.SIGTERM), (8, signal.SIGINT), (14, signal.SIGUSR1)):
         process = forked.Process(target=stopped_go, args=(tmp_path / "stopped", changes))
         process.start()
-        while process.is_alive() and not (log.is_file() and len(log.read_text().splitlines()) >= reached): time.sleep(.002)
+        while process.is_alive() and not (log.is_file() and len(log.read_text().splitlines()) >= reached):
+            time.sleep(0.002)
         os.kill(process.pid, asked)
         process.join(30)
         assert process.exitcode == 75
@@ -91,8 +110,10 @@ def test_asked_to_stop(tmp_path, monkeypatch, forked):
 
 
 def stopped_go(outputs, changes):
-    try: go(outputs, changes)
-    except Interrupted: os._exit(75)
+    try:
+        go(outputs, changes)
+    except Interrupted:
+        os._exit(75)
 
 
 def test_a_damaged_state_is_passed_over(tmp_path, monkeypatch, forked):
@@ -102,8 +123,10 @@ def test_a_damaged_state_is_passed_over(tmp_path, monkeypatch, forked):
     process = forked.Process(target=go, args=(tmp_path / "cut", {}))
     process.start()
     resume = tmp_path / "cut" / "run" / "resume"
-    while not list(resume.glob("step-01-*")): time.sleep(.002)
-    process.kill(); process.join()
+    while not list(resume.glob("step-01-*")):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
     (resume / "step-01-00000059.safetensors").write_bytes(b"\x10" * 100)
     go(tmp_path / "cut", {})
     same(load_run(tmp_path / "cut" / "run"), load_run(tmp_path / "whole" / "run"))
@@ -114,18 +137,27 @@ def test_one_writer(tmp_path, monkeypatch, forked):
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     process = forked.Process(target=go, args=(tmp_path, dict(training=PARAMETERS["training"] | dict(iterations=5000))))
     process.start()
-    while not list((tmp_path / "run").glob("log.jsonl")): time.sleep(.01)
-    with pytest.raises(ValueError, match=f"is being written by process {process.pid} on"): go(tmp_path, dict(training=PARAMETERS["training"] | dict(iterations=5000)))
-    process.kill(); process.join()
-    experiment = Experiment(Settings(**PARAMETERS | dict(training=PARAMETERS["training"] | dict(iterations=5000))), tmp_path)
+    while not list((tmp_path / "run").glob("log.jsonl")):
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=f"is being written by process {process.pid} on"):
+        go(tmp_path, dict(training=PARAMETERS["training"] | dict(iterations=5000)))
+    process.kill()
+    process.join()
+    experiment = Experiment(
+        Settings(**PARAMETERS | dict(training=PARAMETERS["training"] | dict(iterations=5000))), tmp_path
+    )
     monkeypatch.setattr(experiment, "base", lambda student: student)
     assert next(experiment.steps()) == 0
 
 
 def test_what_a_dead_writer_leaves_is_removed(tmp_path):
     "Half-written files under our names and under those of safetensors, in any folder; nothing else that is hidden."
-    left, others = ["step-01/.model.safetensors.123", "resume/.tmpUclfoe", ".run.json.7"], [".lock", ".gitignore", "resume/step-01-00000012.safetensors"]
+    left, others = (
+        ["step-01/.model.safetensors.123", "resume/.tmpUclfoe", ".run.json.7"],
+        [".lock", ".gitignore", "resume/step-01-00000012.safetensors"],
+    )
     for name in left + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with only_writer(tmp_path): assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(others)
+    with only_writer(tmp_path):
+        assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(others)

@@ -1,4 +1,5 @@
 "Killed at every moment that there is: each write, each iteration, each evaluation, and each save of the notebook. The same command ends as if nothing had happened."
+
 import json
 import os
 import signal
@@ -22,8 +23,8 @@ from mbs.experiment import Experiment
 from mbs.notebooks import failure
 from mbs.run import Settings, load_run
 
-EVERY = int(os.environ.get("MBS_EVERY_KILL", 25))      # every how many-th moment a process is killed; 1 with make stress
-SAVES = int(os.environ.get("MBS_NOTEBOOK_SAVES", 1))   # kills while papermill saves; more with make stress
+EVERY = int(os.environ.get("MBS_EVERY_KILL", 25))  # every how many-th moment a process is killed; 1 with make stress
+SAVES = int(os.environ.get("MBS_NOTEBOOK_SAVES", 1))  # kills while papermill saves; more with make stress
 SHORT = TINY | dict(samples=1, training=TINY["training"] | dict(iterations=12, both=True))
 
 
@@ -37,11 +38,18 @@ def home(tmp_path, monkeypatch):
 
 class Moments:
     "Counts the moments of a run; at number `at` this process kills itself, half of what it writes being on the disk."
-    def __init__(self, told:Path, at=None):
+
+    def __init__(self, told: Path, at=None):
         self.told, self.at, self.seen = told, at, []
-        for owner, name, what in ((mbs.experiment, "measured", "in evaluation"), (mbs.training, "gradient_norm", "in an iteration"), (mbs.experiment, "write_samples", "before the first step"),
-                                  (mbs.experiment, "write_step", "between steps"), (mbs.experiment.Log, "cut", "between steps"), (os, "replace", "while a file is renamed"), (Path, "unlink",
-                                  "while states are removed")):
+        for owner, name, what in (
+            (mbs.experiment, "measured", "in evaluation"),
+            (mbs.training, "gradient_norm", "in an iteration"),
+            (mbs.experiment, "write_samples", "before the first step"),
+            (mbs.experiment, "write_step", "between steps"),
+            (mbs.experiment.Log, "cut", "between steps"),
+            (os, "replace", "while a file is renamed"),
+            (Path, "unlink", "while states are removed"),
+        ):
             setattr(owner, name, self.before(getattr(owner, name), what))
         mbs.checkpoint.save_file = self.half(mbs.checkpoint.save_file, 1, "while a checkpoint is written")
         np.savez_compressed = self.half(np.savez_compressed, 0, "while counts or pictures are written")
@@ -58,9 +66,15 @@ class Moments:
 
     def before(self, real, what):
         def call(*args, **kwargs):
-            now = "in evaluation of an iterate" if what == "in evaluation" and sys._getframe(1).f_code.co_name != "train" else what
-            if self.due(now): self.end(now)
+            now = (
+                "in evaluation of an iterate"
+                if what == "in evaluation" and sys._getframe(1).f_code.co_name != "train"
+                else what
+            )
+            if self.due(now):
+                self.end(now)
             return real(*args, **kwargs)
+
         return call
 
     def half(self, real, where, what):
@@ -68,11 +82,17 @@ class Moments:
             due = self.due(what)
             done = real(*args, **kwargs)
             if due:
-                file = Path(getattr(args[where], "name", args[where]) if not isinstance(args[where], (str, Path)) else args[where])
-                if hasattr(args[where], "flush"): args[where].flush()
+                file = Path(
+                    getattr(args[where], "name", args[where])
+                    if not isinstance(args[where], (str, Path))
+                    else args[where]
+                )
+                if hasattr(args[where], "flush"):
+                    args[where].flush()
                 os.truncate(file, file.stat().st_size // 2)
                 self.end(what)
             return done
+
         return call
 
     def half_line(self, file, *args, **kwargs):
@@ -104,17 +124,33 @@ def test_killed_at_every_moment(home, forked):  # noqa: F811
     Experiment(Settings(**SHORT), home / "count")  # makes the data, once
     assert fork(forked, home / "count", told, None) == 0
     moments, whole = json.loads(told.read_bytes()), load_run(home / "count" / "run")
-    named = {"in an iteration", "in evaluation", "between steps", "while a checkpoint is written", "while a line is logged", "while a file is renamed", "while states are removed"}
+    named = {
+        "in an iteration",
+        "in evaluation",
+        "between steps",
+        "while a checkpoint is written",
+        "while a line is logged",
+        "while a file is renamed",
+        "while states are removed",
+    }
     assert named <= set(moments) and len(moments) > 60
-    chosen = set(range(1, len(moments) + 1, EVERY)) | {1 + moments.index(what) for what in named} | {1 + len(moments) - 1 - moments[::-1].index(what) for what in named}
+    chosen = (
+        set(range(1, len(moments) + 1, EVERY))
+        | {1 + moments.index(what) for what in named}
+        | {1 + len(moments) - 1 - moments[::-1].index(what) for what in named}
+    )
     for at in sorted(chosen):
         outputs = home / f"killed-{at}"
         assert fork(forked, outputs, told, at) == -signal.SIGKILL and told.read_bytes().decode() == moments[at - 1]
         run = Experiment(Settings(**SHORT), outputs).run()
         same_end(run, whole)
         for t in range(3):
-            assert (run.confusion(t).counts == whole.confusion(t).counts).all() and run.metrics(t)["scores"] == whole.metrics(t)["scores"]
-        assert {p.relative_to(run.folder) for p in run.folder.rglob("*")} == {p.relative_to(whole.folder) for p in whole.folder.rglob("*")}, "something is left over"
+            assert (run.confusion(t).counts == whole.confusion(t).counts).all() and run.metrics(t)[
+                "scores"
+            ] == whole.metrics(t)["scores"]
+        assert {p.relative_to(run.folder) for p in run.folder.rglob("*")} == {
+            p.relative_to(whole.folder) for p in whole.folder.rglob("*")
+        }, "something is left over"
         kept(f"kills survived: {moments[at - 1]}", 1)
 
 
@@ -143,11 +179,20 @@ def test_killed_while_the_notebook_is_saved(home):
     whole = Experiment(Settings(**short), home / "whole").run()
     (home / "save.py").write_text(SAVE)
     output = home / "outputs/run/train.ipynb"
-    def execute(*words): return subprocess.run([sys.executable, *words, str(home / "plain.ipynb"), str(output), json.dumps(short)], capture_output=True, text=True, timeout=300)
+
+    def execute(*words):
+        return subprocess.run(
+            [sys.executable, *words, str(home / "plain.ipynb"), str(output), json.dumps(short)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
     for n in range(3, 3 + SAVES):
         done = execute(str(home / "save.py"), str(n))
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
-        with pytest.raises(ValueError): json.loads(output.read_text())
+        with pytest.raises(ValueError):
+            json.loads(output.read_text())
         assert failure(output) == ""  # half a notebook is no failure
         kept("kills survived: while papermill saves", 1)
     done = execute("-m", "mbs.notebooks")

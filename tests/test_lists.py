@@ -1,4 +1,5 @@
 "The image list of every step of every VOC protocol, from all real masks, against the lists of the released program."
+
 import hashlib
 import json
 import os
@@ -16,22 +17,30 @@ from mbs.protocol import ORDERS, SPLITS, Protocol
 
 DATA = Path(os.environ.get("MBS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MASKS = DATA / "voc2012_trainaug_masks.tar.gz"
-pytestmark = pytest.mark.skipif(not (MASKS.is_file() and FOLDER.is_dir()), reason=f"no real masks at {MASKS} or no lists at {FOLDER}; set MBS_DATA and MBS_GOLDEN")
+pytestmark = pytest.mark.skipif(
+    not (MASKS.is_file() and FOLDER.is_dir()),
+    reason=f"no real masks at {MASKS} or no lists at {FOLDER}; set MBS_DATA and MBS_GOLDEN",
+)
 
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
     "Ids and (N, 21) class index of the 10,582 training masks."
     folder = tmp_path_factory.mktemp("masks")
-    for place, content in contents(MASKS, lambda path: path.name): (folder / place).write_bytes(content)
+    for place, content in contents(MASKS, lambda path: path.name):
+        (folder / place).write_bytes(content)
     ids = (DATA / "voc2012_trainaug.txt").read_text().split()
+
     def present(i):
         path = folder / f"{i}.png"
         return class_counts(read_mask(path), 20, path)[:-1] > 0
-    with ThreadPoolExecutor() as pool: return np.array(ids), np.stack(list(pool.map(present, ids)))
+
+    with ThreadPoolExecutor() as pool:
+        return np.array(ids), np.stack(list(pool.map(present, ids)))
 
 
-def steps(protocol, voc): return [voc[0][protocol.select(voc[1], t)].tolist() for t in range(len(protocol.steps))]
+def steps(protocol, voc):
+    return [voc[0][protocol.select(voc[1], t)].tolist() for t in range(len(protocol.steps))]
 
 
 @pytest.mark.parametrize("setting", ["overlapped", "disjoint"])
@@ -39,10 +48,13 @@ def test_every_list_of_the_released_program(voc, setting):
     golden = json.loads((FOLDER / "tasks_and_lists.json").read_text())["lists"]
     checked = 0
     for name in SPLITS["voc"]:
-        if setting == "disjoint" and name in ORDERS: continue  # the released program mixes ids and channels there
+        if setting == "disjoint" and name in ORDERS:
+            continue  # the released program mixes ids and channels there
         for t, ids in enumerate(steps(Protocol(name, "voc", setting), voc)):
             digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-            assert [len(ids), digest, ids[0], ids[-1]] == golden[f"voc|{name}|{t}|train|{'overlap' if setting == 'overlapped' else 'disjoint'}"], (name, t)
+            assert [len(ids), digest, ids[0], ids[-1]] == golden[
+                f"voc|{name}|{t}|train|{'overlap' if setting == 'overlapped' else 'disjoint'}"
+            ], (name, t)
             checked += 1
     assert checked == {"overlapped": 209, "disjoint": 77}[setting]
 
@@ -52,7 +64,7 @@ def test_disjoint_lists_of_permuted_orders_follow_the_definition(voc):
     for name in ORDERS:
         p = Protocol(name, "voc", "disjoint")
         for t, ids in enumerate(steps(p, voc)):
-            future = sorted(set(p.order) - {c for step in p.steps[:t + 1] for c in step})
+            future = sorted(set(p.order) - {c for step in p.steps[: t + 1] for c in step})
             assert set(ids) == set(voc[0][voc[1][:, p.steps[t]].any(1)]) - set(voc[0][voc[1][:, future].any(1)])
 
 
@@ -65,7 +77,8 @@ def test_partitioned_uses_every_image_once(voc):
 def test_real_subset_gives_the_full_lists_restricted_to_it(voc, setting, tmp_path):
     part = tmp_path / "part"
     part.mkdir()
-    for name in ("JPEGImages", "SegmentationClassAug", "ImageSets"): (part / name).symlink_to(DATA / "VOCdevkit" / "VOC2012" / name)
+    for name in ("JPEGImages", "SegmentationClassAug", "ImageSets"):
+        (part / name).symlink_to(DATA / "VOCdevkit" / "VOC2012" / name)
     subset = SegmentationFolder(part)
     mine = set(subset.ids)
     for name in SPLITS["voc"]:

@@ -1,4 +1,5 @@
 "Bad input in bulk: changed files and parameters end in success that is right, or in one sentence; never in a traceback, a hang, a half-written folder or a wrong label."
+
 import ast
 import faulthandler
 import io
@@ -54,27 +55,34 @@ from mbs.segmenter import make_encoder
 from mbs.training import make_recipe
 
 MANY = int(os.environ.get("MBS_MUTATIONS", 60))  # inputs of each kind; 250 with make stress
-SECONDS = 20                                     # of computation that one input may take; if it waits, thirty times as many
+SECONDS = 20  # of computation that one input may take; if it waits, thirty times as many
 COLOURS = {(0, 0, 0): 0, (200, 0, 0): 1, (0, 200, 0): 2, (0, 0, 200): 3}
 NETWORK = dict(patch_size=8, embed_dim=16, depth=1, num_heads=1)
 
 
-class TooSlow(BaseException): "An input for which the program takes too long; no `except Exception` takes it."
+class TooSlow(BaseException):
+    "An input for which the program takes too long; no `except Exception` takes it."
 
 
 @contextmanager
 def limited():
     "At most `SECONDS` of computation for the block, warnings out of sight."
-    def late(*_): raise TooSlow
+
+    def late(*_):
+        raise TooSlow
+
     before = [signal.signal(s, late) for s in (signal.SIGPROF, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.alarm(30 * SECONDS)
     try:
-        with warnings.catch_warnings(): warnings.simplefilter("ignore"); yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        for s, handler in zip((signal.SIGPROF, signal.SIGALRM), before): signal.signal(s, handler)
+        for s, handler in zip((signal.SIGPROF, signal.SIGALRM), before):
+            signal.signal(s, handler)
 
 
 def is_sentence(text):
@@ -84,26 +92,41 @@ def is_sentence(text):
 def outcome(read):
     "What `read` gives, or None when it refuses in one sentence."
     try:
-        with limited(): return read()
-    except (ValueError, FileNotFoundError) as e: is_sentence(str(e))
+        with limited():
+            return read()
+    except (ValueError, FileNotFoundError) as e:
+        is_sentence(str(e))
 
 
 def command(*words, codes=(0, 2)):
     "The exit code of `mbs WORDS`, in this process: success, or one sentence and 2."
-    with limited(): result = CliRunner().invoke(app, list(map(str, words)))
-    assert result.exit_code in codes and (result.exception is None or isinstance(result.exception, SystemExit)), (words, result.exception)
-    if result.exit_code and result.stderr: is_sentence(result.stderr); assert result.stderr.startswith("mbs: ")
+    with limited():
+        result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code in codes and (result.exception is None or isinstance(result.exception, SystemExit)), (
+        words,
+        result.exception,
+    )
+    if result.exit_code and result.stderr:
+        is_sentence(result.stderr)
+        assert result.stderr.startswith("mbs: ")
     return result.exit_code
 
 
 class Tally:
     "Inputs of a kind, how many were refused, and a last resort should C code hang."
-    def __init__(self, kind): self.kind, self.tried, self.refused = kind, 0, 0
-    def __enter__(self): faulthandler.dump_traceback_later(600 + MANY, exit=True); return self
+
+    def __init__(self, kind):
+        self.kind, self.tried, self.refused = kind, 0, 0
+
+    def __enter__(self):
+        faulthandler.dump_traceback_later(600 + MANY, exit=True)
+        return self
 
     def __exit__(self, error, *_):
         faulthandler.cancel_dump_traceback_later()
-        if error is None: kept(f"inputs tried: {self.kind}", self.tried); kept(f"refused in one sentence: {self.kind}", self.refused)
+        if error is None:
+            kept(f"inputs tried: {self.kind}", self.tried)
+            kept(f"refused in one sentence: {self.kind}", self.refused)
 
     def __call__(self, found):
         self.tried, self.refused = self.tried + 1, self.refused + (found is None)
@@ -125,10 +148,12 @@ def saved(picture, kind="PNG", **options):
     return buffer.getvalue()
 
 
-def ids(size=(17, 23), n=4): return np.random.default_rng(3).integers(0, n, size).astype(np.uint8)
+def ids(size=(17, 23), n=4):
+    return np.random.default_rng(3).integers(0, n, size).astype(np.uint8)
 
 
 # --- pictures
+
 
 def masks():
     "Masks of all kinds, by name."
@@ -136,43 +161,80 @@ def masks():
     palette.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     void = ids().copy()
     void[:2] = VOID
-    return dict(palette=saved(palette), packed=saved(palette, bits=2), grey=saved(grey), void=saved(Image.fromarray(void)), one=saved(Image.fromarray(ids(n=2) > 0)),
-                deep=saved(Image.fromarray(ids().astype(np.uint16))),
-                colours=saved(palette.convert("RGB")), bmp=saved(grey, "BMP"))
+    return dict(
+        palette=saved(palette),
+        packed=saved(palette, bits=2),
+        grey=saved(grey),
+        void=saved(Image.fromarray(void)),
+        one=saved(Image.fromarray(ids(n=2) > 0)),
+        deep=saved(Image.fromarray(ids().astype(np.uint16))),
+        colours=saved(palette.convert("RGB")),
+        bmp=saved(grey, "BMP"),
+    )
 
 
 def pil_says(path, colours):
     "The ids of a mask, read another way."
     picture = Image.open(path)
-    if not colours: return np.array(picture).astype(int)
-    return np.array([[COLOURS[p] for p in row] for row in np.array(picture.convert("RGB")).tolist() for row in [list(map(tuple, row))]])
+    if not colours:
+        return np.array(picture).astype(int)
+    return np.array(
+        [
+            [COLOURS[p] for p in row]
+            for row in np.array(picture.convert("RGB")).tolist()
+            for row in [list(map(tuple, row))]
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", masks())
 def test_masks(home, name):
     "A changed mask is refused, or means exactly what Pillow says, in class ids alone."
     mutants, data, colours, path = Mutants(1), masks()[name], COLOURS if name == "colours" else None, home / "mask.png"
+
     def read():
         found = read_mask(path, colours)
         class_counts(found, 3, path)
         return found
+
     path.write_bytes(data)
     assert (read() == pil_says(path, colours)).all()
     with Tally("masks") as tally:
         for k in range(MANY // 2):
             path.write_bytes(inside_png(mutants, data) if k % 2 and name != "bmp" else mutants.changed(data))
-            if (found := tally(outcome(read))) is None: continue
-            assert found.dtype == np.uint8 and found.ndim == 2 and (found == pil_says(path, colours)).all() and set(np.unique(found)) <= {0, 1, 2, 3, VOID}
+            if (found := tally(outcome(read))) is None:
+                continue
+            assert (
+                found.dtype == np.uint8
+                and found.ndim == 2
+                and (found == pil_says(path, colours)).all()
+                and set(np.unique(found)) <= {0, 1, 2, 3, VOID}
+            )
 
 
 def test_masks_that_look_right(home):
     "Lossy pictures, shades spread over the range of a byte, and several ids in one shade are no masks, whatever their name."
     path = home / "mask.png"
-    def png(bits, kind): return joined([[b"IHDR", bytes([0, 0, 0, 2, 0, 0, 0, 2, bits, kind, 0, 0, 0])], [b"IDAT", zlib.compress(b"\0\x12\0\x30" if bits == 4 else b"\0\x10\0\x20")], [b"IEND", b""]])
-    for data, says in ((saved(Image.fromarray(ids((32, 32))), "JPEG"), "cannot identify"), (png(4, 0), "fewer than 8 bits"), (png(2, 0), "fewer than 8 bits"),
-                       (saved(Image.fromarray(ids((32, 32))), "TIFF"), "cannot identify"), (saved(Image.fromarray(ids().astype(np.uint16) * 200)), "holds ids from 0 to 600")):
+
+    def png(bits, kind):
+        return joined(
+            [
+                [b"IHDR", bytes([0, 0, 0, 2, 0, 0, 0, 2, bits, kind, 0, 0, 0])],
+                [b"IDAT", zlib.compress(b"\0\x12\0\x30" if bits == 4 else b"\0\x10\0\x20")],
+                [b"IEND", b""],
+            ]
+        )
+
+    for data, says in (
+        (saved(Image.fromarray(ids((32, 32))), "JPEG"), "cannot identify"),
+        (png(4, 0), "fewer than 8 bits"),
+        (png(2, 0), "fewer than 8 bits"),
+        (saved(Image.fromarray(ids((32, 32))), "TIFF"), "cannot identify"),
+        (saved(Image.fromarray(ids().astype(np.uint16) * 200)), "holds ids from 0 to 600"),
+    ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=says): read_mask(path)
+        with pytest.raises(ValueError, match=says):
+            read_mask(path)
 
 
 def photos():
@@ -181,15 +243,30 @@ def photos():
     rgb = Image.fromarray(r.integers(0, 256, (21, 33, 3)).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    return dict(jpeg=saved(rgb, "JPEG"), progressive=saved(rgb, "JPEG", progressive=True), cmyk=saved(rgb.convert("CMYK"), "JPEG"), grey=saved(rgb.convert("L"), "JPEG"), turned=saved(rgb, "JPEG",
-                exif=exif),
-                png=saved(rgb), alpha=saved(rgb.convert("RGBA")), palette=saved(rgb.quantize(16)), interlaced=INTERLACED, webp=saved(rgb, "WEBP"), lossless=saved(rgb, "WEBP", lossless=True),
-                tiff=saved(rgb, "TIFF"),
-                lzw=saved(rgb, "TIFF", compression="tiff_lzw"), bmp=saved(rgb, "BMP"), deep=saved(Image.fromarray(r.integers(0, 65536, (21, 33)).astype(np.uint16))), gif=saved(rgb, "GIF"),
-                float=saved(Image.fromarray(r.random((21, 33)).astype(np.float32)), "TIFF"))
+    return dict(
+        jpeg=saved(rgb, "JPEG"),
+        progressive=saved(rgb, "JPEG", progressive=True),
+        cmyk=saved(rgb.convert("CMYK"), "JPEG"),
+        grey=saved(rgb.convert("L"), "JPEG"),
+        turned=saved(rgb, "JPEG", exif=exif),
+        png=saved(rgb),
+        alpha=saved(rgb.convert("RGBA")),
+        palette=saved(rgb.quantize(16)),
+        interlaced=INTERLACED,
+        webp=saved(rgb, "WEBP"),
+        lossless=saved(rgb, "WEBP", lossless=True),
+        tiff=saved(rgb, "TIFF"),
+        lzw=saved(rgb, "TIFF", compression="tiff_lzw"),
+        bmp=saved(rgb, "BMP"),
+        deep=saved(Image.fromarray(r.integers(0, 65536, (21, 33)).astype(np.uint16))),
+        gif=saved(rgb, "GIF"),
+        float=saved(Image.fromarray(r.random((21, 33)).astype(np.float32)), "TIFF"),
+    )
 
 
-INTERLACED = joined([[b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 8, 2, 0, 0, 1])], [b"IDAT", zlib.compress(b"\0abc")], [b"IEND", b""]])
+INTERLACED = joined(
+    [[b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 8, 2, 0, 0, 1])], [b"IDAT", zlib.compress(b"\0abc")], [b"IEND", b""]]
+)
 
 
 @pytest.mark.parametrize("name", photos())
@@ -204,33 +281,48 @@ def test_photos(home, name):
             path.write_bytes(inside_png(mutants, data) if k % 2 and data[:4] == b"\x89PNG" else mutants.changed(data))
             found, size = tally(outcome(partial(read_image, path))), outcome(partial(image_size, path))
             assert (found is None) == (size is None), "what is looked at and what is trained on"
-            if found is not None: assert found.dtype == np.uint8 and found.shape == (*size, 3)
+            if found is not None:
+                assert found.dtype == np.uint8 and found.shape == (*size, 3)
 
 
 def test_pictures_that_claim_too_much(home):
     "A header of a few bytes may ask for any memory."
     path = home / "bomb"
-    for data in (joined([[b"IHDR", bytes([0, 1, 0, 0, 0, 1, 0, 0, 8, 0, 0, 0, 0])], *pieces(saved(Image.fromarray(ids())))[1:]]), saved(Image.new("L", (9, 9)),
-                 "BMP").replace(b"\x09\0\0\0\x09\0\0\0", b"\xff\xff\0\0\xff\xff\0\0")):
+    for data in (
+        joined([[b"IHDR", bytes([0, 1, 0, 0, 0, 1, 0, 0, 8, 0, 0, 0, 0])], *pieces(saved(Image.fromarray(ids())))[1:]]),
+        saved(Image.new("L", (9, 9)), "BMP").replace(b"\x09\0\0\0\x09\0\0\0", b"\xff\xff\0\0\xff\xff\0\0"),
+    ):
         path.write_bytes(data)
         for read in (read_image, image_size, read_mask):
-            with pytest.raises(ValueError, match="pixels"): read(path)
+            with pytest.raises(ValueError, match="pixels"):
+                read(path)
 
 
 # --- data sets
 
-def voc(root): return write_scenes(root, 6, 3, size=16)
+
+def voc(root):
+    return write_scenes(root, 6, 3, size=16)
 
 
 def own(root):
     "An own folder of coloured masks."
-    for name in ("images", "masks"): (root / name).mkdir(parents=True)
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
     for k in range(5):
-        Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(root / "images" / f"p{k}.png")
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(
+            root / "images" / f"p{k}.png"
+        )
         palette = Image.fromarray(ids((16, 16)), "P")
         palette.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
         palette.convert("RGB").save(root / "masks" / f"p{k}.png")
-    describe_folder(root, ["cat", "dog", "cow"], colours=dict(background=(0, 0, 0), cat=(200, 0, 0), dog=(0, 200, 0), cow=(0, 0, 200)), test=["p1"], seed=3)
+    describe_folder(
+        root,
+        ["cat", "dog", "cow"],
+        colours=dict(background=(0, 0, 0), cat=(200, 0, 0), dog=(0, 200, 0), cow=(0, 0, 200)),
+        test=["p1"],
+        seed=3,
+    )
     return root
 
 
@@ -239,7 +331,10 @@ def check_layout(root):
     layout = find_layout(root)
     n = len(layout.classes)
     assert 0 < n < VOID and len(set(layout.classes)) == n and layout.train.ids and layout.test.ids
-    if layout.colours: assert all(0 <= c <= 255 for rgb in layout.colours for c in rgb) and set(layout.colours.values()) - {VOID} == set(range(n + 1))
+    if layout.colours:
+        assert all(0 <= c <= 255 for rgb in layout.colours for c in rgb) and set(layout.colours.values()) - {
+            VOID
+        } == set(range(n + 1))
     find_problems(root)
     for part in ("train", "test"):
         data = SegmentationFolder(layout, part)
@@ -250,8 +345,14 @@ def check_layout(root):
     return layout
 
 
-CASES = {"list": (voc, "ImageSets/Segmentation/trainaug.txt"), "class names": (voc, "classes.txt"), "photo": (voc, "JPEGImages/train_00002.png"), "mask": (voc, "SegmentationClassAug/test_00001.png"),
-         "dataset.yaml": (own, "dataset.yaml"), "coloured mask": (own, "masks/p1.png")}
+CASES = {
+    "list": (voc, "ImageSets/Segmentation/trainaug.txt"),
+    "class names": (voc, "classes.txt"),
+    "photo": (voc, "JPEGImages/train_00002.png"),
+    "mask": (voc, "SegmentationClassAug/test_00001.png"),
+    "dataset.yaml": (own, "dataset.yaml"),
+    "coloured mask": (own, "masks/p1.png"),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -259,23 +360,40 @@ def test_data_sets(home, name):
     mutants, (make, file) = Mutants(3), CASES[name]
     root = make(home / "data")
     check_layout(root)
-    data, change = (root / file).read_bytes(), mutants.changed if file.endswith("png") else lambda data: mutants.text(data.decode())
+    data, change = (
+        (root / file).read_bytes(),
+        mutants.changed if file.endswith("png") else lambda data: mutants.text(data.decode()),
+    )
     with Tally("files of data sets") as tally:
         for k in range(MANY):
             (root / file).write_bytes(change(data))
-            if k % 10 == 9: assert command("data", "check", root) == 2 or find_layout(root)
-            if tally(outcome(partial(check_layout, root))) is not None and name == "class names": assert len(find_layout(root).classes) >= 8 or make is own
+            if k % 10 == 9:
+                assert command("data", "check", root) == 2 or find_layout(root)
+            if tally(outcome(partial(check_layout, root))) is not None and name == "class names":
+                assert len(find_layout(root).classes) >= 8 or make is own
 
 
-@pytest.mark.parametrize("change,says", [
-    (dict(classes=["background", "cat", "dog", "cow"]), "has a class 'background'"), (dict(classes=["cat", "cat", "dog"]), "hold a name twice"), (dict(classes=[]), "names 0 classes"),
-    (dict(classes=[f"c{k}" for k in range(255)]), "names 255 classes"), (dict(classes=["cat", " ", "dog"]), "has a class ' '"), (dict(colours=dict(cat=(0, 1, 256))), "cannot be 256"),
-    (dict(colours=dict(cat=(-1, 0, 0))), "cannot be -1"), (dict(test=float("nan")), "test share is nan"), (dict(seed=-1), "'seed' cannot be -1"), (dict(test=["p0", "p0"]), "twice"),
-    (dict(test=["../p0"]), "is not in")])
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        (dict(classes=["background", "cat", "dog", "cow"]), "has a class 'background'"),
+        (dict(classes=["cat", "cat", "dog"]), "hold a name twice"),
+        (dict(classes=[]), "names 0 classes"),
+        (dict(classes=[f"c{k}" for k in range(255)]), "names 255 classes"),
+        (dict(classes=["cat", " ", "dog"]), "has a class ' '"),
+        (dict(colours=dict(cat=(0, 1, 256))), "cannot be 256"),
+        (dict(colours=dict(cat=(-1, 0, 0))), "cannot be -1"),
+        (dict(test=float("nan")), "test share is nan"),
+        (dict(seed=-1), "'seed' cannot be -1"),
+        (dict(test=["p0", "p0"]), "twice"),
+        (dict(test=["../p0"]), "is not in"),
+    ],
+)
 def test_descriptions_that_would_give_wrong_labels(home, change, says):
     root = own(home / "data")
     before = (root / "dataset.yaml").read_bytes()
-    with pytest.raises(ValueError, match=says) as error: describe_folder(root, **dict(classes=["cat", "dog", "cow"]) | change)
+    with pytest.raises(ValueError, match=says) as error:
+        describe_folder(root, **dict(classes=["cat", "dog", "cow"]) | change)
     is_sentence(str(error.value))
     assert (root / "dataset.yaml").read_bytes() == before
 
@@ -288,7 +406,10 @@ def test_a_photo_that_is_shown_turned(home):
     exif[0x0112] = 6
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(photo, exif=exif)
     Image.fromarray(np.zeros((24, 16), np.uint8)).save(mask)
-    with pytest.raises(ValueError, match=r"differ in size, 24×16 and 16×24 pixels: expected the same as stored; the photo's EXIF says"): SegmentationFolder(root)
+    with pytest.raises(
+        ValueError, match=r"differ in size, 24×16 and 16×24 pixels: expected the same as stored; the photo's EXIF says"
+    ):
+        SegmentationFolder(root)
 
 
 def test_cached_indices(home):
@@ -298,28 +419,62 @@ def test_cached_indices(home):
     file = root / ".mbs-index-train.npz"
     data = file.read_bytes()
     arrays = dict(np.load(file))
-    wrong = (np.zeros(3), np.zeros((6, 10)), np.array("x"), np.zeros((6, 9), int), np.full((6, 10), -1), np.array(["a"] * 6), np.zeros((0,)), np.ones((6, 10), bool))
+    wrong = (
+        np.zeros(3),
+        np.zeros((6, 10)),
+        np.array("x"),
+        np.zeros((6, 9), int),
+        np.full((6, 10), -1),
+        np.array(["a"] * 6),
+        np.zeros((0,)),
+        np.ones((6, 10), bool),
+    )
     with Tally("cached indices") as tally:
         for k in range(MANY):
-            if k % 2: file.write_bytes(mutants.changed(data))
-            else: write_arrays(file, **arrays | {mutants.random.choice(list(arrays)): mutants.random.choice((*wrong, *arrays.values()))})
+            if k % 2:
+                file.write_bytes(mutants.changed(data))
+            else:
+                write_arrays(
+                    file,
+                    **arrays | {mutants.random.choice(list(arrays)): mutants.random.choice((*wrong, *arrays.values()))},
+                )
             found = tally(outcome(partial(SegmentationFolder, root)))
-            assert found is not None and (found.counts == truth.counts).all() and (found.sizes == truth.sizes).all() and found.fingerprint == truth.fingerprint
+            assert (
+                found is not None
+                and (found.counts == truth.counts).all()
+                and (found.sizes == truth.sizes).all()
+                and found.fingerprint == truth.fingerprint
+            )
 
 
 def coco_file(folder):
     "Photos, and annotations as COCO has them: polygons, run lengths as numbers and as text, a crowd."
     from pycocotools import mask
+
     (folder / "photos").mkdir(parents=True)
     blob = np.zeros((20, 30), np.uint8, order="F")
     blob[5:9, 3:20] = 1
     text = mask.encode(blob)
     runs = dict(size=[20, 30], counts=[65, 4, *[16, 4] * 16, 600 - 65 - 4 - 320])
-    content = dict(info={}, images=[dict(id=k, file_name=f"p{k}.png", width=30, height=20) for k in range(3)], categories=[dict(id=7, name="cat"), dict(id=9, name="dog")],
-                   annotations=[dict(id=1, image_id=0, category_id=7, area=50, iscrowd=0, segmentation=[[2, 2, 12, 2, 12, 9, 2, 9]]), dict(id=2, image_id=1, category_id=9, area=10.5, iscrowd=1,
-                   segmentation=runs),
-                                dict(id=3, image_id=2, category_id=9, area=3, iscrowd=0, segmentation=dict(size=[20, 30], counts=text["counts"].decode()))])
-    for k in range(3): Image.fromarray(np.full((20, 30, 3), 40 * k, np.uint8)).save(folder / "photos" / f"p{k}.png")
+    content = dict(
+        info={},
+        images=[dict(id=k, file_name=f"p{k}.png", width=30, height=20) for k in range(3)],
+        categories=[dict(id=7, name="cat"), dict(id=9, name="dog")],
+        annotations=[
+            dict(id=1, image_id=0, category_id=7, area=50, iscrowd=0, segmentation=[[2, 2, 12, 2, 12, 9, 2, 9]]),
+            dict(id=2, image_id=1, category_id=9, area=10.5, iscrowd=1, segmentation=runs),
+            dict(
+                id=3,
+                image_id=2,
+                category_id=9,
+                area=3,
+                iscrowd=0,
+                segmentation=dict(size=[20, 30], counts=text["counts"].decode()),
+            ),
+        ],
+    )
+    for k in range(3):
+        Image.fromarray(np.full((20, 30, 3), 40 * k, np.uint8)).save(folder / "photos" / f"p{k}.png")
     (folder / "a.json").write_text(json.dumps(content))
     return content, blob
 
@@ -328,28 +483,46 @@ def test_coco(home):
     content, blob = coco_file(home)
     mutants, text = Mutants(5), json.dumps(content)
     prepare_coco(home / "a.json", home / "photos", home / "first")
-    for name, value in (("p1", VOID), ("p2", 2)): assert (read_mask(home / "first/masks" / f"{name}.png") == np.where(blob, value, 0)).all()
+    for name, value in (("p1", VOID), ("p2", 2)):
+        assert (read_mask(home / "first/masks" / f"{name}.png") == np.where(blob, value, 0)).all()
     before = set(home.iterdir())
     with Tally("COCO files") as tally:
         for k in range(2 * MANY):
-            (home / "a.json").write_bytes(mutants.changed(text.encode()) if k % 2 else json.dumps(mutants.tree(content)).encode())
-            made = tally(outcome(partial(prepare_coco, home / "a.json", home / "photos", home / "made")) if k % 10 else (command("data", "coco", home / "a.json", home / "photos",
-                         home / "made") == 0) or None)
-            if made is not None: check_layout(home / "made"); shutil.rmtree(home / "made")
+            (home / "a.json").write_bytes(
+                mutants.changed(text.encode()) if k % 2 else json.dumps(mutants.tree(content)).encode()
+            )
+            made = tally(
+                outcome(partial(prepare_coco, home / "a.json", home / "photos", home / "made"))
+                if k % 10
+                else (command("data", "coco", home / "a.json", home / "photos", home / "made") == 0) or None
+            )
+            if made is not None:
+                check_layout(home / "made")
+                shutil.rmtree(home / "made")
             assert set(home.iterdir()) == before
 
 
-@pytest.mark.parametrize("change,says", [
-    (dict(segmentation=[[1, 2, 3, 4]]), "fewer than three corners"), (dict(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "x without y"), (dict(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), "far outside"),
-    (dict(segmentation=dict(size=[20, 30], counts=[0, 10**9])), "do not fill"), (dict(segmentation=dict(size=[20, 30], counts=[700, -100])), "do not fill"), (dict(segmentation=dict(size=[200,
-    300], counts=[60000])), "do not fill"),
-    (dict(segmentation=dict(size=[20, 30], counts="oooooooooooooooooo")), "no text of COCO's"), (dict(category_id=3), "category 3, which is none"), (dict(area=float("nan")), "area")])
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        (dict(segmentation=[[1, 2, 3, 4]]), "fewer than three corners"),
+        (dict(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "x without y"),
+        (dict(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), "far outside"),
+        (dict(segmentation=dict(size=[20, 30], counts=[0, 10**9])), "do not fill"),
+        (dict(segmentation=dict(size=[20, 30], counts=[700, -100])), "do not fill"),
+        (dict(segmentation=dict(size=[200, 300], counts=[60000])), "do not fill"),
+        (dict(segmentation=dict(size=[20, 30], counts="oooooooooooooooooo")), "no text of COCO's"),
+        (dict(category_id=3), "category 3, which is none"),
+        (dict(area=float("nan")), "area"),
+    ],
+)
 def test_coco_shapes_that_are_none(home, change, says):
     "The library that draws them writes beyond its memory for some of these."
     content, _ = coco_file(home)
     content["annotations"][0] |= change
     (home / "a.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=says) as error: prepare_coco(home / "a.json", home / "photos", home / "made")
+    with pytest.raises(ValueError, match=says) as error:
+        prepare_coco(home / "a.json", home / "photos", home / "made")
     is_sentence(str(error.value))
     assert not (home / "made").exists() and not list(home.glob(".made*"))
 
@@ -358,21 +531,32 @@ def test_coco_run_lengths_as_the_library_has_them():
     from pycocotools import mask
 
     from mbs.prepare import CocoRuns, coco_object
+
     for seed in range(30):
         r = np.random.default_rng(seed)
         truth = np.asfortranarray((r.random((r.integers(1, 90), r.integers(1, 90))) < r.random()).astype(np.uint8))
         packed = mask.encode(truth)
-        assert (coco_object(CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth).all()
+        assert (
+            coco_object(CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
+        ).all()
 
 
-@pytest.mark.parametrize("change,says", [(lambda c: c["images"][1].update(file_name="p0.png"), "'p0' twice"), (lambda c: c["images"][1].update(file_name="../photos/p1.png"), "would leave its folder"),
-                                         (lambda c: c["images"][1].update(id=0), "picture id 0 twice"), (lambda c: c["categories"][1].update(name="background"), "has a class 'background'"),
-                                         (lambda c: c["categories"][1].update(name="cat"), "'cat' twice")])
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        (lambda c: c["images"][1].update(file_name="p0.png"), "'p0' twice"),
+        (lambda c: c["images"][1].update(file_name="../photos/p1.png"), "would leave its folder"),
+        (lambda c: c["images"][1].update(id=0), "picture id 0 twice"),
+        (lambda c: c["categories"][1].update(name="background"), "has a class 'background'"),
+        (lambda c: c["categories"][1].update(name="cat"), "'cat' twice"),
+    ],
+)
 def test_coco_files_that_would_lose_something(home, change, says):
     content, _ = coco_file(home)
     change(content)
     (home / "a.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=says): prepare_coco(home / "a.json", home / "photos", home / "made")
+    with pytest.raises(ValueError, match=says):
+        prepare_coco(home / "a.json", home / "photos", home / "made")
     assert not (home / "made").exists()
 
 
@@ -381,52 +565,89 @@ def test_archives(home, name):
     "A changed archive gives files of its own, below its folder, or is refused."
     mutants, path = Mutants(6), home / "archive"
     data = FILES[name] if len(FILES[name]) < 100_000 else tar({"a/b.png": masks()["grey"], "a/c.txt": b"x" * 999})
-    if name == "ade": data = zipped({"a/b.png": masks()["grey"], "a/c.txt": b"x" * 999})
+    if name == "ade":
+        data = zipped({"a/b.png": masks()["grey"], "a/c.txt": b"x" * 999})
     with Tally("archives") as tally:
         for _ in range(MANY):
             path.write_bytes(mutants.changed(data, 30))
-            for place, content in tally(outcome(lambda: list(contents(path, PurePosixPath)))) or (): assert not place.is_absolute() and ".." not in place.parts and isinstance(content, bytes)
+            for place, content in tally(outcome(lambda: list(contents(path, PurePosixPath)))) or ():
+                assert not place.is_absolute() and ".." not in place.parts and isinstance(content, bytes)
 
 
 # --- parameters
+
 
 def whole(values):
     "Settings, recipe, method and classes of a run that was not refused."
     settings = Settings.checked(**values)
     recipe, method = make_recipe(settings.recipe, 8, **settings.training), Method(settings.method, 8, **settings.parts)
     protocol = Protocol(settings.protocol, 8, settings.protocol_setting)
-    assert settings.name and ".." not in settings.name.split("/") and not Path(settings.name).is_absolute() and recipe.crop >= 8 and method.parts and sum(protocol.sizes) == 8
+    assert (
+        settings.name
+        and ".." not in settings.name.split("/")
+        and not Path(settings.name).is_absolute()
+        and recipe.crop >= 8
+        and method.parts
+        and sum(protocol.sizes) == 8
+    )
     return settings
 
 
 @pytest.fixture
 def no_training(monkeypatch):
     "Commands do all but train: every check, and nothing that takes long."
-    def stop(*_): raise mbs.batch.RunFailed("the run would start now")
+
+    def stop(*_):
+        raise mbs.batch.RunFailed("the run would start now")
+
     monkeypatch.setattr(mbs.batch, "run_notebook", stop)
 
 
-def small(values): return dict(data="scenes", scenes=dict(n_train=4, n_test=2, size=16), encoder_options=NETWORK, protocol="7-1") | values
+def small(values):
+    return (
+        dict(data="scenes", scenes=dict(n_train=4, n_test=2, size=16), encoder_options=NETWORK, protocol="7-1") | values
+    )
 
 
 def test_parameter_files(home, no_training):
     mutants, path = Mutants(7), home / "p.yaml"
     texts = [p.read_text() for p in sorted((runs_folder() / "protocols").glob("*.yaml"))]
-    texts += [yaml.safe_dump(small(dict(name="a", training=dict(crop=16, batch=2, iterations=1)))), "a: &a [1, 2]\nname: x\ntraining: {lr: 1e-3, crop: 32}\nclasses: [ball, leaf]\n"]
+    texts += [
+        yaml.safe_dump(small(dict(name="a", training=dict(crop=16, batch=2, iterations=1)))),
+        "a: &a [1, 2]\nname: x\ntraining: {lr: 1e-3, crop: 32}\nclasses: [ball, leaf]\n",
+    ]
     with Tally("parameter files") as tally:
         for k in range(3 * MANY):
             path.write_bytes(mutants.text(mutants.random.choice(texts)))
             tally(outcome(lambda: whole(read_values(path))))
-            if k % 20 == 0: command("run", path, "data=nowhere"); command("run", path, "scenes={n_train: 0}")
+            if k % 20 == 0:
+                command("run", path, "data=nowhere")
+                command("run", path, "scenes={n_train: 0}")
 
 
 def test_parameter_values(home):
     "Any value for any parameter, one or several at a time."
-    mutants, names = Mutants(8), [*Settings.model_fields, *(f"training.{k}" for k in ("crop", "lr", "scale", "name", "dataset", "test")), "parts.threshold", "parts.name", "parts.self", "cls",
-                                  "self", "", ".", "a.b.c"]
+    mutants, names = (
+        Mutants(8),
+        [
+            *Settings.model_fields,
+            *(f"training.{k}" for k in ("crop", "lr", "scale", "name", "dataset", "test")),
+            "parts.threshold",
+            "parts.name",
+            "parts.self",
+            "cls",
+            "self",
+            "",
+            ".",
+            "a.b.c",
+        ],
+    )
     with Tally("parameter values") as tally:
         for _ in range(3 * MANY):
-            changes = {mutants.random.choice(names): mutants.random.choice(VALUES) for _ in range(mutants.random.choice((1, 1, 2, 5)))}
+            changes = {
+                mutants.random.choice(names): mutants.random.choice(VALUES)
+                for _ in range(mutants.random.choice((1, 1, 2, 5)))
+            }
             tally(outcome(lambda changes=changes: whole(mbs.grid.changed({}, changes))))
 
 
@@ -435,65 +656,157 @@ WORDS = some.text(some.characters(codec="utf-8"), max_size=40)
 
 def test_words(home, no_training):
     "Whatever stands in a command line."
-    name = some.sampled_from([*Settings.model_fields, "training.lr", "training.scale", "parts.threshold", "scenes.size", "scenes.root", "encoder_options.depth", "encoder_options.checkpoint_path",
-                             "cls", "a.b"]) | WORDS
-    text = WORDS | some.sampled_from([json.dumps(v) for v in VALUES if isinstance(v, (str, int, float, list, dict))]) | some.from_regex(r"[\[{&*!-][a-z0-9 ,:\[\]{}&*!'\"-]{0,30}", fullmatch=True)
+    name = (
+        some.sampled_from(
+            [
+                *Settings.model_fields,
+                "training.lr",
+                "training.scale",
+                "parts.threshold",
+                "scenes.size",
+                "scenes.root",
+                "encoder_options.depth",
+                "encoder_options.checkpoint_path",
+                "cls",
+                "a.b",
+            ]
+        )
+        | WORDS
+    )
+    text = (
+        WORDS
+        | some.sampled_from([json.dumps(v) for v in VALUES if isinstance(v, (str, int, float, list, dict))])
+        | some.from_regex(r"[\[{&*!-][a-z0-9 ,:\[\]{}&*!'\"-]{0,30}", fullmatch=True)
+    )
     runner, n = CliRunner(), count()
     with Tally("words of a command line") as tally:
-        @plan(max_examples=MANY, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+        @plan(
+            max_examples=MANY, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        )
         @given(some.lists(some.tuples(name, text), min_size=1, max_size=3))
         def go(pairs):
             words = [f"{k}={v}" for k, v in pairs]
             tally(outcome(lambda: whole(parse_words(words))))
-            if next(n) % 4: return
-            with limited(): result = runner.invoke(app, ["inspect", "--", "nowhere", "7-1", *words])
-            assert result.exit_code == 2 and (result.exception is None or isinstance(result.exception, SystemExit)), result.exception
+            if next(n) % 4:
+                return
+            with limited():
+                result = runner.invoke(app, ["inspect", "--", "nowhere", "7-1", *words])
+            assert result.exit_code == 2 and (result.exception is None or isinstance(result.exception, SystemExit)), (
+                result.exception
+            )
             is_sentence(result.stderr)
+
         go()
 
 
 def test_grids(home):
     mutants, path = Mutants(9), home / "g.yaml"
     texts = [p.read_text() for p in sorted((runs_folder() / "grids").glob("*.yaml"))]
-    texts += [yaml.safe_dump(dict(parameters=small({}), grid={"method": ["mbs", "kd"], "training.lr": [1e-3, 1e-4], "seed": [0, 1]}, runs=[dict(parts=dict(orthogonality=False)), dict(name="x")]))]
+    texts += [
+        yaml.safe_dump(
+            dict(
+                parameters=small({}),
+                grid={"method": ["mbs", "kd"], "training.lr": [1e-3, 1e-4], "seed": [0, 1]},
+                runs=[dict(parts=dict(orthogonality=False)), dict(name="x")],
+            )
+        )
+    ]
     with Tally("grids") as tally:
         for k in range(2 * MANY):
             path.write_bytes(mutants.text(mutants.random.choice(texts)))
-            for settings in tally(outcome(lambda: batch_settings(read_grid(path)))) or (): assert settings.name.startswith("g/") or settings.name.count("/") == 1
-            if k % 20 == 0: command("batch", path, "--dry-run", "--no-measure") if b"voc" not in path.read_bytes() and b"ade" not in path.read_bytes() else None
+            for settings in tally(outcome(lambda: batch_settings(read_grid(path)))) or ():
+                assert settings.name.startswith("g/") or settings.name.count("/") == 1
+            if k % 20 == 0:
+                command(
+                    "batch", path, "--dry-run", "--no-measure"
+                ) if b"voc" not in path.read_bytes() and b"ade" not in path.read_bytes() else None
 
 
 def test_a_grid_that_explodes(home):
-    with pytest.raises(ValueError, match="100,000,000 runs"): read_grid(dict(name="g", grid={f"training.{k}": list(range(100)) for k in ("lr", "batch", "crop", "epochs")})).points()
+    with pytest.raises(ValueError, match="100,000,000 runs"):
+        read_grid(
+            dict(name="g", grid={f"training.{k}": list(range(100)) for k in ("lr", "batch", "crop", "epochs")})
+        ).points()
 
 
 def plain_values(strings):
-    return some.recursive(strings | some.integers() | some.floats() | some.booleans() | some.none(), lambda inner: some.lists(inner, max_size=3) | some.dictionaries(strings, inner, max_size=3),
-                          max_leaves=6)
+    return some.recursive(
+        strings | some.integers() | some.floats() | some.booleans() | some.none(),
+        lambda inner: some.lists(inner, max_size=3) | some.dictionaries(strings, inner, max_size=3),
+        max_leaves=6,
+    )
 
 
-HARD = some.text(max_size=30) | some.sampled_from([CODE, f'"\n{CODE}\n"', "'''", '"""', "\\", '\\"', "\\\n", f"'; {CODE}; '", "${x}", "{x}", "%time", "!ls", "\r\n", "\u2028", "\ud800", "\0"])
+HARD = some.text(max_size=30) | some.sampled_from(
+    [
+        CODE,
+        f'"\n{CODE}\n"',
+        "'''",
+        '"""',
+        "\\",
+        '\\"',
+        "\\\n",
+        f"'; {CODE}; '",
+        "${x}",
+        "{x}",
+        "%time",
+        "!ls",
+        "\r\n",
+        "\u2028",
+        "\ud800",
+        "\0",
+    ]
+)
 
 
 def test_notebook_parameters_are_values(home):
     "The cell that papermill writes assigns each value as it is, whatever a string says."
     from papermill.translators import PythonTranslator
+
     with Tally("notebook parameters") as tally:
+
         @plan(max_examples=2 * MANY, deadline=None, database=None, derandomize=True)
         @given(plain_values(HARD))
         def go(value):
             tally(value if value is not None else 0)
             line = ast.parse(PythonTranslator.codify(dict(value=value))).body
-            assert len(line) == 1 and repr(eval(compile(ast.Expression(line[0].value), "", "eval"), {"float": float, "__builtins__": {}})) == repr(value)
+            assert len(line) == 1 and repr(
+                eval(compile(ast.Expression(line[0].value), "", "eval"), {"float": float, "__builtins__": {}})
+            ) == repr(value)
+
         go()
 
 
 def test_notebook_parameters_through_a_kernel(home):
     "And through a kernel, into folders whose names papermill would take for a pattern."
     import nbformat
-    hard = {f"v{k}": v for k, v in enumerate([CODE, f'"\n{CODE}\n"', "'''\"\"\"", "\\", "${x} {x} %time", "\u2028\r\n\0", {"a'": [CODE, {"b\"\n": None}]}, [1e308, -0.0, True]])}
+
+    hard = {
+        f"v{k}": v
+        for k, v in enumerate(
+            [
+                CODE,
+                f'"\n{CODE}\n"',
+                "'''\"\"\"",
+                "\\",
+                "${x} {x} %time",
+                "\u2028\r\n\0",
+                {"a'": [CODE, {'b"\n': None}]},
+                [1e308, -0.0, True],
+            ]
+        )
+    }
     cell = nbformat.v4.new_code_cell("v0 = None", metadata=dict(tags=["parameters"]))
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell("import json; print(json.dumps([globals()[f'v{k}'] for k in range(8)]))")]), home / "book.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[
+                cell,
+                nbformat.v4.new_code_cell("import json; print(json.dumps([globals()[f'v{k}'] for k in range(8)]))"),
+            ]
+        ),
+        home / "book.ipynb",
+    )
     (home / "{v0} {").mkdir()
     execute(home / "book.ipynb", home / "{v0} {" / "out.ipynb", hard)
     said = nbformat.read(home / "{v0} {" / "out.ipynb", 4).cells[-1].outputs[0].text
@@ -502,12 +815,20 @@ def test_notebook_parameters_through_a_kernel(home):
 
 # --- run folders
 
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "A finished run of three steps, two columns and two sample pictures."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MBS_HOME", str(tmp_path_factory.mktemp("home")))
-        return Experiment(Settings(**TINY | dict(name="made", samples=2, training=TINY["training"] | dict(both=True))), tmp_path_factory.mktemp("outputs")).run().folder
+        return (
+            Experiment(
+                Settings(**TINY | dict(name="made", samples=2, training=TINY["training"] | dict(both=True))),
+                tmp_path_factory.mktemp("outputs"),
+            )
+            .run()
+            .folder
+        )
 
 
 def read_all(folder, models=False):
@@ -520,14 +841,25 @@ def read_all(folder, models=False):
     for t in steps:
         counts = run.confusion(t).counts
         assert counts.shape == (run.protocol.n_channels(t),) * 2 and (counts >= 0).all() and counts.sum() < 2**60
-        for name in run.metrics(t).get("columns", {}): assert run.confusion(t, name).counts.shape == counts.shape
-    if steps: assert ((run.iou() >= 0) & (run.iou() <= 1) | np.isnan(run.iou())).all()
+        for name in run.metrics(t).get("columns", {}):
+            assert run.confusion(t, name).counts.shape == counts.shape
+    if steps:
+        assert ((run.iou() >= 0) & (run.iou() <= 1) | np.isnan(run.iou())).all()
     for image, truth, maps in run.samples():
-        assert image.shape == (*truth.shape, 3) and ((truth < n) | (truth == VOID)).all() and len(maps) == len(steps) and all((m < run.protocol.n_channels(t)).all() for t, m in zip(steps, maps))
-    if run.finished: summary([run]); card_table([run]); [steps_table(group) for group in mbs.report.groups([run])]
+        assert (
+            image.shape == (*truth.shape, 3)
+            and ((truth < n) | (truth == VOID)).all()
+            and len(maps) == len(steps)
+            and all((m < run.protocol.n_channels(t)).all() for t, m in zip(steps, maps))
+        )
+    if run.finished:
+        summary([run])
+        card_table([run])
+        [steps_table(group) for group in mbs.report.groups([run])]
     mbs.batch.status_of(folder)
     failure(folder / "train.ipynb"), worker(folder)
-    for t in steps if models else (): assert all(v.isfinite().all() for v in run.model(t).state_dict().values())
+    for t in steps if models else ():
+        assert all(v.isfinite().all() for v in run.model(t).state_dict().values())
     return run
 
 
@@ -539,8 +871,9 @@ def test_tours(home, made):
     path = write_tour(run)
     data = path.read_bytes()
     assert write_tour(run) == path and path.read_bytes() == data
-    path.write_bytes(data[:len(data) // 2])
-    with pytest.raises(ValueError, match=r"explore\.ipynb cannot be read: expected a notebook; remove it"): write_tour(run)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"explore\.ipynb cannot be read: expected a notebook; remove it"):
+        write_tour(run)
     with Tally("notebooks of run folders") as tally:
         for k in range(MANY):
             changed = json.dumps(mutants.tree(json.loads(data))).encode() if k % 2 else mutants.changed(data)
@@ -559,18 +892,25 @@ def test_run_folders(home, made, file):
     shutil.copytree(made, folder)
     data = (folder / file).read_bytes()
     read_all(folder, models=True)
+
     def change(k):
         if file in TREES and k % 2:
             lines = [data] if file != "log.jsonl" else data.splitlines()
             at = mutants.random.randrange(len(lines))
-            return b"\n".join([*lines[:at], json.dumps(mutants.tree(json.loads(lines[at]))).encode(), *lines[at + 1:]]) + b"\n"
+            return (
+                b"\n".join([*lines[:at], json.dumps(mutants.tree(json.loads(lines[at]))).encode(), *lines[at + 1 :]])
+                + b"\n"
+            )
         return mutants.changed(data)
+
     with Tally("files of run folders") as tally:
         for k in range(2 * MANY if file in TREES else MANY):
             (folder / file).write_bytes(change(k))
             tally(outcome(partial(read_all, folder)))
-            if k % 20 == 0: command("curves", home, "--write-only", home / "curves")
-            if k % 20 == 10: outcome(partial(find_runs, [home]))
+            if k % 20 == 0:
+                command("curves", home, "--write-only", home / "curves")
+            if k % 20 == 10:
+                outcome(partial(find_runs, [home]))
 
 
 @pytest.mark.parametrize("file", FLAT[3:])
@@ -579,23 +919,46 @@ def test_arrays_that_are_another_runs(home, made, file):
     mutants, folder = Mutants(11), home / "run"
     shutil.copytree(made, folder)
     arrays = dict(np.load(folder / file))
-    wrong = (np.zeros(3), np.zeros((0, 0)), np.array("x"), np.array(3), np.array([b"a"]), np.full((5, 5), 2**63, np.uint64), np.full((5, 5), -1), np.eye(5), np.full((32, 32), 77, np.uint8),
-             np.ones((32, 32, 3), np.uint8) * 255,
-             np.zeros((32, 32), bool), np.array([1 + 2j]), np.zeros((32, 32, 1), np.uint8), np.zeros(1, [("a", int)]), np.array(["2020"], "datetime64[Y]"))
+    wrong = (
+        np.zeros(3),
+        np.zeros((0, 0)),
+        np.array("x"),
+        np.array(3),
+        np.array([b"a"]),
+        np.full((5, 5), 2**63, np.uint64),
+        np.full((5, 5), -1),
+        np.eye(5),
+        np.full((32, 32), 77, np.uint8),
+        np.ones((32, 32, 3), np.uint8) * 255,
+        np.zeros((32, 32), bool),
+        np.array([1 + 2j]),
+        np.zeros((32, 32, 1), np.uint8),
+        np.zeros(1, [("a", int)]),
+        np.array(["2020"], "datetime64[Y]"),
+    )
     with Tally("files of run folders") as tally:
         for k in range(MANY):
             name = mutants.random.choice(list(arrays))
-            changed = arrays | {name: mutants.random.choice(wrong)} if k % 3 else {("x" if key == name else key): v for key, v in arrays.items()}
+            changed = (
+                arrays | {name: mutants.random.choice(wrong)}
+                if k % 3
+                else {("x" if key == name else key): v for key, v in arrays.items()}
+            )
             write_arrays(folder / file, **changed)
             tally(outcome(partial(read_all, folder)))
     np.savez(folder / file, **{next(iter(arrays)): np.array([Pickled(home)], dtype=object)}, allow_pickle=True)
-    with pytest.raises(ValueError, match="cannot be read"): read_all(folder)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_all(folder)
 
 
 class Pickled:
     "What would leave a file, were it unpickled."
-    def __init__(self, home): self.home = home
-    def __reduce__(self): return open, (str(self.home / "owned"), "w")
+
+    def __init__(self, home):
+        self.home = home
+
+    def __reduce__(self):
+        return open, (str(self.home / "owned"), "w")
 
 
 def test_files_that_are_missing_or_in_the_way(home, made):
@@ -607,10 +970,14 @@ def test_files_that_are_missing_or_in_the_way(home, made):
                 folder = home / "run"
                 shutil.copytree(made, folder)
                 (folder / name).unlink()
-                if kind == "empty": (folder / name).touch()
-                elif kind == "folder": (folder / name).mkdir()
-                elif kind == "link": (folder / name).symlink_to("nowhere")
-                elif kind == "other": shutil.copy(made / names[(names.index(name) + 7) % len(names)], folder / name)
+                if kind == "empty":
+                    (folder / name).touch()
+                elif kind == "folder":
+                    (folder / name).mkdir()
+                elif kind == "link":
+                    (folder / name).symlink_to("nowhere")
+                elif kind == "other":
+                    shutil.copy(made / names[(names.index(name) + 7) % len(names)], folder / name)
                 tally(outcome(partial(read_all, folder, models=True)))
                 shutil.rmtree(folder)
 
@@ -626,16 +993,24 @@ def test_models(home, made):
         for k in range(3 * MANY):
             changed = inside_safetensors(mutants, data) if k % 2 else mutants.changed(data, 3)
             file.write_bytes(changed)
-            if (found := tally(outcome(partial(load_run(folder).model, 1)))) is None: continue
-            assert all(torch.equal(v, truth[name]) for name, v in found.state_dict().items()) or b'"digest"' not in changed
+            if (found := tally(outcome(partial(load_run(folder).model, 1)))) is None:
+                continue
+            assert (
+                all(torch.equal(v, truth[name]) for name, v in found.state_dict().items()) or b'"digest"' not in changed
+            )
             assert all(v.isfinite().all() for v in found.state_dict().values())
 
 
 def test_states_of_a_running_step(home):
     "A state that was changed is passed over; what is taken up is what was saved."
     mutants, progress = Mutants(13), Progress(home / "resume", 1)
-    tensors = {"student.w": torch.randn(3, 5), "optimiser.0.step": torch.tensor(7.), "window": torch.randn(2, 2), "half": torch.randn(4).half()}
-    progress.save(20, tensors, dict(best=[.5, -float("inf")], terms=["loss"], scaler=None))
+    tensors = {
+        "student.w": torch.randn(3, 5),
+        "optimiser.0.step": torch.tensor(7.0),
+        "window": torch.randn(2, 2),
+        "half": torch.randn(4).half(),
+    }
+    progress.save(20, tensors, dict(best=[0.5, -float("inf")], terms=["loss"], scaler=None))
     (file,) = progress.files()
     data, (truth, facts) = file.read_bytes(), progress.latest()
     assert facts["iteration"] == 20 and tensors.keys() < truth.keys()
@@ -643,9 +1018,13 @@ def test_states_of_a_running_step(home):
         for k in range(3 * MANY):
             changed = inside_safetensors(mutants, data) if k % 2 else mutants.changed(data, 3)
             file.write_bytes(changed)
-            with limited(): found = progress.latest()
+            with limited():
+                found = progress.latest()
             tally(found)
-            if found is not None and b'"digest"' in changed: assert json.dumps(found[1]) == json.dumps(facts) and all(torch.equal(found[0][k], v) for k, v in truth.items())
+            if found is not None and b'"digest"' in changed:
+                assert json.dumps(found[1]) == json.dumps(facts) and all(
+                    torch.equal(found[0][k], v) for k, v in truth.items()
+                )
     file.write_bytes(data)
     file.rename(file.with_stem("step-01-00000030"))
     assert progress.latest() is None, "a state under another iteration's name"
@@ -654,43 +1033,76 @@ def test_states_of_a_running_step(home):
 def test_states_of_another_run(home):
     "A whole state with other facts or tensors, as another program would leave it: one sentence, or a run that ends."
     mutants, outputs = Mutants(14), home / "outputs"
-    short = Settings(**TINY | dict(save_minutes=0, samples=0, protocol="7-1", training=TINY["training"] | dict(iterations=20)))
-    class Stop(Exception): pass
+    short = Settings(
+        **TINY | dict(save_minutes=0, samples=0, protocol="7-1", training=TINY["training"] | dict(iterations=20))
+    )
+
+    class Stop(Exception):
+        pass
+
     experiment = Experiment(short, outputs)
     real = experiment.writer.log
+
     def log(*records):
         real(*records)
-        if records[0]["iteration"] == 20: raise Stop
+        if records[0]["iteration"] == 20:
+            raise Stop
+
     log.cut, experiment.writer.log = real.cut, log
-    with pytest.raises(Stop): experiment.run()
+    with pytest.raises(Stop):
+        experiment.run()
     tensors, facts = experiment.writer.progress(0).latest()
     assert facts["iteration"] == 10
     resume, before = outputs / "run" / "resume", (outputs / "run" / "log.jsonl").read_bytes()
     with Tally("states of another run") as tally:
         for _ in range(max(5, MANY // 20)):
             wrong = mutants.tree(facts)
-            for file in resume.iterdir(): file.unlink()
-            shutil.rmtree(outputs / "run" / "step-00", ignore_errors=True); shutil.rmtree(outputs / "run" / "step-01", ignore_errors=True)
+            for file in resume.iterdir():
+                file.unlink()
+            shutil.rmtree(outputs / "run" / "step-00", ignore_errors=True)
+            shutil.rmtree(outputs / "run" / "step-01", ignore_errors=True)
             (outputs / "run" / "log.jsonl").write_bytes(before)
             name = mutants.random.choice(list(tensors))
-            other = mutants.random.choice((torch.zeros(0), torch.zeros(3, dtype=torch.bool), tensors[name].double(), torch.zeros(2, 2)))
-            iteration = wrong["iteration"] if isinstance(wrong, dict) and isinstance(wrong.get("iteration"), int) and 0 <= wrong["iteration"] < 10**8 else 10
-            save_tensors(resume / f"step-00-{iteration:08d}.safetensors", tensors | {name: other} if mutants.random.random() < .5 else {k: v for k, v in tensors.items() if k != name}, wrong)
+            other = mutants.random.choice(
+                (torch.zeros(0), torch.zeros(3, dtype=torch.bool), tensors[name].double(), torch.zeros(2, 2))
+            )
+            iteration = (
+                wrong["iteration"]
+                if isinstance(wrong, dict)
+                and isinstance(wrong.get("iteration"), int)
+                and 0 <= wrong["iteration"] < 10**8
+                else 10
+            )
+            save_tensors(
+                resume / f"step-00-{iteration:08d}.safetensors",
+                tensors | {name: other}
+                if mutants.random.random() < 0.5
+                else {k: v for k, v in tensors.items() if k != name},
+                wrong,
+            )
             tally(outcome(Experiment(short, outputs).run))
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_weight_files(home, ending):
     from safetensors.torch import save_file
+
     mutants, file = Mutants(15), home / f"w.{ending}"
     state = make_encoder("vit_tiny_patch16_224", image_size=16, **NETWORK).vit.state_dict()
     torch.save(state, file) if ending == "pth" else save_file(state, file)
     data = file.read_bytes()
     with Tally("weight files") as tally:
         for k in range(MANY):
-            file.write_bytes(inside_safetensors(mutants, data) if k % 2 and ending == "safetensors" else mutants.changed(data, 3))
-            encoder = tally(outcome(partial(make_encoder, "vit_tiny_patch16_224", str(file), 16, img_size=16, **NETWORK)))
-            if encoder is not None: assert all(v.isfinite().all() and v.shape == state[k].shape for k, v in encoder.vit.state_dict().items())
+            file.write_bytes(
+                inside_safetensors(mutants, data) if k % 2 and ending == "safetensors" else mutants.changed(data, 3)
+            )
+            encoder = tally(
+                outcome(partial(make_encoder, "vit_tiny_patch16_224", str(file), 16, img_size=16, **NETWORK))
+            )
+            if encoder is not None:
+                assert all(
+                    v.isfinite().all() and v.shape == state[k].shape for k, v in encoder.vit.state_dict().items()
+                )
 
 
 def test_a_run_card_cannot_load_code(home, made):
@@ -699,40 +1111,76 @@ def test_a_run_card_cannot_load_code(home, made):
     shutil.copytree(made, folder)
     card = json.loads((folder / "run.json").read_text())
     torch.save(Pickled(home), home / "evil.pth")
-    for options in (dict(checkpoint_path=str(home / "evil.pth")), dict(pretrained=True), dict(pretrained_cfg=dict(file=str(home / "evil.pth"))),
-                    dict(pretrained_cfg_overlay=dict(file=str(home / "evil.pth")), pretrained=True)):
-        (folder / "run.json").write_text(json.dumps(card | dict(settings=card["settings"] | dict(encoder_options=NETWORK | options))))
-        with pytest.raises(ValueError, match="is not one of the network"): load_run(folder).model()
+    for options in (
+        dict(checkpoint_path=str(home / "evil.pth")),
+        dict(pretrained=True),
+        dict(pretrained_cfg=dict(file=str(home / "evil.pth"))),
+        dict(pretrained_cfg_overlay=dict(file=str(home / "evil.pth")), pretrained=True),
+    ):
+        (folder / "run.json").write_text(
+            json.dumps(card | dict(settings=card["settings"] | dict(encoder_options=NETWORK | options)))
+        )
+        with pytest.raises(ValueError, match="is not one of the network"):
+            load_run(folder).model()
 
 
 # --- commands, as processes
+
 
 def test_commands(home, made):
     "A handful for real: exit code 2 and one sentence, or a prediction."
     (home / "bad.yaml").write_bytes(b"\xff\xfe: [")
     (home / "photo.png").write_bytes(photos()["png"][:-40])
     (home / "good.png").write_bytes(photos()["png"])
-    trials = [(["run", b"\xff\xfe"], 2), (["run", b"name=\xff\n\"'; touch owned"], 2), (["run", "cls=1"], 2), (["run", "training.name=x"], 2), (["run", "scenes.root=/"], 2), (["run",
-              str(home / "bad.yaml")], 2), (["run", "data=a\nb"], 2),
-              (["run", f"encoder_options.checkpoint_path={CODE}"], 2), (["predict", str(made), str(home / "photo.png"), "--out", str(home / "out")], 2), (["predict", str(made),
-              str(home / "good.png"), "--out", str(home / "out")], 0),
-              (["predict", str(home), str(home / "good.png"), "--out", str(home / "out")], 2), (["explore", str(home), "--no-browser"], 2), (["data", "check", str(home)], 2), (["report",
-              str(home)], 2)]
+    trials = [
+        (["run", b"\xff\xfe"], 2),
+        (["run", b"name=\xff\n\"'; touch owned"], 2),
+        (["run", "cls=1"], 2),
+        (["run", "training.name=x"], 2),
+        (["run", "scenes.root=/"], 2),
+        (["run", str(home / "bad.yaml")], 2),
+        (["run", "data=a\nb"], 2),
+        (["run", f"encoder_options.checkpoint_path={CODE}"], 2),
+        (["predict", str(made), str(home / "photo.png"), "--out", str(home / "out")], 2),
+        (["predict", str(made), str(home / "good.png"), "--out", str(home / "out")], 0),
+        (["predict", str(home), str(home / "good.png"), "--out", str(home / "out")], 2),
+        (["explore", str(home), "--no-browser"], 2),
+        (["data", "check", str(home)], 2),
+        (["report", str(home)], 2),
+    ]
     with Tally("commands as processes") as tally:
         for words, code in trials[:: 1 if MANY > 100 else 6]:
             done = subprocess.run([sys.executable, "-m", "mbs", *words], capture_output=True, cwd=home, timeout=120)
             said = done.stderr.decode()
             assert done.returncode == code and "Traceback" not in said, (words, said)
-            if code: assert len([line for line in said.splitlines() if line.startswith("mbs: ")]) == 1
+            if code:
+                assert len([line for line in said.splitlines() if line.startswith("mbs: ")]) == 1
             tally(None if code else done)
-    if (home / "out" / "good-labels.png").exists(): assert set(np.unique(read_mask(home / "out" / "good-labels.png"))) <= set(range(7))
+    if (home / "out" / "good-labels.png").exists():
+        assert set(np.unique(read_mask(home / "out" / "good-labels.png"))) <= set(range(7))
 
 
 def test_the_alphabet_of_names(home):
     "No name of a run leaves its folder, and no two say something else than they are."
     with Tally("names of runs") as tally:
-        for name in [*map(str, VALUES), *(f"a{c}b" for c in string.printable), *(f"{c}a" for c in string.printable), "a/b/c", "a//b", "a/../b", "x" * 300, "..", ".", "a/..", "é", "con", "a/.b"]:
+        for name in [
+            *map(str, VALUES),
+            *(f"a{c}b" for c in string.printable),
+            *(f"{c}a" for c in string.printable),
+            "a/b/c",
+            "a//b",
+            "a/../b",
+            "x" * 300,
+            "..",
+            ".",
+            "a/..",
+            "é",
+            "con",
+            "a/.b",
+        ]:
             settings = tally(outcome(partial(Settings.checked, name=name)))
             if settings is not None:
-                assert (home / "outputs" / settings.name).resolve().is_relative_to(home / "outputs") and settings.name.count("/") < 2
+                assert (home / "outputs" / settings.name).resolve().is_relative_to(
+                    home / "outputs"
+                ) and settings.name.count("/") < 2
                 assert not set(settings.name) & set("\n\0 {}'\"<>&\\")

@@ -1,4 +1,5 @@
 "Every notebook runs, in a process of its own, shows again what it is stored with, and is kept as notebooks are kept here."
+
 import base64
 import io
 import json
@@ -14,15 +15,20 @@ from nbclient import NotebookClient
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith(("_", ".")) for s in p.relative_to(ROOT).parts))
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith(("_", ".")) for s in p.relative_to(ROOT).parts)
+)
 MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
 TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
 TOGETHER = 6_000_000  # bytes of all notebooks
-IDENTICAL = os.environ.get("MBS_IDENTICAL") == "1"  # to the last byte, as a second execution on one machine must be; other processors round differently
+IDENTICAL = (
+    os.environ.get("MBS_IDENTICAL") == "1"
+)  # to the last byte, as a second execution on one machine must be; other processors round differently
 NUMBER = re.compile(r"[-+]?\b\d[\d,]*(?:\.\d*)?(?:e[-+]?\d+)?\b|\bnan\b", re.I)
 
 
-def name(path): return str(path.relative_to(ROOT / "nbs"))
+def name(path):
+    return str(path.relative_to(ROOT / "nbs"))
 
 
 def cells(path, kind):
@@ -32,11 +38,18 @@ def cells(path, kind):
 def executed(path, home):
     "The notebook after a kernel of its own ran it in its folder; CellExecutionError when a cell fails."
     book = nbformat.read(path, 4)
-    environment = os.environ | dict(MBS_HOME=str(home), IN_TEST="1", OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline",
-                                    PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | dict(
+        MBS_HOME=str(home),
+        IN_TEST="1",
+        OMP_NUM_THREADS="1",
+        MPLBACKEND="module://matplotlib_inline.backend_inline",
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    )
     with tempfile.TemporaryDirectory(prefix="mbs-") as sockets:
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
-        NotebookClient(book, km=kernel, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute(env=environment, cleanup_kc=True)
+        NotebookClient(book, km=kernel, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute(
+            env=environment, cleanup_kc=True
+        )
         assert not kernel.has_kernel  # one that stays alive takes half a gigabyte from all tests after it
     return book
 
@@ -48,39 +61,59 @@ def kept(content):
 
 def shown(cell):
     "What a cell shows, as (kind, content): streams in one piece. Warnings are left out, and cells that say `#| measured`: times, processes, whoever comes first."
-    if "#| measured" in "".join(cell["source"]): return []
+    if "#| measured" in "".join(cell["source"]):
+        return []
     found = []
     for output in cell["outputs"]:
         if output["output_type"] == "stream":
-            if output["name"] == "stderr": continue
+            if output["name"] == "stderr":
+                continue
             before = found.pop()[1] if found and found[-1][0] == "stdout" else ""
             found.append(("stdout", before + "".join(output["text"])))
-        else: found += sorted((kind, "".join(v) if isinstance(v, str | list) else json.dumps(v, sort_keys=True)) for kind, v in output.get("data", {}).items())
+        else:
+            found += sorted(
+                (kind, "".join(v) if isinstance(v, str | list) else json.dumps(v, sort_keys=True))
+                for kind, v in output.get("data", {}).items()
+            )
     return [(kind, value if kind == "image/png" else kept(value)) for kind, value in found]
 
 
 def same(stored, now):
     "Whether a cell shows what it is stored with; pictures may differ in a tick label's width, unless they have to be identical."
-    if len(stored) != len(now) or any(a[0] != b[0] for a, b in zip(stored, now)): return False
+    if len(stored) != len(now) or any(a[0] != b[0] for a, b in zip(stored, now)):
+        return False
+
     def alike(a, b):
         sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in (a, b)]
         return all(abs(m - n) <= 30 for m, n in zip(*sizes))
-    return all(a == b or (kind == "image/png" and not IDENTICAL and alike(a, b)) for (kind, a), (_, b) in zip(stored, now))
+
+    return all(
+        a == b or (kind == "image/png" and not IDENTICAL and alike(a, b)) for (kind, a), (_, b) in zip(stored, now)
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_runs_and_shows_what_is_stored(path, tmp_path):
     "Outputs of a second execution: the same to the byte with MBS_IDENTICAL=1, else the same kinds, words and sizes. A notebook stored without any has nothing to compare."
-    stored, now = ({c["id"]: shown(c) for c in of if c["cell_type"] == "code"} for of in (cells(path, "code"), executed(path, tmp_path).cells))
-    if not any(stored.values()): return
+    stored, now = (
+        {c["id"]: shown(c) for c in of if c["cell_type"] == "code"}
+        for of in (cells(path, "code"), executed(path, tmp_path).cells)
+    )
+    if not any(stored.values()):
+        return
     stale = [cell for cell, content in stored.items() if not same(content, now[cell])]
-    assert not stale, "stale outputs, execute the notebook as CONTRIBUTING.md says: " + "".join(f"\n{c}\n{str(stored[c])[:400]}\n{str(now[c])[:400]}" for c in stale)
+    assert not stale, "stale outputs, execute the notebook as CONTRIBUTING.md says: " + "".join(
+        f"\n{c}\n{str(stored[c])[:400]}\n{str(now[c])[:400]}" for c in stale
+    )
 
 
 def test_number_is_no_word(monkeypatch):
     "What the comparison lets pass, and what not."
     monkeypatch.setitem(globals(), "IDENTICAL", False)
-    def stream(text, source=""): return dict(source=source, outputs=[dict(output_type="stream", name="stdout", text=text)])
+
+    def stream(text, source=""):
+        return dict(source=source, outputs=[dict(output_type="stream", name="stdout", text=text)])
+
     assert shown(stream("old 61.4 %,\tnan")) == shown(stream("old 7 %, -0.3e-05")) == [("stdout", "old # %, #")]
     assert shown(stream("step1 old")) != shown(stream("step1 new")) and shown(stream("a1")) != shown(stream("a2"))
     assert shown(stream("12 s", "#| measured\nx")) == []
@@ -92,7 +125,9 @@ def test_is_kept_well(path):
     outputs = [o for c in cells(path, "code") for o in c["outputs"]]
     assert "widgets" not in content["metadata"], "stored widget state"
     assert not [o for o in outputs if o["output_type"] == "error"], "a stored error"
-    assert path.stat().st_size < 400_000, f"{path.stat().st_size} bytes: expected under 400,000; make the pictures smaller"
+    assert path.stat().st_size < 400_000, (
+        f"{path.stat().st_size} bytes: expected under 400,000; make the pictures smaller"
+    )
 
 
 def test_are_small_together():
@@ -121,7 +156,15 @@ def test_tutorial_shows_and_exports_nothing(path):
 def test_train_parameters_are_the_settings():
     "The parameters of the train notebook are exactly the fields of `Settings`, with the same defaults."
     from mbs.run import Settings
+
     variables = {}
-    exec(next("".join(c["source"]) for c in cells(ROOT / "nbs/runs/train.ipynb", "code") if "parameters" in c["metadata"].get("tags", [])), variables)
+    exec(
+        next(
+            "".join(c["source"])
+            for c in cells(ROOT / "nbs/runs/train.ipynb", "code")
+            if "parameters" in c["metadata"].get("tags", [])
+        ),
+        variables,
+    )
     del variables["__builtins__"]
     assert variables == {name: field.default for name, field in Settings.model_fields.items()}

@@ -1,6 +1,7 @@
 """sdist and wheel are complete and import quickly; the requirements are those of settings.ini.
 
 What these let in: locked versions that fit each other, licences that are known, no import without a requirement."""
+
 import ast
 import os
 import re
@@ -27,11 +28,17 @@ def built(tmp_path_factory):
     "(sdist, wheel), built from a copy of the tree; the wheel is built from the sdist."
     tree = tmp_path_factory.mktemp("tree")
     for item in KEPT:
-        if (ROOT / item).is_dir(): shutil.copytree(ROOT / item, tree / item, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        else: shutil.copy(ROOT / item, tree)
+        if (ROOT / item).is_dir():
+            shutil.copytree(
+                ROOT / item, tree / item, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            )
+        else:
+            shutil.copy(ROOT / item, tree)
     (tree / "nbs/runs/.ipynb_checkpoints").mkdir()  # what Jupyter leaves behind must stay outside
     shutil.copy(tree / "nbs/runs/train.ipynb", tree / "nbs/runs/.ipynb_checkpoints/train-checkpoint.ipynb")
-    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "-o", tree / "dist", tree], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "-o", tree / "dist", tree], check=True, capture_output=True
+    )
     return next((tree / "dist").glob("*.tar.gz")), next((tree / "dist").glob("*.whl"))
 
 
@@ -39,26 +46,48 @@ def built(tmp_path_factory):
 def installed(built, tmp_path_factory):
     "The wheel's content in a folder of its own, dependencies from the environment."
     folder = tmp_path_factory.mktemp("installed")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, built[1]], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, built[1]],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
 def python(code, folder):
     "Output of a fresh interpreter that sees the installed wheel first."
     environment = {k: v for k, v in os.environ.items() if k != "MBS_HOME"}
-    return subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"], cwd=folder, env=environment,
-                          capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
 
 
 def test_data_files(built):
     sdist, wheel = built
-    with zipfile.ZipFile(wheel) as z: inside = set(z.namelist())
-    runs = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/runs").rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts}
+    with zipfile.ZipFile(wheel) as z:
+        inside = set(z.namelist())
+    runs = {
+        p.relative_to(ROOT / "nbs").as_posix()
+        for p in (ROOT / "nbs/runs").rglob("*")
+        if p.is_file() and ".ipynb_checkpoints" not in p.parts
+    }
     assert {n for n in inside if n.startswith("mbs/runs/")} == {f"mbs/{r}" for r in runs} and "runs/train.ipynb" in runs
     assert {"mbs/cli.py", "mbs/__main__.py"} <= inside
-    trained = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs/trained").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert {n for n in inside if n.startswith("mbs/trained/")} == {f"mbs/{t}" for t in trained} and "trained/mbs/step-03/model.safetensors" in trained
-    with tarfile.open(sdist) as t: names = {n.split("/", 1)[-1] for n in t.getnames()}
+    trained = {
+        p.relative_to(ROOT / "nbs").as_posix()
+        for p in (ROOT / "nbs/trained").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+    assert {n for n in inside if n.startswith("mbs/trained/")} == {
+        f"mbs/{t}" for t in trained
+    } and "trained/mbs/step-03/model.safetensors" in trained
+    with tarfile.open(sdist) as t:
+        names = {n.split("/", 1)[-1] for n in t.getnames()}
     assert {"settings.ini", "LICENSE"} | {f"nbs/{r}" for r in runs} <= names
 
 
@@ -66,29 +95,46 @@ def requirements():
     "Lines of settings.ini: what is always needed, and by extra."
     settings = ConfigParser(interpolation=None, default_section="", inline_comment_prefixes="#")
     settings.read(ROOT / "settings.ini")
-    return settings["DEFAULT"]["requirements"].split(), {name: text.split() for name, text in settings["extras"].items()}
+    return settings["DEFAULT"]["requirements"].split(), {
+        name: text.split() for name, text in settings["extras"].items()
+    }
 
 
 def test_requirements(built):
     always, by_extra = requirements()
-    with zipfile.ZipFile(built[1]) as z: metadata = Parser().parsestr(z.read(next(n for n in z.namelist() if n.endswith("METADATA"))).decode())
-    def same(r): return str(Requirement(r))
+    with zipfile.ZipFile(built[1]) as z:
+        metadata = Parser().parsestr(z.read(next(n for n in z.namelist() if n.endswith("METADATA"))).decode())
+
+    def same(r):
+        return str(Requirement(r))
+
     extras = {same(f'{r}; extra == "{name}"') for name, lines in by_extra.items() for r in lines}
     assert {same(r) for r in metadata.get_all("Requires-Dist")} == {same(r) for r in always} | extras
     assert set(metadata.get_all("Provides-Extra")) == set(by_extra)
 
 
 def test_installed_wheel_works(installed):
-    where, notebook = python("import mbs; from mbs.notebooks import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')", installed).splitlines()
+    where, notebook = python(
+        "import mbs; from mbs.notebooks import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')",
+        installed,
+    ).splitlines()
     assert where.startswith(str(installed)) and notebook.startswith(str(installed)) and Path(notebook).is_file()
-    out = subprocess.run([sys.executable, "-m", "mbs", "--help"], cwd=installed, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "mbs", "--help"], cwd=installed, capture_output=True, text=True, check=True
+    ).stdout
     assert "demo" in out and "run" in out
 
 
 def test_import_is_quick_and_light(installed):
-    seconds = [float(python("import time; t = time.perf_counter(); import mbs; print(time.perf_counter() - t)", installed)) for _ in range(3)]
-    assert min(seconds) < .5
-    assert python("import mbs; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])", installed) == "[]"
+    seconds = [
+        float(python("import time; t = time.perf_counter(); import mbs; print(time.perf_counter() - t)", installed))
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.5
+    assert (
+        python("import mbs; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])", installed)
+        == "[]"
+    )
 
 
 def test_public_names(installed):
@@ -105,19 +151,22 @@ def dependencies(monkeypatch):
     "The program that knows the lock of this Python and machine, and writes the page of dependencies."
     monkeypatch.syspath_prepend(ROOT / "docs")
     import dependencies
+
     return dependencies
 
 
 def here(dependencies):
     "The locked versions of the environment that this runs in."
-    if not dependencies.LOCK.is_file(): pytest.skip(f"there is no lock for this Python and machine: {dependencies.LOCK.name}; make lock writes one")
+    if not dependencies.LOCK.is_file():
+        pytest.skip(f"there is no lock for this Python and machine: {dependencies.LOCK.name}; make lock writes one")
     return {plain(name): version for name, version in dependencies.locked().items()}
 
 
 def test_every_requirement_has_its_bounds_and_its_reason(dependencies):
     "A lower bound each, or a pin; and what it is for, on the page of dependencies too."
     always, by_extra = requirements()
-    for line in [*always, *(r for lines in by_extra.values() for r in lines)]: assert {s.operator for s in Requirement(line).specifier} in ({">="}, {">=", "<"}, {"=="}), line
+    for line in [*always, *(r for lines in by_extra.values() for r in lines)]:
+        assert {s.operator for s in Requirement(line).specifier} in ({">="}, {">=", "<"}, {"=="}), line
     listed = {extra: [bounds for _, bounds, _ in packages] for extra, packages in dependencies.direct().items()}
     assert listed == dict(requirements=always, **by_extra), "a line of settings.ini does not say what it is for"
 
@@ -132,14 +181,20 @@ def test_lock_fits_the_requirements(lock, dependencies):
     always, by_extra = requirements()
     for one in map(Requirement, [*always, *(r for lines in by_extra.values() for r in lines)]):
         version = locked.get(plain(one.name))
-        assert version and one.specifier.contains(version, prereleases=True), f"{one} is required, {lock.name} holds {version}: run make lock"
+        assert version and one.specifier.contains(version, prereleases=True), (
+            f"{one} is required, {lock.name} holds {version}: run make lock"
+        )
 
 
 def test_lock_is_what_is_installed(dependencies):
     "In the environment of `make test`: nothing that the lock does not name, nothing in another version."
     locked = here(dependencies)
-    installed = {plain(d.metadata["Name"]): d.version for d in distributions() if plain(d.metadata["Name"]) not in ("pip", "mbs")}
-    assert {k: v for k, v in installed.items() if locked.get(k) != v} == {}, "not as locked: run make clean to install what is, or make lock to lock what is installed"
+    installed = {
+        plain(d.metadata["Name"]): d.version for d in distributions() if plain(d.metadata["Name"]) not in ("pip", "mbs")
+    }
+    assert {k: v for k, v in installed.items() if locked.get(k) != v} == {}, (
+        "not as locked: run make clean to install what is, or make lock to lock what is installed"
+    )
 
 
 def test_installed_packages_fit_each_other():
@@ -154,16 +209,40 @@ def test_every_import_has_its_requirement():
     required = {plain(Requirement(r).name) for r in always}
     for path in sorted((ROOT / "mbs").glob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        roots = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+        roots = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
+            n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and not n.level
+        }
         for root in sorted(roots - sys.stdlib_module_names - extra - {"mbs"}):
-            assert {plain(name) for name in provided.get(root, [])} & required, f"{path.name} imports {root}, which settings.ini does not require"
+            assert {plain(name) for name in provided.get(root, [])} & required, (
+                f"{path.name} imports {root}, which settings.ini does not require"
+            )
 
 
 def test_licences_are_listed_and_known(dependencies):
     "The page is what the packages say, and nobody says something that mbs could not be used beside."
     here(dependencies)
-    assert (ROOT / "docs/dependencies.md").read_text(encoding="utf-8") == dependencies.page(), "docs/dependencies.md is stale: run make lock"
-    free = {"0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "NVIDIA",
-            "PSF-2.0", "Zlib"}
+    assert (ROOT / "docs/dependencies.md").read_text(encoding="utf-8") == dependencies.page(), (
+        "docs/dependencies.md is stale: run make lock"
+    )
+    free = {
+        "0BSD",
+        "Apache-2.0",
+        "Apache-2.0 WITH LLVM-exception",
+        "BSD",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "BSL-1.0",
+        "CC0-1.0",
+        "ISC",
+        "MIT",
+        "MIT-0",
+        "MIT-CMU",
+        "MPL-2.0",
+        "NVIDIA",
+        "PSF-2.0",
+        "Zlib",
+    }
     stated = {name: dependencies.licence(name) for name in dependencies.locked() if name not in dependencies.READ}
-    assert {name: text for name, text in stated.items() if not set(re.split(" AND | OR ", text)) <= free} == {}, "read these licences, then add them here"
+    assert {name: text for name, text in stated.items() if not set(re.split(" AND | OR ", text)) <= free} == {}, (
+        "read these licences, then add them here"
+    )

@@ -1,4 +1,5 @@
 "One run on several processes: the same numbers as one, a clean end when one of them dies, and going on afterwards."
+
 import signal
 import subprocess
 import sys
@@ -11,13 +12,22 @@ import pytest
 from mbs import Experiment, Settings, load_run
 from mbs.launch import launch
 
-NETWORK = dict(encoder="vit_tiny_patch16_224", encoder_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2), decoder=dict(depth=1, drop_path=0.))
-QUIET = dict(crop=48, batch=8, iterations=20, optimizer="adamw", lr=1e-3, scale=(1, 1), flip=False)  # augmentation off: short sides are 48
-SMALL = dict(scenes=dict(n_train=40, n_test=13, size=48), protocol="5-1", samples=1, share_base=False, workers=0, **NETWORK)
+NETWORK = dict(
+    encoder="vit_tiny_patch16_224",
+    encoder_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2),
+    decoder=dict(depth=1, drop_path=0.0),
+)
+QUIET = dict(
+    crop=48, batch=8, iterations=20, optimizer="adamw", lr=1e-3, scale=(1, 1), flip=False
+)  # augmentation off: short sides are 48
+SMALL = dict(
+    scenes=dict(n_train=40, n_test=13, size=48), protocol="5-1", samples=1, share_base=False, workers=0, **NETWORK
+)
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch): monkeypatch.setenv("MBS_HOME", str(tmp_path))
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
 
 
 @pytest.mark.parametrize("method", ["mbs", "plop"])
@@ -27,7 +37,8 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
     settings = Settings(name="one", method=method, training=QUIET, **SMALL)
     one = Experiment(settings, tmp_path).run()
     worker = tmp_path / "worker.py"  # logs each iteration; evaluates the first run's weights in turns
-    worker.write_text(textwrap.dedent(f"""
+    worker.write_text(
+        textwrap.dedent(f"""
         import sys
         import mbs.training, mbs.experiment
         import numpy as np
@@ -38,21 +49,27 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
         def measured(setup, student, step, state, test):
             own = inner(setup, student, step, state, test)
             np.save({str(tmp_path)!r} + f"/counts-{{step}}-{{mbs.processes.processes().process_index}}.npy",
-                    inner(setup, load_run({str(tmp_path / 'one')!r}).model(step), step, load_run({str(tmp_path / 'one')!r}).model(step).state_dict(), test).counts)
+                    inner(setup, load_run({str(tmp_path / "one")!r}).model(step), step, load_run({str(tmp_path / "one")!r}).model(step).state_dict(), test).counts)
             return own
         mbs.experiment.measured = measured
         if __name__ == "__main__": train(*sys.argv[1:3])
-        """))
+        """)
+    )
     two = launch(settings.model_copy(update=dict(name="two", processes=2)), tmp_path, [str(worker)])
     assert two.finished and len(one.log()) == len(two.log()) == 80
-    later = launch(settings.model_copy(update=dict(name="later", processes=2, share_base=True)), tmp_path, [str(worker)])  # the base step of the first: both begin step 1 with the same weights
+    later = launch(
+        settings.model_copy(update=dict(name="later", processes=2, share_base=True)), tmp_path, [str(worker)]
+    )  # the base step of the first: both begin step 1 with the same weights
     assert later.metrics(0)["base_from"] == "one"
     for a, b, c in zip(one.log(), two.log(), later.log()):
-        if a["step"] == 0: assert b == pytest.approx(a, rel=0, abs=1e-4)
-        if a["step"] == 1: assert c == pytest.approx(a, rel=0, abs=1e-4)
+        if a["step"] == 0:
+            assert b == pytest.approx(a, rel=0, abs=1e-4)
+        if a["step"] == 1:
+            assert c == pytest.approx(a, rel=0, abs=1e-4)
         assert b == pytest.approx(a, rel=2e-2, abs=5e-3)  # rounding grows with every update that follows
     for step in range(one.n_steps):
-        for rank in range(2): assert (np.load(tmp_path / f"counts-{step}-{rank}.npy") == one.confusion(step).counts).all()
+        for rank in range(2):
+            assert (np.load(tmp_path / f"counts-{step}-{rank}.npy") == one.confusion(step).counts).all()
 
 
 DYING = """
@@ -75,7 +92,8 @@ def test_one_process_dies(tmp_path, capsys):
     (tmp_path / "dying.py").write_text(DYING)
     settings = Settings(name="run", method="finetune", processes=2, training=QUIET, **SMALL)
     began = time.monotonic()
-    with pytest.raises(ChildProcessError, match="process 1 stopped with RuntimeError: the second GPU fell off the bus"): launch(settings, tmp_path, [str(tmp_path / "dying.py")])
+    with pytest.raises(ChildProcessError, match="process 1 stopped with RuntimeError: the second GPU fell off the bus"):
+        launch(settings, tmp_path, [str(tmp_path / "dying.py")])
     printed = capsys.readouterr().out
     assert "Traceback" in printed and "in loss" in printed
     run = load_run(tmp_path / "run")
@@ -96,10 +114,16 @@ from mbs import Settings
 from mbs.launch import launch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells take it from what they start in the background
 launch(Settings(name='run', processes=2, training={QUIET | dict(iterations=5000)}, **{SMALL}), {str(tmp_path)!r})""")
-    program = subprocess.Popen([sys.executable, str(parent)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    def others(): return subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
+    program = subprocess.Popen(
+        [sys.executable, str(parent)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+    def others():
+        return subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
+
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "log.jsonl").is_file() and time.monotonic() < deadline: time.sleep(.2)
+    while not (tmp_path / "run" / "log.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert len(others()) == 4  # this one's child, the launcher, two workers
     program.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in program.communicate(timeout=30)[0]

@@ -1,4 +1,5 @@
 "Reports: numbers as in the run folders, whatever the format; names that try to break out; unfinished and mixed runs; published rows."
+
 import csv
 import json
 import re
@@ -21,7 +22,16 @@ from mbs.run import Settings, load_run
 from mbs.scenes import write_scenes
 from mbs.tables import Table, csv_text, latex, markdown, over_seeds
 
-HOSTILE = ["<script>alert(1)</script>", "a|b `c`", r"100% \& $x_1$ {#}", "https://example.org/?q=1&r=2", "leaf~^", "*star*", "\"quoted' name", "butterfly"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "a|b `c`",
+    r"100% \& $x_1$ {#}",
+    "https://example.org/?q=1&r=2",
+    "leaf~^",
+    "*star*",
+    "\"quoted' name",
+    "butterfly",
+]
 NETWORK = dict(encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1), samples=2)
 SHORT = dict(crop=32, batch=4, iterations=2, optimizer="adamw")
 
@@ -30,7 +40,8 @@ def run(outputs, name, until=None, **settings):
     "A tiny run; stopped after step `until`."
     experiment = Experiment(Settings(name=name, **dict(training=SHORT) | NETWORK | settings), outputs)
     for step in experiment.steps():
-        if step == until: break
+        if step == until:
+            break
     return load_run(experiment.folder)
 
 
@@ -41,7 +52,8 @@ def outputs(tmp_path_factory):
     data = write_scenes(root / "<i>pets & 50%_data", 40, 8, size=32)
     (data / "classes.txt").write_text("\n".join(HOSTILE), encoding="utf-8")
     on = dict(data=str(data), protocol="6-2")
-    for seed in (0, 1): run(root / "outputs", f"mbs{seed}", method="mbs", seed=seed, **on)
+    for seed in (0, 1):
+        run(root / "outputs", f"mbs{seed}", method="mbs", seed=seed, **on)
     run(root / "outputs", "mbs-without", method="mbs", parts=dict(orthogonality=False), **on)
     run(root / "outputs", "kd", method="kd", **on)
     run(root / "outputs", "joint", method="finetune", data=str(data), protocol="offline")
@@ -58,7 +70,8 @@ def written(outputs, tmp_path_factory):
     return write_report(find_runs([outputs])[0], tmp_path_factory.mktemp("written") / "a" / "report")
 
 
-def stored(outputs, name): return [json.loads(p.read_text()) for p in sorted((outputs / name).glob("step-*/metrics.json"))]
+def stored(outputs, name):
+    return [json.loads(p.read_text()) for p in sorted((outputs / name).glob("step-*/metrics.json"))]
 
 
 def cells(text, method, split):
@@ -70,44 +83,78 @@ def cells(text, method, split):
 def test_numbers_are_those_of_the_runs(outputs, written):
     "CSV to the last digit, LaTeX and Markdown to the printed one; mean and standard deviation over the two seeds."
     both = [stored(outputs, f"mbs{seed}") for seed in (0, 1)]
-    with open(written / "summary.csv", newline="", encoding="utf-8") as f: lines = list(csv.DictReader(f))
+    with open(written / "summary.csv", newline="", encoding="utf-8") as f:
+        lines = list(csv.DictReader(f))
     mine = next(line for line in lines if line["method"] == "mbs" and line["seeds"] == "2")
-    md, tex = (cells((written / f"summary.{suffix}").read_text(encoding="utf-8"), "mbs", split) for suffix, split in (("md", "|"), ("tex", "&")))
+    md, tex = (
+        cells((written / f"summary.{suffix}").read_text(encoding="utf-8"), "mbs", split)
+        for suffix, split in (("md", "|"), ("tex", "&"))
+    )
     columns = ["base step", "old", "new", "all", "old_fg", "all_fg", "harmonic", "released", "accuracy"]
     for k, column in enumerate(columns, 2):
         values = [100 * (m[0]["scores"]["all"] if column == "base step" else m[-1]["scores"][column]) for m in both]
-        assert float(mine[column]) == pytest.approx(np.mean(values)) and float(mine[f"{column} std"]) == pytest.approx(np.std(values, ddof=1)) and mine[f"{column} n"] == "2"
-        assert md[k] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" and tex[k] == md[k].replace("±", r"$\pm$"), column
+        assert (
+            float(mine[column]) == pytest.approx(np.mean(values))
+            and float(mine[f"{column} std"]) == pytest.approx(np.std(values, ddof=1))
+            and mine[f"{column} n"] == "2"
+        )
+        assert md[k] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" and tex[k] == md[k].replace(
+            "±", r"$\pm$"
+        ), column
     for flow in both[0][-1]["shift"]:
-        assert float(mine[flow.replace("->", " → ")]) == pytest.approx(100 * np.mean([m[-1]["shift"][flow] for m in both]))
+        assert float(mine[flow.replace("->", " → ")]) == pytest.approx(
+            100 * np.mean([m[-1]["shift"][flow] for m in both])
+        )
     iou = [load_run(outputs / f"mbs{seed}").iou() for seed in (0, 1)]
     falls = [np.nanmean((m[0] - m[1])[1:7]) for m in iou]
-    assert float(mine["forgetting"]) == pytest.approx(100 * np.mean(falls)) and float(mine["backward transfer"]) == pytest.approx(-100 * np.mean(falls))
+    assert float(mine["forgetting"]) == pytest.approx(100 * np.mean(falls)) and float(
+        mine["backward transfer"]
+    ) == pytest.approx(-100 * np.mean(falls))
 
 
 def test_csv_of_steps_and_classes(outputs, written):
-    with open(written / "steps.csv", newline="", encoding="utf-8") as f: steps = list(csv.DictReader(f))
-    assert Counter(line["run"] for line in steps) == {"mbs0": 2, "mbs1": 2, "mbs-without": 2, "kd": 2, "joint": 2, "stopped": 1, "other": 2}
+    with open(written / "steps.csv", newline="", encoding="utf-8") as f:
+        steps = list(csv.DictReader(f))
+    assert Counter(line["run"] for line in steps) == {
+        "mbs0": 2,
+        "mbs1": 2,
+        "mbs-without": 2,
+        "kd": 2,
+        "joint": 2,
+        "stopped": 1,
+        "other": 2,
+    }
     line = next(line for line in steps if line["run"] == "kd" and line["step"] == "1")
     kept = stored(outputs, "kd")[1]
-    assert float(line["all"]) == pytest.approx(100 * kept["scores"]["all"]) and float(line["old->background"]) == pytest.approx(100 * kept["shift"]["old->background"])
-    with open(written / "classes.csv", newline="", encoding="utf-8") as f: classes = list(csv.DictReader(f))
+    assert float(line["all"]) == pytest.approx(100 * kept["scores"]["all"]) and float(
+        line["old->background"]
+    ) == pytest.approx(100 * kept["shift"]["old->background"])
+    with open(written / "classes.csv", newline="", encoding="utf-8") as f:
+        classes = list(csv.DictReader(f))
     matrix = load_run(outputs / "kd").iou()
     mine = [float(line["IoU"]) if line["IoU"] else np.nan for line in classes if line["run"] == "kd"]
-    np.testing.assert_allclose(mine, [100 * v for t, row in enumerate(matrix) for v in row[:(7, 9)[t]]])
+    np.testing.assert_allclose(mine, [100 * v for t, row in enumerate(matrix) for v in row[: (7, 9)[t]]])
     assert {line["class"] for line in classes} == {"background", *HOSTILE}
 
 
 class Page(HTMLParser):
     "Tags, attributes and text of a page; fails on a tag that is not closed."
+
     def __init__(self):
         super().__init__()
         self.open, self.tags, self.attributes, self.text = [], [], [], ""
+
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag); self.attributes += attrs
-        if tag not in ("meta", "img"): self.open.append(tag)
-    def handle_endtag(self, tag): assert self.open.pop() == tag
-    def handle_data(self, data): self.text += data
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
 
 
 def test_page_needs_nothing_else_and_shows_names_as_they_are(written):
@@ -115,10 +162,15 @@ def test_page_needs_nothing_else_and_shows_names_as_they_are(written):
     html = (written / "report.html").read_text(encoding="utf-8")
     page.feed(html)
     assert not page.open and not {"script", "link", "iframe", "object", "i", "a", "base"} & set(page.tags)
-    assert all(value.startswith("data:image/png;base64,") for key, value in page.attributes if key in ("src", "href", "srcset", "action"))
+    assert all(
+        value.startswith("data:image/png;base64,")
+        for key, value in page.attributes
+        if key in ("src", "href", "srcset", "action")
+    )
     assert not any(key.startswith("on") for key, _ in page.attributes) and "url(" not in html and "@import" not in html
     assert page.tags.count("img") >= 10
-    for name in HOSTILE: assert name in page.text, name
+    for name in HOSTILE:
+        assert name in page.text, name
     assert "<i>pets & 50%_data" in page.text and str(written.parents[1]) not in page.text
 
 
@@ -130,7 +182,8 @@ def test_latex_and_markdown_are_escaped(written):
     for line in tex.splitlines():
         assert not line.endswith(r"\\") or "&" in line
     tables = [block.splitlines() for block in md.split("\n\n") if block.startswith("|")]
-    for table in tables: assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert "<script>" not in re.sub(r"\\[<>]", "", md) and r"a\|b" in md
 
 
@@ -139,11 +192,17 @@ def test_lines_seeds_and_the_unfinished(outputs, written):
     assert len(runs) == 8 and set(left_out.values()) == {"it does not exist", "no run.json in it"}
     six, seven = groups(runs)
     assert {label: len(line) for label, line in six.lines.items()} == {"kd": 1, "mbs": 2, "mbs orthogonality=False": 1}
-    assert list(six.at_once) == list(seven.at_once) == ["finetune (all at once)"] and [list(line) for line in seven.lines.values()] == [[seven.lines["mbs"][0]]]
+    assert list(six.at_once) == list(seven.at_once) == ["finetune (all at once)"] and [
+        list(line) for line in seven.lines.values()
+    ] == [[seven.lines["mbs"][0]]]
     assert {run.folder.name for _, run in six.unfinished} == {"stopped", "begun"}
     assert len({(row["table"], row["method"]) for row in summary(runs)}) == len(summary(runs)) == 6
     md = (written / "summary.md").read_text(encoding="utf-8")
-    assert md.count("### Unfinished runs") == 1 and re.search(r"\| stopped \| finetune \| 0 \| 1 of 2 \|", md) and re.search(r"\| begun \| kd \| 0 \| 0 of 2 \| – \|", md)
+    assert (
+        md.count("### Unfinished runs") == 1
+        and re.search(r"\| stopped \| finetune \| 0 \| 1 of 2 \|", md)
+        and re.search(r"\| begun \| kd \| 0 \| 0 of 2 \| – \|", md)
+    )
     scores = md.split("### Background shift")[0]
     assert "| finetune |" not in scores, "an unfinished run among the finished"
 
@@ -154,33 +213,60 @@ def test_joint_is_split_as_the_table_is(outputs):
     iou = load_run(outputs / "joint").iou()[0]
     for table, n_old in (("6-2", 7), ("7-1", 8)):
         row = rows[table, "finetune (all at once)"]
-        assert row["old"].mean == pytest.approx(np.nanmean(iou[:n_old])) and row["new"].mean == pytest.approx(np.nanmean(iou[n_old:])) and row["base"].n == row["forgetting"].n == 0
+        assert (
+            row["old"].mean == pytest.approx(np.nanmean(iou[:n_old]))
+            and row["new"].mean == pytest.approx(np.nanmean(iou[n_old:]))
+            and row["base"].n == row["forgetting"].n == 0
+        )
 
 
 def test_joint_alone_and_unfinished_alone(outputs, tmp_path):
     for name in ("joint", "stopped", "begun"):
         folder = write_report([load_run(outputs / name)], tmp_path / name)
-        assert f"<td>{name}</td>" in (folder / "report.html").read_text(encoding="utf-8") and name in (folder / "summary.md").read_text(encoding="utf-8")
+        assert f"<td>{name}</td>" in (folder / "report.html").read_text(encoding="utf-8") and name in (
+            folder / "summary.md"
+        ).read_text(encoding="utf-8")
     assert not (tmp_path / "begun" / "comparison.png").exists()
 
 
 def test_other_recipes_are_other_lines_and_repeats_count_once(outputs, tmp_path):
-    for name in ("kd", "mbs0"): shutil.copytree(outputs / name, tmp_path / name)
+    for name in ("kd", "mbs0"):
+        shutil.copytree(outputs / name, tmp_path / name)
     shutil.copytree(outputs / "kd", tmp_path / "kd-again")
-    run(tmp_path, "kd-fast", method="kd", data=load_run(outputs / "kd").settings.data, protocol="6-2", training=SHORT | dict(lr=.01), seed=1)
+    run(
+        tmp_path,
+        "kd-fast",
+        method="kd",
+        data=load_run(outputs / "kd").settings.data,
+        protocol="6-2",
+        training=SHORT | dict(lr=0.01),
+        seed=1,
+    )
     runs = find_runs([tmp_path])[0]
     (group,) = groups(runs)
-    assert {row["method"]: row["seeds"] for row in summary(runs)} == {"kd lr=0.001": 1, "kd lr=0.01": 1, "mbs lr=0.001": 1}
+    assert {row["method"]: row["seeds"] for row in summary(runs)} == {
+        "kd lr=0.001": 1,
+        "kd lr=0.01": 1,
+        "mbs lr=0.001": 1,
+    }
     assert [r.folder.name for r in group.repeats] == ["kd-again"]
     text = (write_report(runs, tmp_path / "report") / "summary.md").read_text(encoding="utf-8")
     assert "Left out as repeats of a seed: kd-again" in text
-    with pytest.raises(ValueError, match="cannot be compared in one picture"): compare(find_runs([outputs])[0])
+    with pytest.raises(ValueError, match="cannot be compared in one picture"):
+        compare(find_runs([outputs])[0])
 
 
 def test_runs_without_pictures(outputs, tmp_path):
     "A run that kept no samples has no comparison, and everything else."
     made = run(tmp_path, "plain", method="kd", protocol="6-2", data=load_run(outputs / "kd").settings.data, samples=0)
-    assert {p.name for p in write_report([made], tmp_path / "report").iterdir()} == {"report.html", "summary.md", "summary.tex", "summary.csv", "steps.csv", "classes.csv"}
+    assert {p.name for p in write_report([made], tmp_path / "report").iterdir()} == {
+        "report.html",
+        "summary.md",
+        "summary.tex",
+        "summary.csv",
+        "steps.csv",
+        "classes.csv",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -188,24 +274,34 @@ def voc(tmp_path_factory):
     "A run of 15-1 on twenty classes that are VOC's by name."
     root = tmp_path_factory.mktemp("voc")
     data = root / "VOC2012"
-    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"): (data / folder).mkdir(parents=True)
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (data / folder).mkdir(parents=True)
     rng, ids = np.random.default_rng(0), [f"p{k:02d}" for k in range(40)]
     for k, name in enumerate(ids):
         mask = np.zeros((32, 32), np.uint8)
         mask[4:16, 4:28], mask[16:28, 4:28] = k % 20 + 1, (k + 1) % 20 + 1
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(data / "JPEGImages" / f"{name}.png")
         Image.fromarray(mask).save(data / "SegmentationClassAug" / f"{name}.png")
-    for part, names in (("trainaug", ids[:20]), ("val", ids[20:])): (data / "ImageSets/Segmentation" / f"{part}.txt").write_text("\n".join(names))
+    for part, names in (("trainaug", ids[:20]), ("val", ids[20:])):
+        (data / "ImageSets/Segmentation" / f"{part}.txt").write_text("\n".join(names))
     return run(root, "voc", method="mbs", data=str(data), protocol="15-1")
 
 
 def test_published_rows_stand_beside_ours(voc):
     table = published_table(groups([voc])[0])
     theirs = {(row[0], row[1]): row[2:] for row in table.rows if not row[1].startswith("this report")}
-    assert theirs["MBS", "re-run A"] == ["foreground", 82.3, 69.0, 79.0] and theirs["MBS", "re-run B"][0] == "both" and theirs["Incrementer", "the paper"][0] == "all only"
+    assert (
+        theirs["MBS", "re-run A"] == ["foreground", 82.3, 69.0, 79.0]
+        and theirs["MBS", "re-run B"][0] == "both"
+        and theirs["Incrementer", "the paper"][0] == "all only"
+    )
     assert theirs["MBS", "the paper"] == ["a number is missing", None, None, 80.6]
     ours, scores = {row[2]: row[3:] for row in table.rows if row[1].startswith("this report")}, voc.metrics()["scores"]
-    for name, keys in {"foreground": ("old_fg", "new", "all_fg"), "both": ("old", "new", "all"), "all only": ("old_fg", "new", "all")}.items():
+    for name, keys in {
+        "foreground": ("old_fg", "new", "all_fg"),
+        "both": ("old", "new", "all"),
+        "all only": ("old_fg", "new", "all"),
+    }.items():
         np.testing.assert_allclose([value.mean for value in ours[name]], [scores[k] for k in keys])
     assert "20 pictures" in table.note and "arXiv 2608.30281" in table.note
     assert all(text in markdown(table) for text in ("82.3", "80.6", "–"))
@@ -220,9 +316,18 @@ def test_published_file():
     assert len(rows) == len(set(rows)) > 45 and {row.source for row in rows} == set(sources)
     for row in rows:
         assert row.setting in SETTINGS and len(Protocol(row.protocol, row.dataset).sizes) > 1
-        assert all(x is None or 0 < x < 100 for x in (row.old, row.new, row.all)) and (row.old, row.new, row.all) != (None,) * 3
+        assert (
+            all(x is None or 0 < x < 100 for x in (row.old, row.new, row.all))
+            and (row.old, row.new, row.all) != (None,) * 3
+        )
         assert row.fits() is None or set(row.fits()) <= set(CONVENTIONS)
-    mbs_a = [row.fits() for row in rows if (row.method, row.source, row.dataset) == ("MBS", "A", "voc") and row.fits() is not None and row.protocol != "5-3"]
+    mbs_a = [
+        row.fits()
+        for row in rows
+        if (row.method, row.source, row.dataset) == ("MBS", "A", "voc")
+        and row.fits() is not None
+        and row.protocol != "5-3"
+    ]
     assert mbs_a and all("foreground" in fits and "all only" not in fits for fits in mbs_a)
     assert {row.fits() for row in rows if row.method == "Incrementer"} == {("all only",)}
 
@@ -230,26 +335,62 @@ def test_published_file():
 def test_cards(outputs):
     (row,) = card_table([load_run(outputs / "mbs1")]).rows
     card = load_run(outputs / "mbs1").card
-    assert card["data"]["train"] in row[5] and f"torch {card['versions']['torch']}" in row[4] and row[6] == "random initialisation" and row[2] == 1
+    assert (
+        card["data"]["train"] in row[5]
+        and f"torch {card['versions']['torch']}" in row[4]
+        and row[6] == "random initialisation"
+        and row[2] == 1
+    )
 
 
 def test_command(outputs, tmp_path):
     "The command executes the notebook, which writes the files; what is no run is said, not stumbled over."
     (tmp_path / "README.md").write_text("no run")
-    result = CliRunner().invoke(app, ["report", *map(str, [outputs / "kd", outputs / "stopped", tmp_path / "README.md"]), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(
+        app,
+        [
+            "report",
+            *map(str, [outputs / "kd", outputs / "stopped", tmp_path / "README.md"]),
+            "--out",
+            str(tmp_path / "out"),
+        ],
+    )
     assert result.exit_code == 0, result.output
-    assert "README.md, no run.json in it" in result.output.replace("\n", "") and "unfinished: stopped, 1 of 2 steps" in result.output
-    assert {"report.html", "report.ipynb", "summary.md", "summary.tex", "summary.csv", "steps.csv", "classes.csv", "comparison.png"} == {p.name for p in (tmp_path / "out").iterdir()}
+    assert (
+        "README.md, no run.json in it" in result.output.replace("\n", "")
+        and "unfinished: stopped, 1 of 2 steps" in result.output
+    )
+    assert {
+        "report.html",
+        "report.ipynb",
+        "summary.md",
+        "summary.tex",
+        "summary.csv",
+        "steps.csv",
+        "classes.csv",
+        "comparison.png",
+    } == {p.name for p in (tmp_path / "out").iterdir()}
     notebook = json.loads((tmp_path / "out" / "report.ipynb").read_text())
     outputs_ = [o for c in notebook["cells"] for o in c.get("outputs", [])]
-    assert sum("image/png" in o.get("data", {}) for o in outputs_) >= 4 and sum("<table" in "".join(o.get("data", {}).get("text/html", "")) for o in outputs_) >= 4
+    assert (
+        sum("image/png" in o.get("data", {}) for o in outputs_) >= 4
+        and sum("<table" in "".join(o.get("data", {}).get("text/html", "")) for o in outputs_) >= 4
+    )
 
 
-@pytest.mark.parametrize("words,says", [(["nowhere"], "there is no run to report on; nowhere: it does not exist"), ([], "there is no run to report on")])
+@pytest.mark.parametrize(
+    "words,says",
+    [(["nowhere"], "there is no run to report on; nowhere: it does not exist"), ([], "there is no run to report on")],
+)
 def test_command_refuses(words, says, tmp_path, monkeypatch):
     monkeypatch.setenv("MBS_HOME", str(tmp_path / "home"))
     result = CliRunner().invoke(app, ["report", *words])
-    assert result.exit_code == 2 and says in result.stderr and "\n" not in result.stderr.strip() and not (tmp_path / "home").exists()
+    assert (
+        result.exit_code == 2
+        and says in result.stderr
+        and "\n" not in result.stderr.strip()
+        and not (tmp_path / "home").exists()
+    )
 
 
 def test_command_says_where_it_cannot_write(outputs, tmp_path):
@@ -260,19 +401,25 @@ def test_command_says_where_it_cannot_write(outputs, tmp_path):
 
 def test_a_run_of_another_version_is_left_out(outputs, tmp_path):
     shutil.copytree(outputs / "kd", tmp_path / "kd")
-    for name, change in (("lacks", lambda card: card.pop("steps")), ("unknown", lambda card: card["settings"].update(colour="red"))):
+    for name, change in (
+        ("lacks", lambda card: card.pop("steps")),
+        ("unknown", lambda card: card["settings"].update(colour="red")),
+    ):
         shutil.copytree(outputs / "kd", tmp_path / name)
         card = json.loads((tmp_path / name / "run.json").read_text())
         change(card)
         (tmp_path / name / "run.json").write_text(json.dumps(card))
     runs, left_out = find_runs([tmp_path])
     assert [r.folder.name for r in runs] == ["kd"]
-    assert {Path(path).name: "'steps' is missing" in why or "'colour' is not known" in why for path, why in left_out.items()} == {"lacks": True, "unknown": True}
+    assert {
+        Path(path).name: "'steps' is missing" in why or "'colour' is not known" in why for path, why in left_out.items()
+    } == {"lacks": True, "unknown": True}
 
 
 def test_tables_of_odd_values():
-    table = Table("t", ["a", "b"], [[over_seeds([]), 1.25], [over_seeds([.5, float("nan")]), None]])
+    table = Table("t", ["a", "b"], [[over_seeds([]), 1.25], [over_seeds([0.5, float("nan")]), None]])
     assert "–" in markdown(table) and "50.0" in latex(table)
     lines = list(csv.reader(csv_text([table]).splitlines()))
     assert lines[1] == ["t", "", "", "0", "1.25"] and lines[2] == ["t", "50.0", "", "1", ""]
-    with pytest.raises(ValueError, match="different columns"): csv_text([table, table._replace(columns=["a", "c"])])
+    with pytest.raises(ValueError, match="different columns"):
+        csv_text([table, table._replace(columns=["a", "c"])])

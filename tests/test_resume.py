@@ -1,4 +1,5 @@
 "A killed run goes on after its last complete step and ends as if it had never been killed."
+
 import os
 import signal
 import subprocess
@@ -12,7 +13,13 @@ from safetensors.torch import load_file
 from mbs.experiment import Experiment
 from mbs.run import Run, Settings, load_run
 
-PARAMETERS = dict(name="run", protocol="2-3", samples=2, share_base=False, training=dict(crop=48, batch=4, iterations=30, optimizer="adamw"))
+PARAMETERS = dict(
+    name="run",
+    protocol="2-3",
+    samples=2,
+    share_base=False,
+    training=dict(crop=48, batch=4, iterations=30, optimizer="adamw"),
+)
 
 
 @pytest.fixture
@@ -31,8 +38,9 @@ def kill_in_step(home, step: int, outputs: str):
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
     folder, limit = home / outputs / "run", time.monotonic() + 120
     while time.monotonic() < limit and process.poll() is None:
-        if (folder / "run.json").is_file() and any(r["step"] == step for r in load_run(folder).log()): break
-        time.sleep(.02)
+        if (folder / "run.json").is_file() and any(r["step"] == step for r in load_run(folder).log()):
+            break
+        time.sleep(0.02)
     assert process.poll() is None, "the run ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -53,7 +61,8 @@ def test_killed_run_ends_alike(home):
 def test_other_parameters_are_refused_and_nothing_changes(home):
     run = Experiment(Settings(name="run", samples=0), home).run()
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
-    with pytest.raises(ValueError, match=r"settings\.seed: 0 there, 1 now"): Experiment(Settings(name="run", samples=0, seed=1), home).run()
+    with pytest.raises(ValueError, match=r"settings\.seed: 0 there, 1 now"):
+        Experiment(Settings(name="run", samples=0, seed=1), home).run()
     assert Experiment(Settings(name="run", samples=0), home).run().finished
     after = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
     changed = {p.name for p in before | after if p.is_file() and before.get(p) != after.get(p)}
@@ -64,6 +73,10 @@ def test_base_step_is_shared_only_when_it_is_the_same(home):
     first = Experiment(Settings(name="first"), home).run()
     same = Experiment(Settings(name="same", method="kd", parts=dict(output_weight=10)), home).run()
     other = Experiment(Settings(name="other", training=PARAMETERS["training"] | dict(iterations=21)), home).run()
-    assert same.metrics(0)["base_from"] == "first" and "base_from" not in first.metrics(0) and "base_from" not in other.metrics(0)
+    assert (
+        same.metrics(0)["base_from"] == "first"
+        and "base_from" not in first.metrics(0)
+        and "base_from" not in other.metrics(0)
+    )
     a, b = weights(first)[0], weights(same)[0]
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -1,4 +1,5 @@
 "Whole runs: the command line on real and generated data, both recipes, and the claim of the demo."
+
 import json
 import os
 import subprocess
@@ -27,8 +28,13 @@ def test_paper_recipe_selects_on_the_test_images(tmp_path):
     short = dict(crop=48, batch=8, iterations=4)
     run = Experiment(Settings(name="paper", recipe="paper", protocol="6-2", training=short), tmp_path).run()
     recipe = run.card["recipe"]
-    assert (recipe["selection"], recipe["test"], recipe["normalisation"], recipe["lr_factor"]) == ("test", "crop", "imagenet", .1)
-    assert run.card["normalisation"][0][0] == .485 and run.finished
+    assert (recipe["selection"], recipe["test"], recipe["normalisation"], recipe["lr_factor"]) == (
+        "test",
+        "crop",
+        "imagenet",
+        0.1,
+    )
+    assert run.card["normalisation"][0][0] == 0.485 and run.finished
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason=f"no real VOC part at {VOC}; set MBS_VOC to a VOC2012 folder")
@@ -37,14 +43,26 @@ def test_voc_from_the_command_line(tmp_path):
     part = tmp_path / "part"
     lists = part / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    for folder in ("JPEGImages", "SegmentationClassAug"): (part / folder).symlink_to(VOC / folder)
+    for folder in ("JPEGImages", "SegmentationClassAug"):
+        (part / folder).symlink_to(VOC / folder)
     for name in ("trainaug.txt", "val.txt"):
         ids = (VOC / "ImageSets" / "Segmentation" / name).read_text().split()
         (lists / name).write_text("\n".join(ids[::10]))
-    mbs(tmp_path, "run", "voc-animals", f"data={part}", "name=voc", "training.crop=64", "training.batch=4", "training.iterations=3", "training.new_iterations=2", "samples=2")
+    mbs(
+        tmp_path,
+        "run",
+        "voc-animals",
+        f"data={part}",
+        "name=voc",
+        "training.crop=64",
+        "training.batch=4",
+        "training.iterations=3",
+        "training.new_iterations=2",
+        "samples=2",
+    )
     run = load_run(tmp_path / "outputs" / "voc")
     assert run.finished and run.names == ["background", "cat", "dog", "person", "horse", "sheep", "cow"]
-    assert run.card["weights"]["sha256"].startswith("57934424") and run.card["normalisation"] == [[.5] * 3, [.5] * 3]
+    assert run.card["weights"]["sha256"].startswith("57934424") and run.card["normalisation"] == [[0.5] * 3, [0.5] * 3]
     assert run.confusion().counts[4:].sum() > 0 and (tmp_path / "outputs/voc/train.ipynb").is_file()
     image = run.samples()[0][0]
     assert run.predict(image).shape == image.shape[:2]
@@ -53,12 +71,16 @@ def test_voc_from_the_command_line(tmp_path):
 def test_relative_paths_and_names_of_ablations(tmp_path, monkeypatch):
     "A relative data folder means the same to the command and to the notebook; runs that differ in a part have different names."
     from mbs.scenes import write_scenes
+
     write_scenes(tmp_path / "mine", 30, 6, size=32)
     monkeypatch.chdir(tmp_path)
     short = ["data=mine", "protocol=6-2", "training.crop=32", "training.batch=4", "training.iterations=2", "samples=1"]
     mbs("home", "run", *short, "parts.orthogonality=false")
     mbs("home", "run", *short)
-    assert {p.name for p in (tmp_path / "home/outputs").iterdir()} == {"mine-6-2-overlapped-mbs-s0", "mine-6-2-overlapped-mbs-orthogonality=False-s0"}
+    assert {p.name for p in (tmp_path / "home/outputs").iterdir()} == {
+        "mine-6-2-overlapped-mbs-s0",
+        "mine-6-2-overlapped-mbs-orthogonality=False-s0",
+    }
 
 
 def test_demo_shows_the_claim(tmp_path):
@@ -66,10 +88,16 @@ def test_demo_shows_the_claim(tmp_path):
     out = mbs(tmp_path, "demo", timeout=1500)
     runs = {m: load_run(tmp_path / "outputs" / f"demo-{m}-s0") for m in ("finetune", "kd", "mbs")}
     last = {m: run.metrics()["scores"]["all"] for m, run in runs.items()}
-    assert last["mbs"] > last["kd"] + .1 and last["kd"] > last["finetune"] + .03, last
-    assert runs["mbs"].metrics(0)["scores"]["all"] > .6
-    assert runs["finetune"].metrics()["shift"]["old->background"] > runs["kd"].metrics()["shift"]["old->background"] > runs["mbs"].metrics()["shift"]["old->background"]
-    assert {runs[m].metrics(0).get("base_from") for m in ("kd", "mbs")} == {"demo-finetune-s0"}, "the base step was trained more than once"
+    assert last["mbs"] > last["kd"] + 0.1 and last["kd"] > last["finetune"] + 0.03, last
+    assert runs["mbs"].metrics(0)["scores"]["all"] > 0.6
+    assert (
+        runs["finetune"].metrics()["shift"]["old->background"]
+        > runs["kd"].metrics()["shift"]["old->background"]
+        > runs["mbs"].metrics()["shift"]["old->background"]
+    )
+    assert {runs[m].metrics(0).get("base_from") for m in ("kd", "mbs")} == {"demo-finetune-s0"}, (
+        "the base step was trained more than once"
+    )
     assert "old → background" in out and (tmp_path / "outputs/demo/comparison.png").stat().st_size > 20_000
     assert "| mbs | 1 |" in (tmp_path / "outputs/demo/summary.md").read_text()
     notebook = json.loads((tmp_path / "outputs/demo-mbs-s0/train.ipynb").read_text())

@@ -1,4 +1,5 @@
 "Mixed precision, weight transfer, and encoders of other families."
+
 import pytest
 import torch
 
@@ -17,7 +18,8 @@ def test_mask_norm_is_float32_under_autocast():
 
 def test_bfloat16_forward_and_backward():
     model = Segmenter(make_encoder("vit_tiny_patch16_224", image_size=32, **TINY), [1, 3])
-    with torch.autocast("cpu", torch.bfloat16): out = model(torch.randn(1, 3, 32, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(1, 3, 32, 32))
     assert out.patch_logits.dtype == torch.float32 and torch.isfinite(out.logits).all()
     out.logits.square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

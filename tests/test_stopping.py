@@ -1,4 +1,5 @@
 "Commands that are asked to stop, or killed, while papermill executes and saves the notebook: exit code 75, nothing lost, nothing left running."
+
 import json
 import os
 import random
@@ -35,11 +36,18 @@ def home(tmp_path, monkeypatch):
 
 def command(home, *words):
     "`mbs WORDS`, which hears that its terminal has gone, even when these tests run under nohup."
-    return subprocess.Popen([sys.executable, "-m", "mbs", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COLUMNS": "200"},
-                            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL))
+    return subprocess.Popen(
+        [sys.executable, "-m", "mbs", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
+    )
 
 
-def parameters(values): return [f"{k}={json.dumps(v)}" for k, v in values.items()]
+def parameters(values):
+    return [f"{k}={json.dumps(v)}" for k, v in values.items()]
 
 
 def records(home, name="run"):
@@ -51,17 +59,21 @@ def until(what, process, seconds=120):
     "Wait until `what` is so, while `process` runs."
     deadline = time.monotonic() + seconds
     while not what():
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read() if process.poll() is not None else "too slow"
-        time.sleep(.02)
+        assert process.poll() is None and time.monotonic() < deadline, (
+            process.stdout.read() if process.poll() is not None else "too slow"
+        )
+        time.sleep(0.02)
 
 
-def gone(processes): return not psutil.wait_procs(processes, 20)[1]
+def gone(processes):
+    return not psutil.wait_procs(processes, 20)[1]
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_mbs_run_saves_and_says_resume(home, asked):
     "The command passes the signal on to the kernel, which saves; exit code 75 and one sentence; no process is left; what is saved is in the middle of a step."
-    if asked != signal.SIGTERM and not os.environ.get("MBS_NOTEBOOK_KILLS"): pytest.skip("in full with make stress")
+    if asked != signal.SIGTERM and not os.environ.get("MBS_NOTEBOOK_KILLS"):
+        pytest.skip("in full with make stress")
     process = command(home, "run", *parameters(LONG))
     until(lambda: records(home) >= 4, process)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -69,7 +81,11 @@ def test_mbs_run_saves_and_says_resume(home, asked):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == RESUME_ME, said
     last = said.strip().splitlines()[-1]
-    assert last.startswith("mbs: asked to stop in step 0 after iteration") and last.endswith("saved, the same command goes on from there") and "Traceback" not in said
+    assert (
+        last.startswith("mbs: asked to stop in step 0 after iteration")
+        and last.endswith("saved, the same command goes on from there")
+        and "Traceback" not in said
+    )
     assert gone(children)
     (state,) = (home / "outputs/run/resume").iterdir()
     assert int(state.stem.split("-")[-1]) >= 40 and "Interrupted" in failure(home / "outputs/run/train.ipynb")
@@ -79,18 +95,28 @@ def test_mbs_run_saves_and_says_resume(home, asked):
 def test_asked_while_nothing_trains(home):
     "Between two cells a kernel does not hear an interrupt: the next cell is not begun all the same. Nor where it is busy with something else than training."
     from mbs.notebooks import execute
+
     ask = "import os, signal, threading, time; ask = threading.Timer({}, os.kill, (os.getppid(), signal.SIGTERM)); ask.start()"
-    for code in (ask.format(.3) + "; time.sleep(30)", ask.format(0)):
-        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1"), *map(nbformat.v4.new_code_cell, (code, f"open({str(home / 'reached')!r}, 'w')"))])
+    for code in (ask.format(0.3) + "; time.sleep(30)", ask.format(0)):
+        book = nbformat.v4.new_notebook(
+            cells=[
+                nbformat.v4.new_code_cell("x = 1"),
+                *map(nbformat.v4.new_code_cell, (code, f"open({str(home / 'reached')!r}, 'w')")),
+            ]
+        )
         nbformat.write(book, home / "book.ipynb")
-        with pytest.raises(Interrupted, match="asked to stop"): execute(home / "book.ipynb", home / "out.ipynb", {})
+        with pytest.raises(Interrupted, match="asked to stop"):
+            execute(home / "book.ipynb", home / "out.ipynb", {})
         assert not (home / "reached").exists()
 
 
 def plain(home):
     "A notebook that trains and draws nothing, so that many kills cost little."
     train = nbformat.read(runs_folder() / "train.ipynb", 4)
-    train.cells = [next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])), *(nbformat.v4.new_code_cell(code) for code in [TRAIN, *["1"] * 20])]
+    train.cells = [
+        next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])),
+        *(nbformat.v4.new_code_cell(code) for code in [TRAIN, *["1"] * 20]),
+    ]
     nbformat.write(train, home / "plain.ipynb")
     return home / "plain.ipynb"
 
@@ -98,20 +124,29 @@ def plain(home):
 def executing(home, values):
     "The process that executes the notebook of a run."
     words = [str(plain(home)), str(home / "outputs/run/train.ipynb"), json.dumps(values)]
-    return subprocess.Popen([sys.executable, "-m", "mbs.notebooks", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "mbs.notebooks", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_a_kernel_that_dies(home):
     "Killed for its memory: one sentence, exit code 1, and the same command goes on."
     process = executing(home, LONG)
     until(lambda: records(home) >= 2, process)
-    kernel = next(p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(p.cmdline()))
+    kernel = next(
+        p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(p.cmdline())
+    )
     kernel.kill()
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and "the process of the run ended without a word" in said.strip().splitlines()[-1] and "Traceback" not in said, said
+    assert (
+        process.returncode == 1
+        and "the process of the run ended without a word" in said.strip().splitlines()[-1]
+        and "Traceback" not in said
+    ), said
 
 
-def written_since(path, began): return path.is_file() and path.stat().st_mtime > began
+def written_since(path, began):
+    return path.is_file() and path.stat().st_mtime > began
 
 
 def test_killed_while_papermill_saves(home):
@@ -122,13 +157,19 @@ def test_killed_while_papermill_saves(home):
     for k in range(KILLS):
         process = executing(home, short)
         began = time.time()
-        until(partial(written_since, output, began), process)  # the notebook is written before the first cell, and again with every cell
-        if k % 2: time.sleep(drawn.uniform(0, 2))
+        until(
+            partial(written_since, output, began), process
+        )  # the notebook is written before the first cell, and again with every cell
+        if k % 2:
+            time.sleep(drawn.uniform(0, 2))
         children = psutil.Process(process.pid).children(recursive=True)
-        process.kill(); process.communicate()
+        process.kill()
+        process.communicate()
         assert gone(children), "a kernel outlives the process that executes the notebook"
-        try: json.loads(output.read_text())
-        except ValueError: torn += 1
+        try:
+            json.loads(output.read_text())
+        except ValueError:
+            torn += 1
     last = executing(home, short)
     said = last.communicate(timeout=300)[0]
     assert last.returncode == 0, said
@@ -140,21 +181,33 @@ def test_killed_while_papermill_saves(home):
 
 def test_a_batch_that_is_asked_to_stop(home):
     "SIGTERM to the batch: its runs save, exit code 75, and the same command goes on; SIGTERM to one run alone: that run is stopped, not failed."
-    grid = dict(notebook=str(plain(home)), parameters={k: v for k, v in LONG.items() if k != "name"}, grid=dict(seed=[0]))
+    grid = dict(
+        notebook=str(plain(home)), parameters={k: v for k, v in LONG.items() if k != "name"}, grid=dict(seed=[0])
+    )
     (home / "two.yaml").write_text(yaml.safe_dump(grid))
     process = command(home, "batch", str(home / "two.yaml"))
     until(lambda: records(home, "two/s0") >= 2, process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == RESUME_ME and "the batch was asked to stop: its runs have saved, the same command goes on" in said and gone(children), said
+    assert (
+        process.returncode == RESUME_ME
+        and "the batch was asked to stop: its runs have saved, the same command goes on" in said
+        and gone(children)
+    ), said
     assert len(list((home / "outputs/two/s0/resume").glob("*.safetensors"))) == 1
-    if not os.environ.get("MBS_NOTEBOOK_KILLS"): return  # the rest in full with make stress
+    if not os.environ.get("MBS_NOTEBOOK_KILLS"):
+        return  # the rest in full with make stress
     process = command(home, "batch", str(home / "two.yaml"))
     until(lambda: records(home, "two/s0") >= 6, process)
     next(p for p in psutil.Process(process.pid).children() if "mbs.notebooks" in p.cmdline()).terminate()
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == RESUME_ME and "1 of 1 runs were asked to stop; the same call goes on" in said and "s0: stopped" in said and "failed" not in said, said
+    assert (
+        process.returncode == RESUME_ME
+        and "1 of 1 runs were asked to stop; the same call goes on" in said
+        and "s0: stopped" in said
+        and "failed" not in said
+    ), said
     assert Batch(home / "two.yaml").plan(measure=False).rows[0][1] == "broken"
 
 
@@ -162,5 +215,6 @@ def test_in_process(home):
     "`Experiment.run()` in a program of one's own: Interrupted, also where nothing trains at that moment."
     experiment = Experiment(Settings(**LONG))
     experiment.base = lambda student: signal.raise_signal(signal.SIGUSR1)
-    with pytest.raises(Interrupted, match=r"asked to stop \(SIGUSR1\)"): experiment.run()
+    with pytest.raises(Interrupted, match=r"asked to stop \(SIGUSR1\)"):
+        experiment.run()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL

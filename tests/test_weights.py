@@ -1,4 +1,5 @@
 "Pretrained weights: every tensor loaded, the right network, the normalisation that belongs to it, and one sentence where they are not to be had."
+
 import pytest
 import timm
 import torch
@@ -11,9 +12,14 @@ def test_lite0_is_the_package_network():
     "timm's network with the package's tensors gives the features of our encoder, and nothing is left over but the classifier."
     encoder = make_encoder("tf_efficientnet_lite0", "pretrained").eval()
     assert encoder.mean == encoder.std == HALF
-    assert encoder.receipt["loaded"] == len(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()) and len(encoder.receipt["sha256"]) == 64
+    assert (
+        encoder.receipt["loaded"] == len(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict())
+        and len(encoder.receipt["sha256"]) == 64
+    )
     assert encoder.receipt["sha256"].startswith("57934424")
-    assert encoder.receipt["unused"] == ["classifier"] and not {"bn2", "conv_head"} & {k.split(".")[0] for k in encoder.network.state_dict()}
+    assert encoder.receipt["unused"] == ["classifier"] and not {"bn2", "conv_head"} & {
+        k.split(".")[0] for k in encoder.network.state_dict()
+    }
     whole = timm.create_model("tf_efficientnet_lite0").eval()
     state = read_state(weights_file("tf_efficientnet_lite0"))
     assert [tuple(v.shape) for v in state.values()] == [tuple(v.shape) for v in whole.state_dict().values()]
@@ -22,15 +28,26 @@ def test_lite0_is_the_package_network():
     with torch.inference_mode():
         stem = whole.bn1(whole.conv_stem(x))
         middle = whole.blocks[:5](stem)  # stride 16
-        ours, = encoder.network.forward_intermediates(x, indices=[3], intermediates_only=True)
+        (ours,) = encoder.network.forward_intermediates(x, indices=[3], intermediates_only=True)
     assert torch.equal(ours, middle)
 
 
 def test_wrong_weights_are_refused(tmp_path):
-    state = make_encoder("vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2).vit.state_dict()
+    state = make_encoder(
+        "vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
+    ).vit.state_dict()
     torch.save({k: v for k, v in state.items() if "norm" not in k}, tmp_path / "partial.pth")
     with pytest.raises(ValueError, match="tensors missing or of another shape"):
-        make_encoder("vit_tiny_patch16_224", str(tmp_path / "partial.pth"), 32, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+        make_encoder(
+            "vit_tiny_patch16_224",
+            str(tmp_path / "partial.pth"),
+            32,
+            img_size=32,
+            patch_size=8,
+            embed_dim=32,
+            depth=1,
+            num_heads=2,
+        )
 
 
 def test_weight_file_is_loaded_and_fitted(tmp_path):
@@ -50,9 +67,16 @@ def test_pretrained_batch_norms_keep_their_statistics():
     assert torch.equal(encoder.network.bn1.running_mean, before)
 
 
-@pytest.mark.parametrize("name,options", [
-    ("vit_small_patch16_384", dict(embed_dim=48, depth=2, num_heads=2)), ("swin_tiny_patch4_window7_224", dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))),
-    ("resnet18", {}), ("tf_efficientnet_lite0", {}), ("convnext_atto", {})])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("vit_small_patch16_384", dict(embed_dim=48, depth=2, num_heads=2)),
+        ("swin_tiny_patch4_window7_224", dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))),
+        ("resnet18", {}),
+        ("tf_efficientnet_lite0", {}),
+        ("convnext_atto", {}),
+    ],
+)
 def test_any_backbone(name, options, tmp_path):
     "Tokens of stride 16 at any size, in value as timm gives them; its weights are read back from a file; every parameter learns."
     whole = timm.create_model(name, **options)
@@ -85,21 +109,29 @@ def test_swin_is_timms(tmp_path):
 def hub(monkeypatch, tmp_path):
     "timm's cache holds resnet18; nothing else can be fetched."
     from safetensors.torch import save_file
+
     torch.manual_seed(0)
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(mbs.segmenter, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(mbs.segmenter, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file) if "resnet18" in repo else None)
+    monkeypatch.setattr(
+        mbs.segmenter, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file) if "resnet18" in repo else None
+    )
 
 
 def test_timms_own_weights_and_their_receipt(hub):
     encoder = make_encoder("resnet18", "pretrained")
-    assert encoder.receipt["source"] == "timm/resnet18.a1_in1k" and encoder.receipt["unused"] == ["fc"] and len(encoder.receipt["tensors_sha256"]) == 64
+    assert (
+        encoder.receipt["source"] == "timm/resnet18.a1_in1k"
+        and encoder.receipt["unused"] == ["fc"]
+        and len(encoder.receipt["tensors_sha256"]) == 64
+    )
     torch.manual_seed(0)
     assert torch.equal(encoder.network.conv1.weight, timm.create_model("resnet18").conv1.weight)
 
 
 def test_no_network_is_one_sentence(hub):
-    with pytest.raises(FileNotFoundError, match="by hand and give weights=FILE") as e: make_encoder("vit_base_patch16_384", "pretrained")
+    with pytest.raises(FileNotFoundError, match="by hand and give weights=FILE") as e:
+        make_encoder("vit_base_patch16_384", "pretrained")
     assert "\n" not in str(e.value) and "timm/vit_base_patch16_384.augreg_in21k_ft_in1k" in str(e.value)
 
 
@@ -107,12 +139,16 @@ def test_no_network_is_one_sentence(hub):
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_files_that_are_no_weights(tmp_path, content, ending):
     (tmp_path / f"w.{ending}").write_bytes(content)
-    with pytest.raises(ValueError, match=r"of tensors$|by name"): make_encoder("resnet18", str(tmp_path / f"w.{ending}"))
+    with pytest.raises(ValueError, match=r"of tensors$|by name"):
+        make_encoder("resnet18", str(tmp_path / f"w.{ending}"))
 
 
 def test_no_pickled_code_is_run(tmp_path):
     class Evil:
-        def __reduce__(self): return (open, (str(tmp_path / "evil"), "w"))
+        def __reduce__(self):
+            return (open, (str(tmp_path / "evil"), "w"))
+
     torch.save({"a": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="cannot be read"): make_encoder("resnet18", str(tmp_path / "w.pth"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        make_encoder("resnet18", str(tmp_path / "w.pth"))
     assert not (tmp_path / "evil").exists()
