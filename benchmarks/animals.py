@@ -21,8 +21,8 @@ from PIL import Image
 
 from mbs import ABLATIONS, METHODS, Experiment, Settings, load_run
 from mbs.layouts import home
-from mbs.report import average, flows, outcome, series
-from mbs.tables import Table, markdown, over_seeds
+from mbs.report import average_seeds, collect_outcome, collect_series, draw_flows
+from mbs.tables import Table, summarise_seeds, to_markdown
 from mbs.viz import show_curves, show_iou_matrix
 
 CLASSES = ["cat", "dog", "person", "horse", "sheep", "cow"]
@@ -187,12 +187,12 @@ def collected():
 
 def table(lines, protocol, title):
     "Means and standard deviations over seeds, in percent."
-    facts = {name: [outcome(run, protocol) for run in runs] for name, runs in lines.items()}
-    return markdown(
+    facts = {name: [collect_outcome(run, protocol) for run in runs] for name, runs in lines.items()}
+    return to_markdown(
         Table(
             title,
             ["", "seeds", *COLUMNS.values()],
-            [[name, len(f), *(over_seeds([one[k] for one in f]) for k in COLUMNS)] for name, f in facts.items()],
+            [[name, len(f), *(summarise_seeds([one[k] for one in f]) for k in COLUMNS)] for name, f in facts.items()],
         )
     )
 
@@ -233,7 +233,7 @@ def collect(docs=Path(__file__).parents[1] / "docs"):
             show_curves(
                 {
                     title: {
-                        k: np.array([series(run, key, protocol) for run in runs])
+                        k: np.array([collect_series(run, key, protocol) for run in runs])
                         for k, runs in (joint | methods).items()
                     }
                     for key, title in panels.items()
@@ -241,10 +241,12 @@ def collect(docs=Path(__file__).parents[1] / "docs"):
             ),
             f"{place}-curves.png",
         )
-        save(flows(methods["mbs"], protocol), f"{place}-flow-mbs.png")
+        save(draw_flows(methods["mbs"], protocol), f"{place}-flow-mbs.png")
         for k in ("mbs", "mib", "kd"):
             save(
-                show_iou_matrix(average([run.iou() for run in methods[k]]), methods[k][0].names, protocol.first_step),
+                show_iou_matrix(
+                    average_seeds([run.iou() for run in methods[k]]), methods[k][0].names, protocol.first_step
+                ),
                 f"{place}-iou-{k}.png",
             )
 

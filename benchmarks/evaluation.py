@@ -4,7 +4,7 @@ import plain
 import torch
 from interleaved import peak, rounds, row
 
-from mbs.evaluation import likeliest, pair_counts
+from mbs.evaluation import count_pairs, predict_labels
 from mbs.segmenter import Segmenter, SegmenterOutput, make_encoder
 
 
@@ -51,18 +51,18 @@ def measure(repeats=5, side=512, classes=(21, 151), batch=4, encoder="vit_tiny_p
         def one_by_one():
             return sum(
                 plain.confusion(model(image[None]).patch_logits, labels[None]) for image, labels in zip(images, truth)
-            )  # noqa: B023
+            )
 
         def ours(network):
-            return pair_counts(truth, likeliest(network, images), n).cpu().numpy()  # noqa: B023
+            return count_pairs(truth, predict_labels(network, images), n).cpu().numpy()
 
         for what, ways in (
             (
                 f"evaluation after the network, {n} classes",
                 dict(plain=lambda: plain.confusion(z, truth), ours=lambda: ours(Seen(z, (side, side)))),
-            ),  # noqa: B023
+            ),
             (f"evaluation with {encoder}, {n} classes", dict(plain=one_by_one, ours=lambda: ours(model))),
-        ):  # noqa: B023
+        ):
             counts = {name: way() for name, way in ways.items()}
             assert (
                 counts["plain"].sum() == counts["ours"].sum()

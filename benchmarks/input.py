@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as V
 
 from mbs.augment import IMAGENET
-from mbs.cache import cached
+from mbs.cache import cache_pictures
 from mbs.data import SegmentationFolder
 from mbs.draws import Draws
 from mbs.protocol import Protocol
-from mbs.training import make_recipe, train_view
+from mbs.training import make_recipe, make_train_view
 
 CORES = 16  # that the issue counts with: figures for them are those of one core, multiplied
 
@@ -129,12 +129,12 @@ def measure(repeats: int = 5, folder: Path | None = None, n: int = 48) -> list[d
     with tempfile.TemporaryDirectory() as temporary, redirect_stdout(sys.stderr):
         before, os.environ["MBS_HOME"] = os.environ.get("MBS_HOME"), temporary
         data = SegmentationFolder(folder or write_photos(Path(temporary, "photos"), n + 1))
-        fast = cached(data)
+        fast = cache_pictures(data)
         protocol = Protocol("15-5", "voc") if len(data.classes) == 20 else Protocol("offline", len(data.classes))
         seen = np.arange(len(data))[:n]
 
         def draws(data, recipe):
-            return Draws(train_view(data, protocol, 0, IMAGENET, make_recipe(recipe, batch=1), seen), 1)
+            return Draws(make_train_view(data, protocol, 0, IMAGENET, make_recipe(recipe, batch=1), seen), 1)
 
         streams = {
             ("released", False): draws(data, "paper"),

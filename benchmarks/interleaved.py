@@ -64,4 +64,4 @@ def same(found, rtol=1e-4, atol=1e-6):
     for name, got in others:
         torch.testing.assert_close(
             got, want, rtol=rtol, atol=atol, msg=lambda m: f"{name} is not what {first} gives: {m}"
-        )  # noqa: B023 - called at once
+        )

@@ -31,18 +31,18 @@ def measure(repeats=5, side=512, classes=(21, 151)):
                 target,
                 PARTS,
                 1,
-            )["loss"]  # noqa: B023
+            )["loss"]
 
         def taken(name, way):
-            z.grad = None  # noqa: B023
+            z.grad = None
             value = way()
             value.backward()
-            values[name] = value.detach(), z.grad.clone()  # noqa: B023
+            values[name] = value.detach(), z.grad.clone()
 
         ways = dict(
             plain=lambda: taken("plain", lambda: plain.pixel_losses(z, old, target)[0]),
             bands=lambda: taken("bands", bands),
-        )  # noqa: B023
+        )
         memory = [peak(way) for way in ways.values()]
         same(values)
         found.append(row(f"objective, {n} classes", rounds(ways, repeats), "bands", memory=memory))

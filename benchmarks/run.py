@@ -14,7 +14,7 @@ from pathlib import Path
 import full_size
 import torch
 
-from mbs.run import git_commit
+from mbs.run import _read_git_commit
 
 PARTS = ("objective", "attention", "step", "input", "evaluation")
 HERE = Path(__file__).parent
@@ -112,7 +112,7 @@ def main(words=None):
             print(rows[-1], flush=True)
     facts = dict(
         date=datetime.date.today().isoformat(),
-        commit=git_commit() or "unknown",
+        commit=_read_git_commit() or "unknown",
         machine=machine(),
         repeats=options.repeats,
     )

@@ -8,7 +8,7 @@ from interleaved import peak, rounds, row, same
 
 from mbs.methods import Method
 from mbs.segmenter import Segmenter, make_encoder
-from mbs.training import compiled, losses, make_accelerator, make_optimizer, make_recipe
+from mbs.training import compile_networks, make_accelerator, make_optimizer, make_recipe, train_iterations
 
 VITB = "vit_base_patch16_384"
 WAYS = {
@@ -41,13 +41,15 @@ class Ours:
         recipe = make_recipe(lr=1e-3, lr_factor=0.1, **choices)
         accelerator = make_accelerator(recipe)
         student, optimiser = accelerator.prepare(student, make_optimizer(student, recipe, step=1))
-        self.networks = compiled(recipe.compile, student, teacher)
+        self.networks = compile_networks(recipe.compile, student, teacher)
 
         def again():
             while True:
                 yield given
 
-        self.loop = losses(*self.networks.__enter__(), Method("mbs"), again(), optimiser, accelerator, n_new, recipe)
+        self.loop = train_iterations(
+            *self.networks.__enter__(), Method("mbs"), again(), optimiser, accelerator, n_new, recipe
+        )
 
     def __call__(self):
         return next(self.loop)["loss"]
@@ -61,12 +63,12 @@ def measure(repeats=3, side=512, classes=(21, 151), encoder=VITB, **options):
         pairs = [networks(encoder, n, n_new, side, device, **options) for _ in range(1 + len(WAYS))]
         other_teacher, other = map(plain.network, pairs[0])
         optimiser, values = plain.optimiser(other), {}
-        iterations = dict(plain=lambda: plain.step(other, other_teacher, *given, n_new, optimiser))  # noqa: B023
+        iterations = dict(plain=lambda: plain.step(other, other_teacher, *given, n_new, optimiser))
         for (teacher, student), (name, choices) in zip(pairs[1:], WAYS.items()):
             iterations[name] = Ours(student, teacher, given, n_new, **dict(precision="fp32") | choices)
 
         def kept(name):
-            values.setdefault(name, []).append(float(iterations[name]()))  # noqa: B023
+            values.setdefault(name, []).append(float(iterations[name]()))
 
         ways = {name: partial(kept, name) for name in iterations}
         memory = {name: peak(way) for name, way in ways.items()}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mbs import load_run
 from mbs.layouts import home
-from mbs.viz import class_legend, grid, overlay, show
+from mbs.viz import draw_class_legend, make_grid, overlay, show_picture
 
 METHODS = "finetune", "kd", "mbs"
 OUT = Path(__file__).parent / "images/background_shift.png"
@@ -17,7 +17,7 @@ OUT = Path(__file__).parent / "images/background_shift.png"
 def picture(runs, n=2):
     "The `n` test pictures with the most classes: everything in them, what each step's labels name, and what each run makes of them after its last step."
     steps, names = len(runs[0].iterations), runs[0].names
-    fig, axes = grid(n, 2 + steps + len(runs), 1.3)
+    fig, axes = make_grid(n, 2 + steps + len(runs), 1.3)
     shown = []
     for k, row in enumerate(axes):
         image, truth, _ = runs[0].samples()[k]
@@ -30,9 +30,9 @@ def picture(runs, n=2):
             *(f"in the end:\n{run.settings.method}" for run in runs),
         ]
         for ax, content, title in zip(row, [image, *(overlay(image, m) for m in [truth, *labels, *predicted])], titles):
-            show(ax, content, "" if k else title)
+            show_picture(ax, content, "" if k else title)
         shown += [truth, *predicted]
-    class_legend(fig, shown, names)
+    draw_class_legend(fig, shown, names)
     return fig
 
 

@@ -44,106 +44,167 @@ from .feature_distillation import reliability
 from .files import read_json, write_text
 from .orthogonality import orthogonality
 from .protocol import VOID, Protocol, channel_map
-from .run import Run, normalised_batch
+from .run import Run, to_batch
 from .segmenter import Segmenter
-from .viz import (AGREE, BLUE, FATES, GREEN, GREY, ORANGE, PURPLE, SHIFT_COLOURS, UNCOUNTED, VERMILLION, draw_matrix, label_colours, outlined, pixel_fate, rgb, shift_flow, show,
-                     show_maps, show_probabilities)
+from mbs.viz import (
+    AGREE,
+    BLUE,
+    FATES,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SHIFT_COLOURS,
+    UNCOUNTED,
+    VERMILLION,
+    classify_fate,
+    classify_shift,
+    draw_matrix,
+    find_outlines,
+    label_colours,
+    show_maps,
+    show_picture,
+    show_probabilities,
+    to_rgb_bytes,
+)
 
 # %% ../nbs/61_explore.ipynb #88c68f1a
 LEVELS = ("encoder", "decoder", "distilled")
 
+
 class Evidence(NamedTuple):
     "What a model says about one picture of H × W pixels; C channels, h × w patches."
-    confidence:np.ndarray            # (H, W) float32: the largest probability
-    best:np.ndarray                  # (H, W) uint8: its channel
-    doubt:np.ndarray                 # (H, W) bool: the background is less probable than all classes together
-    patch_logits:np.ndarray          # (C, h, w)
-    features:dict[str, np.ndarray]   # (h, w, D) at each of `LEVELS`; "distilled" are those of the feature distillation
-    stride:int                       # pixels a patch
+
+    confidence: np.ndarray  # (H, W) float32: the largest probability
+    best: np.ndarray  # (H, W) uint8: its channel
+    doubt: np.ndarray  # (H, W) bool: the background is less probable than all classes together
+    patch_logits: np.ndarray  # (C, h, w)
+    features: dict[str, np.ndarray]  # (h, w, D) at each of `LEVELS`; "distilled" are those of the feature distillation
+    stride: int  # pixels a patch
+
 
 @torch.inference_mode()
-def look(model:Segmenter, image:np.ndarray, statistics:tuple)->Evidence:
+def look(model: Segmenter, image: np.ndarray, statistics: tuple) -> Evidence:
     "Evidence of `model` on an (H, W, 3) uint8 picture, normalised with `statistics`."
     kept = {}
-    hooks = [m.register_forward_hook(lambda _, __, out, name=name: kept.update({name: out})) for name, m in (("encoder", model.encoder), ("decoder", model.decoder.decoder_norm))]
-    try: out = model.eval()(normalised_batch(image, statistics))
+    hooks = [
+        m.register_forward_hook(lambda _, __, out, name=name: kept.update({name: out}))
+        for name, m in (("encoder", model.encoder), ("decoder", model.decoder.decoder_norm))
+    ]
+    try:
+        out = model.eval()(to_batch(image, statistics))
     finally:
-        for hook in hooks: hook.remove()
-    probability = out.logits.softmax(1)[0]                                                # (C, H, W)
+        for hook in hooks:
+            hook.remove()
+    probability = out.logits.softmax(1)[0]  # (C, H, W)
     confidence, best = probability.max(0)
     h, w = out.patch_logits.shape[2:]
-    tokens = dict(encoder=kept["encoder"], decoder=kept["decoder"][:, :h * w], distilled=out.patches)
-    return Evidence(confidence.numpy(), best.numpy().astype(np.uint8), (probability[0] < probability[1:].sum(0)).numpy(), out.patch_logits[0].numpy(),
-                    {name: t[0].unflatten(0, (h, w)).numpy() for name, t in tokens.items()}, model.encoder.stride)
+    tokens = dict(encoder=kept["encoder"], decoder=kept["decoder"][:, : h * w], distilled=out.patches)
+    return Evidence(
+        confidence.numpy(),
+        best.numpy().astype(np.uint8),
+        (probability[0] < probability[1:].sum(0)).numpy(),
+        out.patch_logits[0].numpy(),
+        {name: t[0].unflatten(0, (h, w)).numpy() for name, t in tokens.items()},
+        model.encoder.stride,
+    )
 
 # %% ../nbs/61_explore.ipynb #221b4cfd
-def pixel_probabilities(patch_logits:np.ndarray, # (C, h, w)
-                        stride:int,              # pixels a patch
-                        y:int, x:int,
-                       )->np.ndarray:            # (C,)
+def pixel_probabilities(
+    patch_logits: np.ndarray,  # (C, h, w)
+    stride: int,  # pixels a patch
+    y: int,
+    x: int,
+) -> np.ndarray:  # (C,)
     "Probabilities of one pixel, as bilinear upsampling of the patch logits gives them."
     weights = []
     for at, n in ((y, patch_logits.shape[1]), (x, patch_logits.shape[2])):
-        place = max((at + .5) / stride - .5, 0)
+        place = max((at + 0.5) / stride - 0.5, 0)
         low = min(int(place), n - 1)
         weights.append((low, min(low + 1, n - 1), place - low))
     (top, bottom, v), (left, right, u) = weights
-    z = (patch_logits[:, top, left] * (1 - v) * (1 - u) + patch_logits[:, top, right] * (1 - v) * u
-         + patch_logits[:, bottom, left] * v * (1 - u) + patch_logits[:, bottom, right] * v * u)
+    z = (
+        patch_logits[:, top, left] * (1 - v) * (1 - u)
+        + patch_logits[:, top, right] * (1 - v) * u
+        + patch_logits[:, bottom, left] * v * (1 - u)
+        + patch_logits[:, bottom, right] * v * u
+    )
     e = np.exp(z - z.max())
     return e / e.sum()
 
 # %% ../nbs/61_explore.ipynb #a83c7a5c
-def step_labels(truth:np.ndarray, # (H, W) channels, classes of later steps included
-                protocol:Protocol,
-                step:int,
-               )->np.ndarray:     # (H, W) channels
+def step_labels(
+    truth: np.ndarray,  # (H, W) channels, classes of later steps included
+    protocol: Protocol,
+    step: int,
+) -> np.ndarray:  # (H, W) channels
     "What the labels of `step` show of a picture."
     table = channel_map(protocol, step, "train")
-    return np.array([*table[[0, *protocol.order]], *[0] * (VOID - 1 - len(protocol.order)), table[VOID]], np.uint8)[truth]
+    return np.array([*table[[0, *protocol.order]], *[0] * (VOID - 1 - len(protocol.order)), table[VOID]], np.uint8)[
+        truth
+    ]
 
-def seen_truth(truth:np.ndarray, n_channels:int)->np.ndarray:
+
+def seen_truth(truth: np.ndarray, n_channels: int) -> np.ndarray:
     "The truth as a test after the step counts it: classes still to come are void."
     return np.where(truth < n_channels, truth, VOID).astype(np.uint8)
 
-def labels_at(view:np.ndarray,       # (H, W) labels of the step
-              teacher:Evidence,
-              threshold:float,       # τ
-              ignore_uncertain:bool=True,
-             )->np.ndarray:          # (H, W) uint8
+
+def labels_at(
+    view: np.ndarray,  # (H, W) labels of the step
+    teacher: Evidence,
+    threshold: float,  # τ
+    ignore_uncertain: bool = True,
+) -> np.ndarray:  # (H, W) uint8
     "Selective pseudo-labels from stored confidences; equal to `selective_pseudo_labels` of the teacher's logits."
     labels = np.where((view == 0) & (teacher.best > 0) & (teacher.confidence >= threshold), teacher.best, view)
     return np.where((labels == 0) & teacher.doubt, VOID, labels).astype(np.uint8) if ignore_uncertain else labels
 
 # %% ../nbs/61_explore.ipynb #eb4d23f4
-FLOWS = {**SHIFT_COLOURS, "agree": GREY, "not counted": "#FFFFFF", "ignored, truly old": VERMILLION, "ignored, not old": GREY}  # position = code; ignored ones are hatched
+FLOWS = {
+    **SHIFT_COLOURS,
+    "agree": GREY,
+    "not counted": "#FFFFFF",
+    "ignored, truly old": VERMILLION,
+    "ignored, not old": GREY,
+}  # position = code; ignored ones are hatched
 IGNORED_OLD, IGNORED_OTHER = UNCOUNTED + 1, UNCOUNTED + 2
 
-def flow_of(truth:np.ndarray,  # (H, W) channels seen so far, 255 void or future
-            labels:np.ndarray, # (H, W) prediction, or training labels with 255 ignored
-            n_old:int,         # old channels, background included
-           )->np.ndarray:      # (H, W) uint8 position in `FLOWS`
+
+def flow_of(
+    truth: np.ndarray,  # (H, W) channels seen so far, 255 void or future
+    labels: np.ndarray,  # (H, W) prediction, or training labels with 255 ignored
+    n_old: int,  # old channels, background included
+) -> np.ndarray:  # (H, W) uint8 position in `FLOWS`
     "In which direction each pixel moved, ignored pixels apart."
-    flow = shift_flow(truth, labels, n_old)
+    flow = classify_shift(truth, labels, n_old)
     ignored = (labels == VOID) & (truth != VOID)
     flow[ignored] = np.where((truth > 0) & (truth < n_old), IGNORED_OLD, IGNORED_OTHER)[ignored]
     return flow
 
-def counted(codes:np.ndarray, names:Sequence[str])->dict[str, int]:
+
+def counted(codes: np.ndarray, names: Sequence[str]) -> dict[str, int]:
     "Pixels of each code, by name."
     return dict(zip(names, np.bincount(codes.ravel(), minlength=len(names)).tolist()))
 
 # %% ../nbs/61_explore.ipynb #f1c7ad1c
 TAUS = np.arange(101) / 100
 
-def threshold_curve(view:np.ndarray,       # (H, W) labels of the step
-                    truth:np.ndarray,      # (H, W) full truth, 255 unknown
-                    teacher:Evidence,
-                    ignore_uncertain:bool=True,
-                   )->dict[str, np.ndarray]: # (101,) pixels kept, relabelled, ignored; precision and recall, NaN where there is nothing to divide by
+
+def threshold_curve(
+    view: np.ndarray,  # (H, W) labels of the step
+    truth: np.ndarray,  # (H, W) full truth, 255 unknown
+    teacher: Evidence,
+    ignore_uncertain: bool = True,
+) -> dict[
+    str, np.ndarray
+]:  # (101,) pixels kept, relabelled, ignored; precision and recall, NaN where there is nothing to divide by
     "Fate of the pixels and quality of the new labels at each of `TAUS`."
-    level = np.searchsorted(TAUS, teacher.confidence, side="right") - 1                   # confidence ≥ TAUS[k]  ⇔  level ≥ k
-    def surviving(where): return np.bincount(level[where], minlength=len(TAUS))[::-1].cumsum()[::-1]
+    level = np.searchsorted(TAUS, teacher.confidence, side="right") - 1  # confidence ≥ TAUS[k]  ⇔  level ≥ k
+
+    def surviving(where):
+        return np.bincount(level[where], minlength=len(TAUS))[::-1].cumsum()[::-1]
+
     candidate = (view == 0) & (teacher.best > 0)
     relabelled = surviving(candidate)
     doubted = (view == 0) & teacher.doubt
@@ -151,18 +212,26 @@ def threshold_curve(view:np.ndarray,       # (H, W) labels of the step
     known, right = surviving(candidate & (truth != VOID)), surviving(candidate & (truth == teacher.best))
     hidden = ((view == 0) & (truth > 0) & (truth < len(teacher.patch_logits))).sum()
     with np.errstate(invalid="ignore", divide="ignore"):
-        return dict(kept=(view == 0).sum() - relabelled - uncertain, relabelled=relabelled, ignored=uncertain + (view == VOID).sum(), precision=right / known, recall=right / np.float64(hidden))
+        return dict(
+            kept=(view == 0).sum() - relabelled - uncertain,
+            relabelled=relabelled,
+            ignored=uncertain + (view == VOID).sum(),
+            precision=right / known,
+            recall=right / np.float64(hidden),
+        )
 
 # %% ../nbs/61_explore.ipynb #e03d8420
 class Basis(NamedTuple):
     "Three principal components and the range of each."
-    mean:np.ndarray        # (D,)
-    components:np.ndarray  # (D, 3)
-    low:np.ndarray         # (3,) first percentile: dark
-    high:np.ndarray        # (3,) last percentile: bright
-    explained:float        # share of the variance, 0..1
 
-def pca_basis(features:np.ndarray)->Basis: # (N, D)
+    mean: np.ndarray  # (D,)
+    components: np.ndarray  # (D, 3)
+    low: np.ndarray  # (3,) first percentile: dark
+    high: np.ndarray  # (3,) last percentile: bright
+    explained: float  # share of the variance, 0..1
+
+
+def pca_basis(features: np.ndarray) -> Basis:  # (N, D)
     "Principal components of patch features; the largest entry of each is positive."
     x = features.astype(np.float64)
     mean = x.mean(0)
@@ -172,110 +241,172 @@ def pca_basis(features:np.ndarray)->Basis: # (N, D)
     low, high = np.percentile((x - mean) @ components, (1, 99), axis=0)
     return Basis(mean, components, low, high, float(values[-3:].sum() / max(values.sum(), 1e-12)))
 
-def pca_rgb(features:np.ndarray, basis:Basis)->np.ndarray:
+
+def pca_rgb(features: np.ndarray, basis: Basis) -> np.ndarray:
     "(…, D) features → (…, 3) uint8 colours."
     projected = (features - basis.mean) @ basis.components
-    return (255 * ((projected - basis.low) / np.maximum(basis.high - basis.low, 1e-12)).clip(0, 1)).round().astype(np.uint8)
+    return (
+        (255 * ((projected - basis.low) / np.maximum(basis.high - basis.low, 1e-12)).clip(0, 1))
+        .round()
+        .astype(np.uint8)
+    )
 
-def cosine_map(features:np.ndarray, row:int, column:int)->np.ndarray:
+
+def cosine_map(features: np.ndarray, row: int, column: int) -> np.ndarray:
     "(h, w) cosines between the (h, w, D) features and the one at (row, column)."
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
     return unit @ unit[row, column]
 
-def feature_distance(student:np.ndarray, teacher:np.ndarray)->np.ndarray:
+
+def feature_distance(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     "(h, w) mean squared difference over the D features of (h, w, D): at the distilled level, what feature distillation punishes."
     return np.square(student - teacher).mean(-1)
 
 # %% ../nbs/61_explore.ipynb #a410f501
-def token_cosine(tokens:np.ndarray)->np.ndarray:
+def token_cosine(tokens: np.ndarray) -> np.ndarray:
     "(C, C) cosines between (C, D) class tokens."
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
     return unit @ unit.T
 
 # %% ../nbs/61_explore.ipynb #a24dd70e
-def as_picture(item:Any, n_channels:int)->tuple[np.ndarray, np.ndarray|None]:
+def as_picture(item: Any, n_channels: int) -> tuple[np.ndarray, np.ndarray | None]:
     "Photo (H, W, 3) uint8 and truth (H, W) channels or None, of a file, a PIL picture, an array, or a pair (any of these, truth); ValueError for anything else."
     photo, truth = item if isinstance(item, tuple) else (item, None)
-    if isinstance(photo, (str, Path)): photo = read_image(Path(photo))
-    elif isinstance(photo, Image.Image): photo = np.asarray(photo.convert("RGB"))
-    if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
-        raise ValueError(f"{type(photo).__name__} {getattr(photo, 'shape', '')} is no picture: expected a file, a PIL picture, an (H, W, 3) uint8 array, or a pair of one and its truth")
+    if isinstance(photo, (str, Path)):
+        photo = read_image(Path(photo))
+    elif isinstance(photo, Image.Image):
+        photo = np.asarray(photo.convert("RGB"))
+    if (
+        not isinstance(photo, np.ndarray)
+        or photo.dtype != np.uint8
+        or photo.ndim != 3
+        or photo.shape[2] != 3
+        or not photo.size
+    ):
+        raise ValueError(
+            f"{type(photo).__name__} {getattr(photo, 'shape', '')} is no picture: expected a file, a PIL picture, an (H, W, 3) uint8 array, or a pair of one and its truth"
+        )
     if truth is not None:
         truth = np.asarray(truth)
-        if truth.shape != photo.shape[:2]: raise ValueError(f"the truth has shape {truth.shape}, its picture {photo.shape[:2]}: expected the same")
-        if ((truth >= n_channels) & (truth != VOID)).any(): raise ValueError(f"the truth holds {truth[truth != VOID].max()}: expected channels 0 to {n_channels - 1} and {VOID}")
+        if truth.shape != photo.shape[:2]:
+            raise ValueError(f"the truth has shape {truth.shape}, its picture {photo.shape[:2]}: expected the same")
+        if ((truth >= n_channels) & (truth != VOID)).any():
+            raise ValueError(
+                f"the truth holds {truth[truth != VOID].max()}: expected channels 0 to {n_channels - 1} and {VOID}"
+            )
         truth = truth.astype(np.uint8)
     return photo, truth
 
+
 class Moment(NamedTuple):
     "One picture at one step, from all sides."
-    photo:np.ndarray      # (H, W, 3) uint8
-    truth:np.ndarray      # (H, W) channels, later classes included; 255 unknown
-    seen:np.ndarray       # (H, W) truth with later classes void
-    view:np.ndarray       # (H, W) labels of the step
-    predicted:np.ndarray  # (H, W) of the student
-    teacher:Evidence
-    student:Evidence
+
+    photo: np.ndarray  # (H, W, 3) uint8
+    truth: np.ndarray  # (H, W) channels, later classes included; 255 unknown
+    seen: np.ndarray  # (H, W) truth with later classes void
+    view: np.ndarray  # (H, W) labels of the step
+    predicted: np.ndarray  # (H, W) of the student
+    teacher: Evidence
+    student: Evidence
 
 # %% ../nbs/61_explore.ipynb #0af8184a
 ORDERS = ("as stored", "most forgotten", "most intruded", "most ignored", "least confident")
 
+
 class Pictures:
     "The pictures to explore with a run, and what the models of its steps say about them."
-    def __init__(self,
-                 run:Run,
-                 images:Sequence|None=None, # see `as_picture`; None: the run's samples
-                 n_steps:int|None=None,     # look at the first so many steps; None: all that are complete
-                ):
+
+    def __init__(
+        self,
+        run: Run,
+        images: Sequence | None = None,  # see `as_picture`; None: the run's samples
+        n_steps: int | None = None,  # look at the first so many steps; None: all that are complete
+    ):
         self.n_steps = n_steps or run.n_steps
-        if run.n_steps < 2: raise ValueError(f"run {run.folder.name} has {run.n_steps} complete steps: expected at least 2, a base step and one that could shift the background")
+        if run.n_steps < 2:
+            raise ValueError(
+                f"run {run.folder.name} has {run.n_steps} complete steps: expected at least 2, a base step and one that could shift the background"
+            )
         self.run, self.own = run, images is not None
         self.items = [(*as_picture(item, len(run.names)), []) for item in images] if self.own else run.samples()
-        if not self.items: raise ValueError(f"there is no picture to explore with run {run.folder.name}: expected images=[...], or a run with samples > 0")
+        if not self.items:
+            raise ValueError(
+                f"there is no picture to explore with run {run.folder.name}: expected images=[...], or a run with samples > 0"
+            )
         self.model = lru_cache(3)(run.model)
-        self.evidence = lru_cache(16)(lambda step, i: look(self.model(step), self.items[i][0], run.card["normalisation"]))
+        self.evidence = lru_cache(16)(
+            lambda step, i: look(self.model(step), self.items[i][0], run.card["normalisation"])
+        )
 
-    def __len__(self)->int: return len(self.items)
+    def __len__(self) -> int:
+        return len(self.items)
 
-    def predicted(self, step:int, i:int)->np.ndarray: return self.evidence(step, i).best if self.own else self.items[i][2][step]
+    def predicted(self, step: int, i: int) -> np.ndarray:
+        return self.evidence(step, i).best if self.own else self.items[i][2][step]
 
-    def at(self, step:int, i:int)->Moment:
+    def at(self, step: int, i: int) -> Moment:
         "Picture `i` at `step`."
         photo, truth, _ = self.items[i]
         view = np.zeros(photo.shape[:2], np.uint8) if truth is None else step_labels(truth, self.run.protocol, step)
         truth = np.full_like(view, VOID) if truth is None else truth
-        return Moment(photo, truth, seen_truth(truth, self.run.protocol.n_channels(step)), view, self.predicted(step, i), self.evidence(step - 1, i), self.evidence(step, i))
+        return Moment(
+            photo,
+            truth,
+            seen_truth(truth, self.run.protocol.n_channels(step)),
+            view,
+            self.predicted(step, i),
+            self.evidence(step - 1, i),
+            self.evidence(step, i),
+        )
 
-    def ranking(self, order:str, step:int)->list[int]:
+    def ranking(self, order: str, step: int) -> list[int]:
         "Positions of the pictures in one of `ORDERS`; most first, ties by position."
         n_old = self.run.protocol.n_channels(step - 1)
+
         def shifted(i, kind):
             truth = self.items[i][1]
-            return 0 if truth is None else (flow_of(seen_truth(truth, self.run.protocol.n_channels(step)), self.predicted(step, i), n_old) == list(FLOWS).index(kind)).mean()
+            return (
+                0
+                if truth is None
+                else (
+                    flow_of(seen_truth(truth, self.run.protocol.n_channels(step)), self.predicted(step, i), n_old)
+                    == list(FLOWS).index(kind)
+                ).mean()
+            )
+
         def ignored(i):
             moment = self.at(step, i)
             return (labels_at(moment.view, moment.teacher, self.run.card["parts"]["threshold"]) == VOID).mean()
-        score = {"as stored": lambda i: 0, "most forgotten": lambda i: shifted(i, "old->background"), "most intruded": lambda i: shifted(i, "background->new"),
-                 "most ignored": ignored, "least confident": lambda i: -self.evidence(step - 1, i).confidence.mean()}[order]
+
+        score = {
+            "as stored": lambda i: 0,
+            "most forgotten": lambda i: shifted(i, "old->background"),
+            "most intruded": lambda i: shifted(i, "background->new"),
+            "most ignored": ignored,
+            "least confident": lambda i: -self.evidence(step - 1, i).confidence.mean(),
+        }[order]
         return sorted(range(len(self)), key=lambda i: -float(score(i)))
 
 # %% ../nbs/61_explore.ipynb #b3619f9a
-def checked(name:str, value, low, high):
+def checked(name: str, value, low, high):
     "`value`, if it lies in low..high; else ValueError."
-    if not low <= value <= high: raise ValueError(f"{name} {value} does not exist here: expected {low} to {high}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value} does not exist here: expected {low} to {high}")
     return value
+
 
 class PictureState(T.HasTraits):
     "What is chosen in an explorer of pictures."
+
     index = T.Int(help="picture, as stored")
     step = T.Int(help="incremental step")
     order = T.Enum(ORDERS, "as stored", help="order in which the pictures are gone through")
-    alpha = T.Float(.55, help="opacity of colours over the photo")
+    alpha = T.Float(0.55, help="opacity of colours over the photo")
     hidden = T.List(T.Int(), help="channels whose colours are left away, 255 for ignored")
     pick = T.Tuple(T.Int(), T.Int(), help="row and column of the picked pixel")
     moment = T.Instance(Moment, help="the picture at the step; read only")
 
-    def __init__(self, pictures:Pictures, step:int|None=None, **chosen):
+    def __init__(self, pictures: Pictures, step: int | None = None, **chosen):
         super().__init__()
         self.pictures, self.run = pictures, pictures.run
         self.step = pictures.n_steps - 1 if step is None else step
@@ -283,36 +414,50 @@ class PictureState(T.HasTraits):
         self.rank()
         self.index = chosen.pop("index", self.ranking[0])
         self.pick = chosen.pop("pick", tuple(n // 2 for n in pictures.items[self.index][0].shape[:2]))
-        for name, value in chosen.items(): setattr(self, name, value)
+        for name, value in chosen.items():
+            setattr(self, name, value)
         self.load()
         self.observe(lambda _: self.load(), ["index", "step"])
         self.observe(lambda _: self.rank(), "step")
         self.observe(lambda _: (self.rank(), self.move(0)), "order")
 
     @T.validate("index")
-    def _index(self, proposal): return checked("picture", proposal.value, 0, len(self.pictures) - 1)
+    def _index(self, proposal):
+        return checked("picture", proposal.value, 0, len(self.pictures) - 1)
+
     @T.validate("step")
-    def _step(self, proposal): return checked("step", proposal.value, 1, self.pictures.n_steps - 1)
+    def _step(self, proposal):
+        return checked("step", proposal.value, 1, self.pictures.n_steps - 1)
+
     @T.validate("alpha")
-    def _alpha(self, proposal): return checked("opacity", proposal.value, 0, 1)
+    def _alpha(self, proposal):
+        return checked("opacity", proposal.value, 0, 1)
+
     @T.validate("pick")
     def _pick(self, proposal):
         photo = self.pictures.items[self.index][0]
-        return tuple(checked(f"pixel {axis}", value, 0, n - 1) for axis, value, n in zip(("row", "column"), proposal.value, photo.shape))
+        return tuple(
+            checked(f"pixel {axis}", value, 0, n - 1)
+            for axis, value, n in zip(("row", "column"), proposal.value, photo.shape)
+        )
 
     @property
-    def n_old(self)->int: return self.run.protocol.n_channels(self.step - 1)
+    def n_old(self) -> int:
+        return self.run.protocol.n_channels(self.step - 1)
+
     @property
-    def n_channels(self)->int: return self.run.protocol.n_channels(self.step)
+    def n_channels(self) -> int:
+        return self.run.protocol.n_channels(self.step)
 
     def load(self):
         "Fetch the picture at the step; a pick that lies outside moves to the border."
         self.moment = self.pictures.at(self.step, self.index)
         self.pick = tuple(min(at, n - 1) for at, n in zip(self.pick, self.moment.view.shape))
 
-    def rank(self): self.ranking = self.pictures.ranking(self.order, self.step)
+    def rank(self):
+        self.ranking = self.pictures.ranking(self.order, self.step)
 
-    def move(self, by:int):
+    def move(self, by: int):
         "Go to the next (by=1) or previous (by=-1) picture of the order, round at the ends; by=0 goes to its first."
         self.index = self.ranking[(self.ranking.index(self.index) + by) % len(self.ranking) if by else 0]
 
@@ -320,16 +465,20 @@ class PictureState(T.HasTraits):
 SOURCES = ("prediction", "pseudo-label")
 COLOURS = ("class", "group", "fate")
 
+
 class Shift(NamedTuple):
     "What follows from τ for one picture."
-    pseudo:np.ndarray      # (H, W) pseudo-labels
-    fate:np.ndarray        # (H, W) position in `FATES`
-    flow:np.ndarray        # (H, W) position in `FLOWS`, of the source
-    weight:np.ndarray      # (h, w) weights of adaptive feature distillation
-    counts:dict[str, int]  # pixels of each fate, and of each flow; either sums to the picture
+
+    pseudo: np.ndarray  # (H, W) pseudo-labels
+    fate: np.ndarray  # (H, W) position in `FATES`
+    flow: np.ndarray  # (H, W) position in `FLOWS`, of the source
+    weight: np.ndarray  # (h, w) weights of adaptive feature distillation
+    counts: dict[str, int]  # pixels of each fate, and of each flow; either sums to the picture
+
 
 class ShiftState(PictureState):
     "What is chosen in the pseudo-label explorer, and what follows from it."
+
     tau = T.Float(help="threshold of the pseudo-labels")
     ignore = T.Bool(help="second rule: ignore where the teacher doubts the background")
     source = T.Enum(SOURCES, SOURCES[0], help="which labels the flow judges: the result, or the training signal")
@@ -337,34 +486,47 @@ class ShiftState(PictureState):
     flow_filter = T.List(T.Int(), help="codes of `FLOWS` to show alone; empty: all")
     shift = T.Instance(Shift, help="what follows; read only")
 
-    def __init__(self, pictures:Pictures, **chosen):
+    def __init__(self, pictures: Pictures, **chosen):
         parts = pictures.run.card["parts"]
-        super().__init__(pictures, **dict(tau=parts["threshold"], ignore=parts["ignore_uncertain"] or not parts["pseudo_labels"]) | chosen)
+        super().__init__(
+            pictures,
+            **dict(tau=parts["threshold"], ignore=parts["ignore_uncertain"] or not parts["pseudo_labels"]) | chosen,
+        )
         self.judge()
         self.observe(lambda _: self.judge(), ["moment", "tau", "ignore", "source"])
 
     @T.validate("tau")
-    def _tau(self, proposal): return checked("τ", proposal.value, 0, 1)
+    def _tau(self, proposal):
+        return checked("τ", proposal.value, 0, 1)
 
     def judge(self):
         "Pseudo-labels, flow, weights and counts of the moment."
         m = self.moment
         pseudo = labels_at(m.view, m.teacher, self.tau, self.ignore)
-        fate, flow = pixel_fate(m.view, pseudo), flow_of(m.seen, m.predicted if self.source == SOURCES[0] else pseudo, self.n_old)
+        fate, flow = (
+            classify_fate(m.view, pseudo),
+            flow_of(m.seen, m.predicted if self.source == SOURCES[0] else pseudo, self.n_old),
+        )
         h, w = m.teacher.patch_logits.shape[1:]
         padded = np.full((h * m.teacher.stride, w * m.teacher.stride), VOID, np.uint8)
-        padded[:m.view.shape[0], :m.view.shape[1]] = pseudo
-        weight = reliability(torch.from_numpy(padded)[None], torch.from_numpy(m.teacher.patch_logits)[None], self.n_old)[0].reshape(h, w).numpy()
+        padded[: m.view.shape[0], : m.view.shape[1]] = pseudo
+        weight = (
+            reliability(torch.from_numpy(padded)[None], torch.from_numpy(m.teacher.patch_logits)[None], self.n_old)[0]
+            .reshape(h, w)
+            .numpy()
+        )
         self.shift = Shift(pseudo, fate, flow, weight, counted(fate, FATES) | counted(flow, FLOWS))
 
     @property
-    def counts(self)->dict[str, int]: return self.shift.counts
+    def counts(self) -> dict[str, int]:
+        return self.shift.counts
 
     @property
-    def curve(self)->dict[str, np.ndarray]: return threshold_curve(self.moment.view, self.moment.truth, self.moment.teacher, self.ignore)
+    def curve(self) -> dict[str, np.ndarray]:
+        return threshold_curve(self.moment.view, self.moment.truth, self.moment.teacher, self.ignore)
 
     @property
-    def quality(self)->tuple[float, float]:
+    def quality(self) -> tuple[float, float]:
         "Precision and recall of the new labels at τ, NaN where there is nothing to divide by."
         m, new = self.moment, self.shift.fate == list(FATES).index("relabelled")
         known, hidden = new & (m.truth != VOID), (m.view == 0) & (m.truth > 0) & (m.truth < self.n_old)
@@ -372,55 +534,85 @@ class ShiftState(PictureState):
         return tuple(float(right / n) if n else float("nan") for n in (known.sum(), hidden.sum()))
 
     @property
-    def probabilities(self)->tuple[np.ndarray, np.ndarray]:
+    def probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         "Probabilities of teacher and student at the picked pixel."
-        return tuple(pixel_probabilities(e.patch_logits, e.stride, *self.pick) for e in (self.moment.teacher, self.moment.student))
+        return tuple(
+            pixel_probabilities(e.patch_logits, e.stride, *self.pick)
+            for e in (self.moment.teacher, self.moment.student)
+        )
 
 # %% ../nbs/61_explore.ipynb #620a26c2
 class Style(NamedTuple):
     "How labels are drawn."
-    colours:np.ndarray     # (256, 4) uint8 colour and strength; strength × opacity covers the photo
-    names:dict[int, str]   # of the labels
-    hatched:tuple[int, ...]=()
-    outline:bool=False
 
-FAINT = (0, 0, 0, 230) # what is not the point is the photo, darker
+    colours: np.ndarray  # (256, 4) uint8 colour and strength; strength × opacity covers the photo
+    names: dict[int, str]  # of the labels
+    hatched: tuple[int, ...] = ()
+    outline: bool = False
 
-def style(names:Sequence[str], colours:Sequence[str], strength:int=255, hatched:Sequence[int]=(), faint:Sequence[int]=())->Style:
+
+FAINT = (0, 0, 0, 230)  # what is not the point is the photo, darker
+
+
+def style(
+    names: Sequence[str],
+    colours: Sequence[str],
+    strength: int = 255,
+    hatched: Sequence[int] = (),
+    faint: Sequence[int] = (),
+) -> Style:
     "A style for labels 0, 1, 2 … with matplotlib colours."
     table = np.zeros((256, 4), np.uint8)
-    table[:len(colours)] = np.c_[rgb(colours), np.full(len(colours), strength)]
+    table[: len(colours)] = np.c_[to_rgb_bytes(colours), np.full(len(colours), strength)]
     table[list(faint)] = FAINT
     return Style(table, dict(enumerate(names)), tuple(hatched))
 
-def class_style(names:Sequence[str], palette:np.ndarray|None=None)->Style: # palette: (C, 3) uint8; None: VOC's
+
+def class_style(names: Sequence[str], palette: np.ndarray | None = None) -> Style:  # palette: (C, 3) uint8; None: VOC's
     "Every class in its own colour."
     table = np.c_[label_colours(256), np.full(256, 255, np.uint8)]
     if palette is not None:
-        if np.shape(palette) != (len(names), 3): raise ValueError(f"the palette has shape {np.shape(palette)}: expected a colour for each of {len(names)} channels, ({len(names)}, 3)")
-        table[:len(names), :3] = palette
+        if np.shape(palette) != (len(names), 3):
+            raise ValueError(
+                f"the palette has shape {np.shape(palette)}: expected a colour for each of {len(names)} channels, ({len(names)}, 3)"
+            )
+        table[: len(names), :3] = palette
     table[0], table[VOID] = FAINT, (235, 235, 235, 160)
     return Style(table, {**dict(enumerate(names)), VOID: "ignored or void"}, (VOID,), True)
 
-def group_style(n_old:int, n_channels:int, n_classes:int)->Style:
+
+def group_style(n_old: int, n_channels: int, n_classes: int) -> Style:
     "Background, old, new and later classes."
     group = np.r_[0, np.full(n_old - 1, 1), np.full(n_channels - n_old, 2), np.full(n_classes - n_channels, 3)]
     table = np.zeros((256, 4), np.uint8)
-    table[:n_classes] = np.array([FAINT, *((*c, 255) for c in rgb([BLUE, ORANGE, PURPLE]))])[group]
+    table[:n_classes] = np.array([FAINT, *((*c, 255) for c in to_rgb_bytes([BLUE, ORANGE, PURPLE]))])[group]
     table[VOID] = 235, 235, 235, 160
-    return Style(table, {**{c: ("background", "an old class", "a new class", "a later class")[g] for c, g in enumerate(group.tolist())}, VOID: "ignored or void"}, (VOID,), True)
+    return Style(
+        table,
+        {
+            **{
+                c: ("background", "an old class", "a new class", "a later class")[g]
+                for c, g in enumerate(group.tolist())
+            },
+            VOID: "ignored or void",
+        },
+        (VOID,),
+        True,
+    )
+
 
 FATE_STYLE = style(FATES, list(FATES.values()), 200, [3], [1])
 FLOW_STYLE = style(FLOWS, list(FLOWS.values()), 235, [IGNORED_OLD, IGNORED_OTHER], [AGREE])
 
 # %% ../nbs/61_explore.ipynb #5b4fd82a
-def paint(photo:np.ndarray,   # (H, W, 3) uint8
-          labels:np.ndarray,  # (H, W) uint8
-          style:Style,
-          alpha:float,        # opacity
-          hidden:Sequence[int]=(),      # labels left away
-          faint:np.ndarray|None=None,   # (H, W) bool: pixels to darken instead
-         )->np.ndarray:       # (H, W, 3) uint8
+def paint(
+    photo: np.ndarray,  # (H, W, 3) uint8
+    labels: np.ndarray,  # (H, W) uint8
+    style: Style,
+    alpha: float,  # opacity
+    hidden: Sequence[int] = (),  # labels left away
+    faint: np.ndarray | None = None,  # (H, W) bool: pixels to darken instead
+) -> np.ndarray:  # (H, W, 3) uint8
     "Labels over a photo."
     colours = style.colours.astype(np.float32)
     colours[list(hidden), 3] = 0
@@ -430,84 +622,205 @@ def paint(photo:np.ndarray,   # (H, W, 3) uint8
     y, x = np.indices(labels.shape)
     period = max(4, min(labels.shape) // 24)
     lines = np.isin(labels, style.hatched) & ((x + y) % period < max(1, period // 4))
-    if style.outline: lines |= outlined(shown)
+    if style.outline:
+        lines |= find_outlines(shown)
     over[lines & (shown >= 0)] = 255
-    if faint is not None: over[faint] = FAINT
+    if faint is not None:
+        over[faint] = FAINT
     strength = alpha * over[..., 3:] / 255
     return (photo * (1 - strength) + over[..., :3] * strength).round().astype(np.uint8)
 
 # %% ../nbs/61_explore.ipynb #e6f93b37
-def packed(values:np.ndarray)->bytes:
+def packed(values: np.ndarray) -> bytes:
     "An array as the page unpacks it: zlib of its bytes, row by row."
     return compress(np.ascontiguousarray(values).tobytes(), 1)
 
-def encoded(photo:np.ndarray)->bytes:
+
+def encoded(photo: np.ndarray) -> bytes:
     "A picture file: PNG for small pictures, else JPEG."
     out = BytesIO()
-    if photo.size < 3 * 128 ** 2: Image.fromarray(photo).save(out, "PNG")
-    else: Image.fromarray(photo).save(out, "JPEG", quality=92, subsampling=0)
+    if photo.size < 3 * 128**2:
+        Image.fromarray(photo).save(out, "PNG")
+    else:
+        Image.fromarray(photo).save(out, "JPEG", quality=92, subsampling=0)
     return out.getvalue()
 
-def quantised(values:np.ndarray, low:float, high:float)->np.ndarray:
+
+def quantised(values: np.ndarray, low: float, high: float) -> np.ndarray:
     "Numbers as 0 … 255 of a range."
     return (255 * ((values - low) / max(high - low, 1e-12)).clip(0, 1)).round().astype(np.uint8)
 
-def thinned(size:Sequence[int], max_side:int)->int:
+
+def thinned(size: Sequence[int], max_side: int) -> int:
     "Take every how-many-th pixel, so that the longer side fits."
     return max(1, -(-max(size) // max_side))
 
-def panel(key:str, title:str, about:str, kind:str, short:str="", style:str="", grid:np.ndarray|None=None, cell:float=1, bounds:tuple=(0, 1))->dict:
+
+def panel(
+    key: str,
+    title: str,
+    about: str,
+    kind: str,
+    short: str = "",
+    style: str = "",
+    grid: np.ndarray | None = None,
+    cell: float = 1,
+    bounds: tuple = (0, 1),
+) -> dict:
     "One canvas: 'labels' in a style, or 'score' and 'rgb' on a patch grid with `cell` shown pixels a patch."
     columns = 0 if grid is None else grid.shape[1]
-    return dict(key=key, title=title, about=about, kind=kind, short=short or title, style=style, columns=columns, cell=cell, range=[float(b) for b in bounds])
+    return dict(
+        key=key,
+        title=title,
+        about=about,
+        kind=kind,
+        short=short or title,
+        style=style,
+        columns=columns,
+        cell=cell,
+        range=[float(b) for b in bounds],
+    )
 
-def stamp(state:PictureState, *more:str)->str:
+
+def stamp(state: PictureState, *more: str) -> str:
     "What is drawn, for whoever waits for it."
     return " ".join([f"step {state.step} picture {state.index}", *more])
 
-KEYS = ("arrows: move the pick by a patch · n / p: next, previous picture · m: colours off and on · 1 – 4: background, old, new, ignored · ?: this help", " · [ / ]: τ − 0.01, τ + 0.01")
+
+KEYS = (
+    "arrows: move the pick by a patch · n / p: next, previous picture · m: colours off and on · 1 – 4: background, old, new, ignored · ?: this help",
+    " · [ / ]: τ − 0.01, τ + 0.01",
+)
 
 # %% ../nbs/61_explore.ipynb #b27953d3
-def picture_part(state:PictureState, maps:dict[str, np.ndarray], styles:dict[str, Style], note:str, max_side:int, **more)->dict:
+def picture_part(
+    state: PictureState, maps: dict[str, np.ndarray], styles: dict[str, Style], note: str, max_side: int, **more
+) -> dict:
     "What changes with the picture or the step; `maps` are (H, W) labels."
     m, k = state.moment, thinned(state.moment.view.shape, max_side)
     photo = m.photo if k == 1 else np.asarray(Image.fromarray(m.photo).reduce(k))
     later = range(state.n_channels, len(state.run.names))
-    groups = [["background", [0]], ["old", list(range(1, state.n_old))], ["new", [*range(state.n_old, state.n_channels)]], ["ignored", [VOID]]]
+    groups = [
+        ["background", [0]],
+        ["old", list(range(1, state.n_old))],
+        ["new", [*range(state.n_old, state.n_channels)]],
+        ["ignored", [VOID]],
+    ]
     present = np.unique(np.concatenate([np.unique(v) for v in (m.truth, m.predicted, m.teacher.best)]))
     colours, names = styles["class"].colours, styles["class"].names
-    chips = [[int(c), names[c] + (" (later)" if c in later else ""), colours[c, :3].tolist()] for c in present if 0 < c < VOID]
+    chips = [
+        [int(c), names[c] + (" (later)" if c in later else ""), colours[c, :3].tolist()]
+        for c in present
+        if 0 < c < VOID
+    ]
     shown = note + (f" Shown at 1/{k} of its size; all counts are of the full picture." if k > 1 else "")
-    return dict(of=stamp(state), size=list(photo.shape[:2]), full=list(m.view.shape), reduced=k, patch=m.teacher.stride, photo=encoded(photo), note=shown, groups=groups, chips=chips,
-                maps={key: packed(v[::k, ::k]) for key, v in maps.items()}, ramp=(255 * colormaps["cividis"](np.arange(256))[:, :3]).round().astype(np.uint8).tobytes(),
-                styles={key: dict(colours=s.colours.tobytes(), hatched=list(s.hatched), outline=s.outline, names={str(c): n for c, n in s.names.items()}) for key, s in styles.items()},
-                curve=None, keys=KEYS[0], wide=False) | more
+    return (
+        dict(
+            of=stamp(state),
+            size=list(photo.shape[:2]),
+            full=list(m.view.shape),
+            reduced=k,
+            patch=m.teacher.stride,
+            photo=encoded(photo),
+            note=shown,
+            groups=groups,
+            chips=chips,
+            maps={key: packed(v[::k, ::k]) for key, v in maps.items()},
+            ramp=(255 * colormaps["cividis"](np.arange(256))[:, :3]).round().astype(np.uint8).tobytes(),
+            styles={
+                key: dict(
+                    colours=s.colours.tobytes(),
+                    hatched=list(s.hatched),
+                    outline=s.outline,
+                    names={str(c): n for c, n in s.names.items()},
+                )
+                for key, s in styles.items()
+            },
+            curve=None,
+            keys=KEYS[0],
+            wide=False,
+        )
+        | more
+    )
 
-def rows(counts:dict[str, int], style:Style)->list[dict]:
+
+def rows(counts: dict[str, int], style: Style) -> list[dict]:
     "Rows of a table of counts, with the colours of their labels."
     total = sum(counts.values())
-    def colour(code): return [64, 64, 64] if tuple(style.colours[code]) == FAINT else style.colours[code, :3].tolist()
-    return [dict(code=code, name=name.replace("->", " → "), count=n, share=n / total, colour=colour(code), hatched=code in style.hatched)
-            for code, (name, n) in enumerate(counts.items())]
+
+    def colour(code):
+        return [64, 64, 64] if tuple(style.colours[code]) == FAINT else style.colours[code, :3].tolist()
+
+    return [
+        dict(
+            code=code,
+            name=name.replace("->", " → "),
+            count=n,
+            share=n / total,
+            colour=colour(code),
+            hatched=code in style.hatched,
+        )
+        for code, (name, n) in enumerate(counts.items())
+    ]
 
 # %% ../nbs/61_explore.ipynb #fa8e64f6
-CURVE_LINES = (("kept", GREY, ""), ("relabelled", BLUE, ""), ("ignored", VERMILLION, ""), ("precision", GREEN, "5 3"), ("recall", PURPLE, "2 2"))
+CURVE_LINES = (
+    ("kept", GREY, ""),
+    ("relabelled", BLUE, ""),
+    ("ignored", VERMILLION, ""),
+    ("precision", GREEN, "5 3"),
+    ("recall", PURPLE, "2 2"),
+)
 
-def shift_picture(state:ShiftState, max_side:int=512, palette:np.ndarray|None=None, wide:bool=False)->dict:
+
+def shift_picture(
+    state: ShiftState, max_side: int = 512, palette: np.ndarray | None = None, wide: bool = False
+) -> dict:
     "The pseudo-label explorer's part that changes with picture, step or rule."
     m, parts = state.moment, state.run.card["parts"]
-    styles = {"class": class_style(state.run.names, palette), "group": group_style(state.n_old, state.n_channels, len(state.run.names)), "fate": FATE_STYLE, "flow": FLOW_STYLE}
-    said = [] if (m.truth != VOID).any() else ["This picture has no truth: what the step's labels would hide and the flow are unknown."]
-    if not parts["pseudo_labels"]: said += [f"{state.run.settings.method} does not train on pseudo-labels: shown is what they would be."]
-    elif state.ignore != parts["ignore_uncertain"]: said += [f"The run itself was trained with the second rule {'on' if parts['ignore_uncertain'] else 'off'}."]
-    if parts["feature_distillation"] != "adaptive": said += ["This run does not weigh its feature distillation: shown is what the weights would be."]
+    styles = {
+        "class": class_style(state.run.names, palette),
+        "group": group_style(state.n_old, state.n_channels, len(state.run.names)),
+        "fate": FATE_STYLE,
+        "flow": FLOW_STYLE,
+    }
+    said = (
+        []
+        if (m.truth != VOID).any()
+        else ["This picture has no truth: what the step's labels would hide and the flow are unknown."]
+    )
+    if not parts["pseudo_labels"]:
+        said += [f"{state.run.settings.method} does not train on pseudo-labels: shown is what they would be."]
+    elif state.ignore != parts["ignore_uncertain"]:
+        said += [f"The run itself was trained with the second rule {'on' if parts['ignore_uncertain'] else 'off'}."]
+    if parts["feature_distillation"] != "adaptive":
+        said += ["This run does not weigh its feature distillation: shown is what the weights would be."]
     curve = state.curve
-    lines = [dict(name=name, colour=colour, dash=dash, values=[None if np.isnan(v) else float(v) for v in curve[name] / (1 if name in ("precision", "recall") else m.view.size)])
-             for name, colour, dash in CURVE_LINES]
-    return picture_part(state, dict(truth=m.truth, view=m.view, predicted=m.predicted), styles, " ".join(said), max_side, wide=wide,
-                        curve=dict(lines=lines, own=parts["threshold"]), keys="".join(KEYS))
+    lines = [
+        dict(
+            name=name,
+            colour=colour,
+            dash=dash,
+            values=[
+                None if np.isnan(v) else float(v)
+                for v in curve[name] / (1 if name in ("precision", "recall") else m.view.size)
+            ],
+        )
+        for name, colour, dash in CURVE_LINES
+    ]
+    return picture_part(
+        state,
+        dict(truth=m.truth, view=m.view, predicted=m.predicted),
+        styles,
+        " ".join(said),
+        max_side,
+        wide=wide,
+        curve=dict(lines=lines, own=parts["threshold"]),
+        keys="".join(KEYS),
+    )
 
-def shift_labels(state:ShiftState, max_side:int=512)->dict:
+
+def shift_labels(state: ShiftState, max_side: int = 512) -> dict:
     "The part that changes with τ: panels, maps and tables."
     m, s, k = state.moment, state.shift, thinned(state.moment.view.shape, max_side)
     fates, flows = ({name: s.counts[name] for name in names} for names in (FATES, FLOWS))
@@ -515,79 +828,165 @@ def shift_labels(state:ShiftState, max_side:int=512)->dict:
     of = "prediction" if state.source == SOURCES[0] else f"pseudo-labels at τ = {state.tau:.2f}"
     labels = s.fate if state.colour_by == "fate" else s.pseudo
     share = f"{100 * fates['relabelled'] / m.view.size:.1f} % relabelled, {100 * fates['ignored'] / m.view.size:.1f} % ignored"
-    panels = [panel("truth", "truth", "the full truth, later classes included", "labels", style="class"),
-              panel("view", f"labels of step {state.step}", "what training sees: only new classes, everything else is background", "labels", "step's labels", "class"),
-              panel("pseudo", f"pseudo-labels, τ = {state.tau:.2f}", share, "labels", "pseudo-label", state.colour_by),
-              panel("predicted", f"prediction after step {state.step}", "what the new model says", "labels", "prediction", "class"),
-              panel("flow", f"flow of the {'prediction' if state.source == SOURCES[0] else 'pseudo-labels'}", "in which direction each pixel moved, see the table", "labels", "flow", "flow"),
-              panel("weight", "distillation weight", "how far the teacher's features are trusted", "score", "weight", grid=s.weight, cell=m.teacher.stride / k)]
-    maps = dict(pseudo=packed(labels[::k, ::k]), flow=packed(s.flow[::k, ::k]), weight=packed(quantised(s.weight, 0, 1)))
+    panels = [
+        panel("truth", "truth", "the full truth, later classes included", "labels", style="class"),
+        panel(
+            "view",
+            f"labels of step {state.step}",
+            "what training sees: only new classes, everything else is background",
+            "labels",
+            "step's labels",
+            "class",
+        ),
+        panel("pseudo", f"pseudo-labels, τ = {state.tau:.2f}", share, "labels", "pseudo-label", state.colour_by),
+        panel(
+            "predicted",
+            f"prediction after step {state.step}",
+            "what the new model says",
+            "labels",
+            "prediction",
+            "class",
+        ),
+        panel(
+            "flow",
+            f"flow of the {'prediction' if state.source == SOURCES[0] else 'pseudo-labels'}",
+            "in which direction each pixel moved, see the table",
+            "labels",
+            "flow",
+            "flow",
+        ),
+        panel(
+            "weight",
+            "distillation weight",
+            "how far the teacher's features are trusted",
+            "score",
+            "weight",
+            grid=s.weight,
+            cell=m.teacher.stride / k,
+        ),
+    ]
+    maps = dict(
+        pseudo=packed(labels[::k, ::k]), flow=packed(s.flow[::k, ::k]), weight=packed(quantised(s.weight, 0, 1))
+    )
     told = [f"of the relabelled {precision} right, of the hidden {recall} back"]
-    return dict(of=stamp(state), panels=panels, maps=maps, stamp=stamp(state, f"{state.tau:.2f}", state.source, state.colour_by),
-                tables=[dict(title=f"fate of the pixels at τ = {state.tau:.2f}", rows=rows(fates, FATE_STYLE), filter=False, lines=told),
-                        dict(title=f"flow of the {of}", rows=rows(flows, FLOW_STYLE), filter=True)])
+    return dict(
+        of=stamp(state),
+        panels=panels,
+        maps=maps,
+        stamp=stamp(state, f"{state.tau:.2f}", state.source, state.colour_by),
+        tables=[
+            dict(
+                title=f"fate of the pixels at τ = {state.tau:.2f}",
+                rows=rows(fates, FATE_STYLE),
+                filter=False,
+                lines=told,
+            ),
+            dict(title=f"flow of the {of}", rows=rows(flows, FLOW_STYLE), filter=True),
+        ],
+    )
 
-def shift_point(state:ShiftState, top:int=6)->dict:
+
+def shift_point(state: ShiftState, top: int = 6) -> dict:
     "The part that changes with the picked pixel: its labels, and the most probable classes of both models."
     m, names = state.moment, class_style(state.run.names).names
     old, new = state.probabilities
-    lines = [f"pixel {state.pick}", *(f"{title}: {names[int(labels[state.pick])]}" for title, labels in
-             (("truth", m.truth), ("step's label", m.view), ("pseudo-label", state.shift.pseudo), ("prediction", m.predicted))), "old model above, new model below; dashed: τ"]
+    lines = [
+        f"pixel {state.pick}",
+        *(
+            f"{title}: {names[int(labels[state.pick])]}"
+            for title, labels in (
+                ("truth", m.truth),
+                ("step's label", m.view),
+                ("pseudo-label", state.shift.pseudo),
+                ("prediction", m.predicted),
+            )
+        ),
+        "old model above, new model below; dashed: τ",
+    ]
     padded = np.pad(old, (0, len(new) - len(old)))
     first = np.argsort(-np.maximum(padded, new), kind="stable")[:top]
-    return dict(lines=lines, bars=[dict(name=names[int(c)], old=float(old[c]) if c < len(old) else None, new=float(new[c])) for c in first])
+    return dict(
+        lines=lines,
+        bars=[dict(name=names[int(c)], old=float(old[c]) if c < len(old) else None, new=float(new[c])) for c in first],
+    )
 
 # %% ../nbs/61_explore.ipynb #fe6ef409
-def asset(name:str)->str:
+def asset(name: str) -> str:
     "Text of a file that comes with the package."
     return files("mbs").joinpath(name).read_text(encoding="utf-8")
 
-def live()->bool:
+
+def live() -> bool:
     "Whether a front end is there that can show widgets: Jupyter, VS Code, Colab or voila, but not papermill, nbconvert or a script."
-    if "MBS_STATIC" in os.environ: return os.environ["MBS_STATIC"] in ("", "0")
-    fronts = any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")) or os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
+    if "MBS_STATIC" in os.environ:
+        return os.environ["MBS_STATIC"] in ("", "0")
+    fronts = any(
+        os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
+    ) or os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
     return fronts and find_spec("anywidget") is not None
 
+
 @cache
-def canvas_class()->type:
+def canvas_class() -> type:
     "The widget that draws the panels of one run."
     from anywidget import AnyWidget
+
     class Canvas(AnyWidget):
         _esm, _css = asset("explore.js"), asset("explore.css")
         title = T.Unicode().tag(sync=True)
         picture, labels, point = (T.Dict().tag(sync=True) for _ in range(3))
-        alpha, tau = (T.Float(.5).tag(sync=True) for _ in range(2))
+        alpha, tau = (T.Float(0.5).tag(sync=True) for _ in range(2))
         hidden, flow_filter = (T.List(T.Int()).tag(sync=True) for _ in range(2))
         pick = T.Tuple(T.Int(), T.Int()).tag(sync=True)
+
     return Canvas
 
 # %% ../nbs/61_explore.ipynb #dcce64fa
-def run_title(run:Run)->str:
+def run_title(run: Run) -> str:
     "A run in a heading: folder, method, protocol."
     return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
 
-def for_script(content:Any)->str:
+
+def for_script(content: Any) -> str:
     "JSON for a script element of a page, bytes as {'base64': …}."
-    def coded(value): return dict(base64=base64.b64encode(value).decode())
+
+    def coded(value):
+        return dict(base64=base64.b64encode(value).decode())
+
     return json.dumps(content, default=coded).replace("<", "\\u003c")
 
-def write_page(explorer, path:Path|str)->Path:
+
+def write_page(explorer, path: Path | str) -> Path:
     "Write what a `PictureExplorer` shows as one live file; its path."
-    states = [dict(title=run_title(s.run), tau=0., flow_filter=[]) | {name: getattr(s, name) for name in explorer.synced} | explorer.saved(s) for s in explorer.states]
+    states = [
+        dict(title=run_title(s.run), tau=0.0, flow_filter=[])
+        | {name: getattr(s, name) for name in explorer.synced}
+        | explorer.saved(s)
+        for s in explorer.states
+    ]
     shown = f"step {explorer.state.step}, picture {explorer.state.index}"
     about = f"Saved from the explorer at {shown}. Point at a panel for its labels, click to mark a pixel, click a class or a row of the flow table to filter, press ? on a picture for keys."
-    parts = dict(title=html.escape(f"{explorer.kind}: {', '.join(s.run.folder.name for s in explorer.states)}, {shown}"), about=about, css=asset("explore.css"),
-                 states=for_script(states), view=for_script(asset("explore.js")))
+    parts = dict(
+        title=html.escape(f"{explorer.kind}: {', '.join(s.run.folder.name for s in explorer.states)}, {shown}"),
+        about=about,
+        css=asset("explore.css"),
+        states=for_script(states),
+        view=for_script(asset("explore.js")),
+    )
     Path(path).write_text(re.sub(r"{{(\w+)}}", lambda m: parts[m[1]], asset("explore.html")), encoding="utf-8")
     return Path(path)
 
+
 class Drawn(Figure):
     "A figure of its own, which pyplot never keeps; a notebook shows it whether or not pyplot was used there."
-    def _repr_png_(self)->bytes:
+
+    def _repr_png_(self) -> bytes:
         from IPython.core.pylabtools import print_figure
+
         return print_figure(self, bbox_inches="tight")
 
-def png(figure:Figure)->str:
+
+def png(figure: Figure) -> str:
     "A figure as base64, small enough to be stored with a notebook."
     raw, out = BytesIO(), BytesIO()
     figure.savefig(raw, format="png", dpi=72)
@@ -597,372 +996,637 @@ def png(figure:Figure)->str:
 # %% ../nbs/61_explore.ipynb #36041157
 class Watch:
     "An observer that can be taken away like a link."
-    def __init__(self, state:T.HasTraits, do:Callable, names:Sequence[str]):
+
+    def __init__(self, state: T.HasTraits, do: Callable, names: Sequence[str]):
         self.state, self.do, self.names = state, do, list(names)
         state.observe(self.do, self.names)
 
-    def unlink(self): self.state.unobserve(self.do, self.names)
+    def unlink(self):
+        self.state.unobserve(self.do, self.names)
+
 
 def close_all(widget):
     "Close a widget with all that it is made of, which ipywidgets would keep: children, layout, style, and the bond to a state."
-    for child in getattr(widget, "children", ()): close_all(child)
-    if bond := getattr(widget, "bond", None): bond.unlink()
+    for child in getattr(widget, "children", ()):
+        close_all(child)
+    if bond := getattr(widget, "bond", None):
+        bond.unlink()
     for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
-        if part is not None: part.close()
+        if part is not None:
+            part.close()
 
 # %% ../nbs/61_explore.ipynb #db53f3f6
 class PictureExplorer:
     "What the explorers of pictures share: the states of one or two runs, linked, the view, and the ways out."
+
     linked = ("index", "step", "alpha", "hidden", "pick")  # between the states of two runs
-    synced = ("alpha", "hidden", "pick")                   # between a state and its canvas
-    redrawn = ("moment",)                                  # what the labels part depends on
+    synced = ("alpha", "hidden", "pick")  # between a state and its canvas
+    redrawn = ("moment",)  # what the labels part depends on
     kind = "Pictures"
 
-    def __init__(self, states:Sequence[PictureState], max_side:int, palette:np.ndarray|None):
-        self.states, self.state, self.max_side, self.palette, self._view = tuple(states), states[0], max_side, palette, None
+    def __init__(self, states: Sequence[PictureState], max_side: int, palette: np.ndarray | None):
+        self.states, self.state, self.max_side, self.palette, self._view = (
+            tuple(states),
+            states[0],
+            max_side,
+            palette,
+            None,
+        )
         self.links = [T.link((self.state, name), (other, name)) for other in self.states[1:] for name in self.linked]
 
-    def depends(self, state:PictureState)->tuple: return (state.moment,)  # what the picture part depends on
+    def depends(self, state: PictureState) -> tuple:
+        return (state.moment,)  # what the picture part depends on
 
     @property
     def view(self):
         "The live view, an ipywidgets box; built when it is first asked for."
         if self._view is None:
             import ipywidgets as W
+
             self.canvases = [self.canvas(state) for state in self.states]
             self._view = W.VBox([*self.controls(), *self.canvases])
         return self._view
 
-    def canvas(self, state:PictureState):
+    def canvas(self, state: PictureState):
         "A canvas that follows `state` and sets what is chosen on it."
         parts = dict(picture=self.picture(state), labels=self.labels(state), point=self.point(state))
-        canvas = canvas_class()(title=run_title(state.run), **{name: getattr(state, name) for name in self.synced}, **parts)
+        canvas = canvas_class()(
+            title=run_title(state.run), **{name: getattr(state, name) for name in self.synced}, **parts
+        )
         shown = [self.depends(state)]
+
         def draw(_):
             before, shown[:] = shown[0], [self.depends(state)]
             with canvas.hold_sync():
-                if any(a is not b for a, b in zip(before, shown[0])): canvas.picture = self.picture(state)
+                if any(a is not b for a, b in zip(before, shown[0])):
+                    canvas.picture = self.picture(state)
                 canvas.labels, canvas.point = self.labels(state), self.point(state)
-        self.links += [Watch(state, draw, self.redrawn), Watch(state, lambda _: setattr(canvas, "point", self.point(state)), ["pick"])]
+
+        self.links += [
+            Watch(state, draw, self.redrawn),
+            Watch(state, lambda _: setattr(canvas, "point", self.point(state)), ["pick"]),
+        ]
         canvas.on_msg(lambda _, message, __: self.state.move(message["move"]))
         self.links += [T.link((state, name), (canvas, name)) for name in self.synced]
         return canvas
 
-    def to_html(self, path:Path|str)->Path:
+    def to_html(self, path: Path | str) -> Path:
         "Write the picture as one live file that needs neither a kernel nor a network; its path."
         return write_page(self, path)
 
-    def saved(self, state:PictureState)->dict:
+    def saved(self, state: PictureState) -> dict:
         "What a saved page holds of a state: the parts, and nothing to slide."
-        return dict(picture=self.picture(state), labels=self.labels(state), point=self.point(state), saved=list(state.pick), frames=[])
+        return dict(
+            picture=self.picture(state),
+            labels=self.labels(state),
+            point=self.point(state),
+            saved=list(state.pick),
+            frames=[],
+        )
 
     def close(self):
         "Take the view away with all its widgets, observers and links; the states stay."
-        for link in self.links: link.unlink()
-        if self._view is not None: close_all(self._view)
+        for link in self.links:
+            link.unlink()
+        if self._view is not None:
+            close_all(self._view)
         self.links, self._view, self.canvases = [], None, []
 
-    def _repr_mimebundle_(self, include=None, exclude=None)->tuple[dict, dict]:
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         "A picture for whoever cannot show widgets, and the live view where there is a front end."
         bundle = {"text/plain": repr(self), "image/png": png(self.to_figure())}
-        if live(): bundle |= {k: v for k, v in self.view._repr_mimebundle_().items() if k.endswith("widget-view+json")}
+        if live():
+            bundle |= {k: v for k, v in self.view._repr_mimebundle_().items() if k.endswith("widget-view+json")}
         return bundle, {}
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(state.run.folder.name for state in self.states)}; {stamp(self.state)})"
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}({', '.join(state.run.folder.name for state in self.states)}; {stamp(self.state)})"
+        )
 
 # %% ../nbs/61_explore.ipynb #157d6493
-def control(kind:str, description:str, state:T.HasTraits|None=None, name:str="", width:str="", **options):
+def control(kind: str, description: str, state: T.HasTraits | None = None, name: str = "", width: str = "", **options):
     "An ipywidgets control called `kind`; its value linked to a trait of `state`."
     import ipywidgets as W
-    made = getattr(W, kind)(description=description, layout=W.Layout(width=width or "max-content", flex="0 0 auto"), **options)
-    if hasattr(made.style, "description_width"): made.style.description_width = "initial"
-    if state is not None: made.bond = T.link((state, name), (made, "value"))
+
+    made = getattr(W, kind)(
+        description=description, layout=W.Layout(width=width or "max-content", flex="0 0 auto"), **options
+    )
+    if hasattr(made.style, "description_width"):
+        made.style.description_width = "initial"
+    if state is not None:
+        made.bond = T.link((state, name), (made, "value"))
     return made
 
-def choice(description:str, state:T.HasTraits, name:str, options:Sequence):
+
+def choice(description: str, state: T.HasTraits, name: str, options: Sequence):
     "Buttons of which one is pressed, with their name before them."
     import ipywidgets as W
-    buttons = control("ToggleButtons", "", state, name, options=options, tooltips=[f"{description} {option}" for option in options])
+
+    buttons = control(
+        "ToggleButtons", "", state, name, options=options, tooltips=[f"{description} {option}" for option in options]
+    )
     buttons.style.button_width = "auto"
     return W.HBox([W.Label(description), buttons], layout=W.Layout(width="max-content"))
 
-def picture_controls(explorer:PictureExplorer)->list:
+
+def picture_controls(explorer: PictureExplorer) -> list:
     "Opacity, step, order and a way through the pictures; plain ipywidgets."
     import ipywidgets as W
+
     state = explorer.state
-    alpha = control("FloatSlider", "opacity", width="250px", min=0, max=1, step=.05, value=state.alpha)
-    for canvas in explorer.canvases: explorer.links.append(W.jslink((alpha, "value"), (canvas, "alpha")))
+    alpha = control("FloatSlider", "opacity", width="250px", min=0, max=1, step=0.05, value=state.alpha)
+    for canvas in explorer.canvases:
+        explorer.links.append(W.jslink((alpha, "value"), (canvas, "alpha")))
     step = control("Dropdown", "step", state, "step", options=range(1, state.pictures.n_steps))
     order = control("Dropdown", "order", state, "order", options=ORDERS)
-    place = control("IntSlider", "rank", width="220px", min=1, max=len(state.ranking), value=state.ranking.index(state.index) + 1)
-    before, after = (control("Button", text, width="36px", tooltip=tip) for text, tip in (("◀", "previous picture (key p)"), ("▶", "next picture (key n)")))
-    before.on_click(lambda _: state.move(-1)); after.on_click(lambda _: state.move(1))
+    place = control(
+        "IntSlider", "rank", width="220px", min=1, max=len(state.ranking), value=state.ranking.index(state.index) + 1
+    )
+    before, after = (
+        control("Button", text, width="36px", tooltip=tip)
+        for text, tip in (("◀", "previous picture (key p)"), ("▶", "next picture (key n)"))
+    )
+    before.on_click(lambda _: state.move(-1))
+    after.on_click(lambda _: state.move(1))
     place.observe(lambda change: setattr(state, "index", state.ranking[change.new - 1]), "value")
-    explorer.links.append(Watch(state, lambda _: setattr(place, "value", state.ranking.index(state.index) + 1), ["index", "step", "order"]))
+    explorer.links.append(
+        Watch(
+            state, lambda _: setattr(place, "value", state.ranking.index(state.index) + 1), ["index", "step", "order"]
+        )
+    )
     return [alpha, step, order, before, place, after]
+
 
 def wrapped(*controls):
     "Controls in a row that breaks when it is too long."
     import ipywidgets as W
+
     return W.HBox(controls, layout=W.Layout(flex_flow="row wrap", grid_gap="0 10px"))
 
 # %% ../nbs/61_explore.ipynb #c9d8d6b5
-def legend_handles(style:Style, maps:Sequence[np.ndarray], hidden:Sequence[int]=())->list:
+def legend_handles(style: Style, maps: Sequence[np.ndarray], hidden: Sequence[int] = ()) -> list:
     "Legend entries of the labels that `maps` hold, as `paint` draws them."
     from matplotlib.patches import Patch
+
     present = sorted({int(v) for m in maps for v in np.unique(m)} - set(hidden))
     shown = [c for c in present if style.colours[c, 3] and tuple(style.colours[c]) != FAINT]
-    return [Patch(facecolor=style.colours[c, :3] / 255, edgecolor="#FFFFFF" if c in style.hatched else "#808080", hatch="////" if c in style.hatched else None,
-                  label=style.names[c].replace("->", " → ")) for c in shown]
+    return [
+        Patch(
+            facecolor=style.colours[c, :3] / 255,
+            edgecolor="#FFFFFF" if c in style.hatched else "#808080",
+            hatch="////" if c in style.hatched else None,
+            label=style.names[c].replace("->", " → "),
+        )
+        for c in shown
+    ]
+
 
 SHIFT_PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
 
-def show_curve(ax, curve:dict[str, np.ndarray], n_pixels:int, tau:float):
+
+def show_curve(ax, curve: dict[str, np.ndarray], n_pixels: int, tau: float):
     "Kept, relabelled and ignored shares, precision and recall against τ, with a line at τ."
     for name, colour, dash in CURVE_LINES:
         values = curve[name] if name in ("precision", "recall") else curve[name] / n_pixels
         ax.plot(TAUS, values, color=colour, lw=1.5, ls=(0, tuple(map(int, dash.split()))) if dash else "-", label=name)
-    ax.axvline(tau, color="k", lw=1); ax.set_xlim(0, 1); ax.set_ylim(0, 1.02); ax.set_xlabel("τ", fontsize=8); ax.tick_params(labelsize=7)
-    ax.legend(fontsize=7, frameon=False, ncols=1, loc="center left", bbox_to_anchor=(1, .5))
+    ax.axvline(tau, color="k", lw=1)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel("τ", fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7, frameon=False, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
 
 # %% ../nbs/61_explore.ipynb #03b2cffa
 class ShiftExplorer(PictureExplorer):
     "Pseudo-labels, flow and distillation weights; see `explore_pseudo_labels`."
+
     linked = (*PictureExplorer.linked, "tau", "source", "colour_by", "flow_filter")
     synced = (*PictureExplorer.synced, "tau", "flow_filter")
     redrawn = ("shift", "colour_by")
     kind = "Pseudo-labels"
 
-    def depends(self, state:ShiftState)->tuple: return state.moment, state.ignore
-    def picture(self, state:ShiftState)->dict: return shift_picture(state, self.max_side, self.palette, wide=len(self.states) > 1)
-    def labels(self, state:ShiftState)->dict: return shift_labels(state, self.max_side)
-    def point(self, state:ShiftState)->dict: return shift_point(state)
+    def depends(self, state: ShiftState) -> tuple:
+        return state.moment, state.ignore
 
-    def controls(self)->list:
+    def picture(self, state: ShiftState) -> dict:
+        return shift_picture(state, self.max_side, self.palette, wide=len(self.states) > 1)
+
+    def labels(self, state: ShiftState) -> dict:
+        return shift_labels(state, self.max_side)
+
+    def point(self, state: ShiftState) -> dict:
+        return shift_point(state)
+
+    def controls(self) -> list:
         state, own = self.state, self.state.run.card["parts"]["threshold"]
-        tau = control("FloatSlider", "τ", state, "tau", "320px", min=0, max=1, step=.01)
+        tau = control("FloatSlider", "τ", state, "tau", "320px", min=0, max=1, step=0.01)
         back = control("Button", f"τ of the run: {own:.2f}", tooltip="set τ to what the run was trained with")
         back.on_click(lambda _: setattr(state, "tau", own))
-        source, colour = choice("flow of the", state, "source", SOURCES), choice("pseudo-labels by", state, "colour_by", COLOURS)
-        rules = [control("Checkbox", "ignore doubtful" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), s, "ignore", indent=False) for s in self.states]
+        source, colour = (
+            choice("flow of the", state, "source", SOURCES),
+            choice("pseudo-labels by", state, "colour_by", COLOURS),
+        )
+        rules = [
+            control(
+                "Checkbox",
+                "ignore doubtful" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""),
+                s,
+                "ignore",
+                indent=False,
+            )
+            for s in self.states
+        ]
         alpha, step, order, *way = picture_controls(self)
         return [wrapped(tau, alpha, back), wrapped(*way, step, order), wrapped(source, colour, *rules)]
 
-    def to_figure(self, panels:Sequence[str]=SHIFT_PANELS, annotate:bool=True)->Figure:
+    def to_figure(self, panels: Sequence[str] = SHIFT_PANELS, annotate: bool = True) -> Figure:
         "The state as a matplotlib figure; without `annotate` only the panels."
-        fig = Drawn(figsize=(1.75 * len(panels) + .2, len(self.states) * (2. + 1.9 * annotate) + .3 * annotate), layout="constrained")
+        fig = Drawn(
+            figsize=(1.75 * len(panels) + 0.2, len(self.states) * (2.0 + 1.9 * annotate) + 0.3 * annotate),
+            layout="constrained",
+        )
         handles = {}
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             top, bottom = part.subfigures(2, 1, height_ratios=[2.1, 1.7]) if annotate else (part, None)
             handles |= {h.get_label(): h for h in draw_shift(state, top, panels, self.palette, annotate)}
-            if not annotate: continue
+            if not annotate:
+                continue
             top.suptitle(f"{run_title(state.run)}, step {state.step}, picture {state.index}", fontsize=9)
             left, right = bottom.subplots(1, 2, width_ratios=[1, 1])
             show_curve(left, state.curve, state.moment.view.size, state.tau)
             show_probabilities(*state.probabilities, state.run.names, state.tau, ax=right)
             right.set_title(f"pixel {state.pick}", fontsize=8, loc="left")
         if annotate:
-            fig.set_figheight(fig.get_figheight() + .17 * max(0, -(-len(handles) // 6) - 2))
-            fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=6, fontsize=7, frameon=False, handlelength=1.2)
+            fig.set_figheight(fig.get_figheight() + 0.17 * max(0, -(-len(handles) // 6) - 2))
+            fig.legend(
+                handles=list(handles.values()),
+                loc="outside lower center",
+                ncols=6,
+                fontsize=7,
+                frameon=False,
+                handlelength=1.2,
+            )
         return fig
 
-    def saved(self, state:ShiftState)->dict:
+    def saved(self, state: ShiftState) -> dict:
         "The parts, and the labels at every twentieth of τ, at the run's own and at the chosen one; no second implementation of the rules."
         frames = []
-        for tau in sorted({*(TAUS[::5].round(2).tolist()), state.tau, *(s.run.card["parts"]["threshold"] for s in self.states)}):
-            one = ShiftState(state.pictures, **{name: getattr(state, name) for name in ("step", "index", "ignore", "source", "colour_by")}, tau=tau)
+        for tau in sorted(
+            {*(TAUS[::5].round(2).tolist()), state.tau, *(s.run.card["parts"]["threshold"] for s in self.states)}
+        ):
+            one = ShiftState(
+                state.pictures,
+                **{name: getattr(state, name) for name in ("step", "index", "ignore", "source", "colour_by")},
+                tau=tau,
+            )
             frames.append(dict(tau=tau, labels=self.labels(one)))
         return super().saved(state) | dict(frames=frames)
 
     def to_frame(self):
         "pandas table, a row for every picture of every run at the step and τ of the state: pixels by fate and flow, precision and recall."
         import pandas as pd
+
         chosen = dict(step=self.state.step, tau=self.state.tau, source=self.state.source)
         table = []
         for state in self.states:
             for i in range(len(state.pictures)):
                 one = ShiftState(state.pictures, index=i, ignore=state.ignore, **chosen)
-                table.append(dict(run=state.run.folder.name, picture=i, **chosen, pixels=one.moment.view.size, **one.counts, **dict(zip(("precision", "recall"), one.quality))))
+                table.append(
+                    dict(
+                        run=state.run.folder.name,
+                        picture=i,
+                        **chosen,
+                        pixels=one.moment.view.size,
+                        **one.counts,
+                        **dict(zip(("precision", "recall"), one.quality)),
+                    )
+                )
         return pd.DataFrame(table)
 
 # %% ../nbs/61_explore.ipynb #5e4eee68
-def draw_shift(state:ShiftState, fig, panels:Sequence[str], palette:np.ndarray|None, annotate:bool)->list:
+def draw_shift(state: ShiftState, fig, panels: Sequence[str], palette: np.ndarray | None, annotate: bool) -> list:
     "Draw the panels of a state into a (sub)figure; the legend entries of what they show."
     m, s = state.moment, state.shift
-    classes, groups = class_style(state.run.names, palette), group_style(state.n_old, state.n_channels, len(state.run.names))
+    classes, groups = (
+        class_style(state.run.names, palette),
+        group_style(state.n_old, state.n_channels, len(state.run.names)),
+    )
     pseudo = dict(zip(COLOURS, (classes, groups, FATE_STYLE)))[state.colour_by]
-    drawn = dict(truth=("truth", m.truth, classes), view=(f"labels of step {state.step}", m.view, classes), predicted=("prediction", m.predicted, classes),
-                 pseudo=(f"pseudo-labels, τ = {state.tau:.2f}", s.fate if state.colour_by == "fate" else s.pseudo, pseudo), flow=(f"flow of the {state.source}", s.flow, FLOW_STYLE))
-    if alien := set(panels) - set(SHIFT_PANELS): raise ValueError(f"panel {alien.pop()!r} is not known: expected some of {', '.join(SHIFT_PANELS)}")
+    drawn = dict(
+        truth=("truth", m.truth, classes),
+        view=(f"labels of step {state.step}", m.view, classes),
+        predicted=("prediction", m.predicted, classes),
+        pseudo=(f"pseudo-labels, τ = {state.tau:.2f}", s.fate if state.colour_by == "fate" else s.pseudo, pseudo),
+        flow=(f"flow of the {state.source}", s.flow, FLOW_STYLE),
+    )
+    if alien := set(panels) - set(SHIFT_PANELS):
+        raise ValueError(f"panel {alien.pop()!r} is not known: expected some of {', '.join(SHIFT_PANELS)}")
     faint = ~np.isin(s.flow, state.flow_filter) if state.flow_filter else None
     handles = []
     for ax, name in zip(np.ravel(fig.subplots(1, len(panels))), panels):
         if name == "weight":
-            show(ax, s.weight, "distillation weight" if annotate else "", cmap="cividis", vmin=0, vmax=1)
-            if annotate: fig.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=.8).ax.tick_params(labelsize=7)
+            show_picture(ax, s.weight, "distillation weight" if annotate else "", cmap="cividis", vmin=0, vmax=1)
+            if annotate:
+                fig.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=0.8).ax.tick_params(labelsize=7)
             continue
         title, labels, style = drawn[name]
         hidden = state.hidden if style.outline else []
-        show(ax, paint(m.photo, labels, style, state.alpha, hidden, faint), title if annotate else "")
+        show_picture(ax, paint(m.photo, labels, style, state.alpha, hidden, faint), title if annotate else "")
         handles += legend_handles(style, [labels], hidden)
     return handles
 
 # %% ../nbs/61_explore.ipynb #d046b271
-def opened(run:Run|Path|str)->Run:
+def opened(run: Run | Path | str) -> Run:
     "A run, given itself or by its folder."
     return run if isinstance(run, Run) else Run(run)
 
-def comparable(run:Run, other:Run, images:Sequence|None):
+
+def comparable(run: Run, other: Run, images: Sequence | None):
     "ValueError unless two runs can be explored side by side: the same classes in the same steps, and the same pictures."
     if (run.names, run.card["steps"]) != (other.names, other.card["steps"]):
-        raise ValueError(f"runs {run.folder.name} and {other.folder.name} learn other classes or in other steps: expected the same, so that a step means the same in both")
-    if images is None and [image.tobytes() for image, *_ in run.samples()] != [image.tobytes() for image, *_ in other.samples()]:
-        raise ValueError(f"runs {run.folder.name} and {other.folder.name} kept other pictures: expected images=[...] to explore both with")
+        raise ValueError(
+            f"runs {run.folder.name} and {other.folder.name} learn other classes or in other steps: expected the same, so that a step means the same in both"
+        )
+    if images is None and [image.tobytes() for image, *_ in run.samples()] != [
+        image.tobytes() for image, *_ in other.samples()
+    ]:
+        raise ValueError(
+            f"runs {run.folder.name} and {other.folder.name} kept other pictures: expected images=[...] to explore both with"
+        )
 
-def picture_states(kind:type, run:Run|Path|str, other:Run|Path|str|None, images:Sequence|None, chosen:dict)->list[PictureState]:
+
+def picture_states(
+    kind: type, run: Run | Path | str, other: Run | Path | str | None, images: Sequence | None, chosen: dict
+) -> list[PictureState]:
     "A state of `kind` for one run, or for two that can be compared."
     runs = [opened(r) for r in (run, other) if r is not None]
     settable = set(kind.class_trait_names()) - {"moment", "shift", "maps"}
-    if alien := set(chosen) - settable: raise ValueError(f"{alien.pop()!r} cannot be chosen: expected some of {', '.join(sorted(settable))}")
-    if len(runs) == 2: comparable(*runs, images)
+    if alien := set(chosen) - settable:
+        raise ValueError(f"{alien.pop()!r} cannot be chosen: expected some of {', '.join(sorted(settable))}")
+    if len(runs) == 2:
+        comparable(*runs, images)
     n_steps = min(r.n_steps for r in runs)
     first = kind(Pictures(runs[0], images, n_steps), **chosen)
-    return [first, *(kind(Pictures(r, images, n_steps), **chosen | dict(step=first.step, index=first.index)) for r in runs[1:])]
+    return [
+        first,
+        *(kind(Pictures(r, images, n_steps), **chosen | dict(step=first.step, index=first.index)) for r in runs[1:]),
+    ]
 
-def explore_pseudo_labels(run:Run|Path|str,              # or its folder
-                          other:Run|Path|str|None=None,  # a second run of the same classes and steps, side by side
-                          *, images:Sequence|None=None,  # files, PIL pictures, (H, W, 3) uint8 arrays, or pairs with a truth; None: the run's samples
-                          max_side:int=512,              # larger pictures are thinned out for display
-                          palette:np.ndarray|None=None,  # (C, 3) uint8 colours of the channels
-                          **chosen,                      # of `ShiftState`: step, tau, source, order, index, …
-                         )->ShiftExplorer:
+
+def explore_pseudo_labels(
+    run: Run | Path | str,  # or its folder
+    other: Run | Path | str | None = None,  # a second run of the same classes and steps, side by side
+    *,
+    images: Sequence
+    | None = None,  # files, PIL pictures, (H, W, 3) uint8 arrays, or pairs with a truth; None: the run's samples
+    max_side: int = 512,  # larger pictures are thinned out for display
+    palette: np.ndarray | None = None,  # (C, 3) uint8 colours of the channels
+    **chosen,  # of `ShiftState`: step, tau, source, order, index, …
+) -> ShiftExplorer:
     "Truth, what the step sees, pseudo-labels at any τ, the flow of the background shift and the distillation weights."
-    return ShiftExplorer(picture_states(ShiftState, run, other, images, dict(order="most forgotten") | chosen), max_side, palette)
+    return ShiftExplorer(
+        picture_states(ShiftState, run, other, images, dict(order="most forgotten") | chosen), max_side, palette
+    )
 
 # %% ../nbs/61_explore.ipynb #84e7a271
 KINDS = ("components", "channel")
 FITTED = 4  # pictures that the components are fitted on
 
+
 class FeatureMaps(NamedTuple):
     "Features of one picture for the eye; (h, w, 3) uint8 colours, or (h, w) numbers of one channel with a common range."
-    teacher:np.ndarray
-    student:np.ndarray
-    bounds:tuple[float, float]
-    distance:np.ndarray  # (h, w) mean squared difference
+
+    teacher: np.ndarray
+    student: np.ndarray
+    bounds: tuple[float, float]
+    distance: np.ndarray  # (h, w) mean squared difference
+
 
 class FeatureState(PictureState):
     "What is chosen in the feature explorer, and what follows from it."
+
     level = T.Enum(LEVELS, LEVELS[-1], help="where in the network")
     kind = T.Enum(KINDS, KINDS[0], help="three principal components as colours, or one channel")
     channel = T.Int(help="the one channel")
     maps = T.Instance(FeatureMaps, help="what follows; read only")
 
-    def __init__(self, pictures:Pictures, **chosen):
-        self.basis = lru_cache(len(LEVELS))(lambda level: pca_basis(np.concatenate([pictures.evidence(0, i).features[level].reshape(-1, pictures.evidence(0, i).features[level].shape[-1])
-                                                                                      for i in range(min(FITTED, len(pictures)))])))
+    def __init__(self, pictures: Pictures, **chosen):
+        self.basis = lru_cache(len(LEVELS))(
+            lambda level: pca_basis(
+                np.concatenate(
+                    [
+                        pictures.evidence(0, i)
+                        .features[level]
+                        .reshape(-1, pictures.evidence(0, i).features[level].shape[-1])
+                        for i in range(min(FITTED, len(pictures)))
+                    ]
+                )
+            )
+        )
         super().__init__(pictures, **chosen)
         self.project()
         self.observe(lambda _: self.project(), ["moment", "level", "kind", "channel"])
 
     @T.validate("channel")
-    def _channel(self, proposal): return checked("channel", proposal.value, 0, self.width - 1)
+    def _channel(self, proposal):
+        return checked("channel", proposal.value, 0, self.width - 1)
 
     @property
-    def features(self)->tuple[np.ndarray, np.ndarray]:
+    def features(self) -> tuple[np.ndarray, np.ndarray]:
         "(h, w, D) of teacher and student."
         return self.moment.teacher.features[self.level], self.moment.student.features[self.level]
 
     @property
-    def width(self)->int: return self.pictures.evidence(self.step, self.index).features[self.level].shape[-1]
+    def width(self) -> int:
+        return self.pictures.evidence(self.step, self.index).features[self.level].shape[-1]
 
     def project(self):
         "Colours and distance of the moment."
         self.channel = min(self.channel, self.width - 1)
         teacher, student = self.features
-        shown = [pca_rgb(f, self.basis(self.level)) if self.kind == KINDS[0] else f[..., self.channel] for f in (teacher, student)]
-        self.maps = FeatureMaps(*shown, (float(min(s.min() for s in shown)), float(max(s.max() for s in shown))), feature_distance(student, teacher))
+        shown = [
+            pca_rgb(f, self.basis(self.level)) if self.kind == KINDS[0] else f[..., self.channel]
+            for f in (teacher, student)
+        ]
+        self.maps = FeatureMaps(
+            *shown,
+            (float(min(s.min() for s in shown)), float(max(s.max() for s in shown))),
+            feature_distance(student, teacher),
+        )
 
     @property
-    def cosines(self)->tuple[np.ndarray, np.ndarray]:
+    def cosines(self) -> tuple[np.ndarray, np.ndarray]:
         "(h, w) cosines to the picked patch, within teacher and within student."
         row, column = (at // self.moment.teacher.stride for at in self.pick)
         return tuple(cosine_map(f, row, column) for f in self.features)
 
 # %% ../nbs/61_explore.ipynb #ba818cc5
-def central(cosines:Sequence[np.ndarray])->tuple[float, float]:
+def central(cosines: Sequence[np.ndarray]) -> tuple[float, float]:
     "Second to 98th percentile of all: -1 … 1 would be flat."
     return tuple(np.percentile(np.concatenate([c.ravel() for c in cosines]), (2, 98)).tolist())
 
-def feature_picture(state:FeatureState, max_side:int=512, palette:np.ndarray|None=None, wide:bool=False)->dict:
+
+def feature_picture(
+    state: FeatureState, max_side: int = 512, palette: np.ndarray | None = None, wide: bool = False
+) -> dict:
     "The feature explorer's part that changes with picture, step or level."
     basis = state.basis(state.level)
-    note = (f"Colours: the first three principal components of the base step's {state.level} features, {basis.explained:.0%} of their variance, fitted once on {min(FITTED, len(state.pictures))} "
-            "pictures; the same for every picture and step, sign fixed. Equal colours mean alike in these three components, no more.")
-    return picture_part(state, dict(truth=state.moment.truth), {"class": class_style(state.run.names, palette)}, note, max_side, wide=wide)
+    note = (
+        f"Colours: the first three principal components of the base step's {state.level} features, {basis.explained:.0%} of their variance, fitted once on {min(FITTED, len(state.pictures))} "
+        "pictures; the same for every picture and step, sign fixed. Equal colours mean alike in these three components, no more."
+    )
+    return picture_part(
+        state,
+        dict(truth=state.moment.truth),
+        {"class": class_style(state.run.names, palette)},
+        note,
+        max_side,
+        wide=wide,
+    )
 
-def feature_labels(state:FeatureState, max_side:int=512)->dict:
+
+def feature_labels(state: FeatureState, max_side: int = 512) -> dict:
     "The part that changes with what is shown."
     s, cell = state.maps, state.moment.teacher.stride / thinned(state.moment.view.shape, max_side)
     kind, what = ("rgb", "components") if state.kind == KINDS[0] else ("score", f"channel {state.channel}")
-    values = {name: f if kind == "rgb" else quantised(f, *s.bounds) for name, f in (("teacher", s.teacher), ("student", s.student))}
+    values = {
+        name: f if kind == "rgb" else quantised(f, *s.bounds)
+        for name, f in (("teacher", s.teacher), ("student", s.student))
+    }
     top = float(s.distance.max())
-    panels = [panel("truth", "truth", "the full truth, later classes included", "labels", style="class"),
-              *(panel(name, f"{name}, {what}", f"{state.level} features of the {age} model", kind, f"{name}, {what}", grid=s.distance, cell=cell, bounds=s.bounds)
-                for name, age in (("teacher", "old"), ("student", "new"))),
-              panel("distance", "how far the student moved", f"mean squared difference of the {state.level} features", "score", "moved", grid=s.distance, cell=cell, bounds=(0, top)),
-              *(panel(f"cosine_{name}", f"{name}: cosine to the pick", "how alike each patch is to the picked one", "score", f"cosine ({name})", grid=s.distance, cell=cell)
-                for name in ("teacher", "student"))]
+    panels = [
+        panel("truth", "truth", "the full truth, later classes included", "labels", style="class"),
+        *(
+            panel(
+                name,
+                f"{name}, {what}",
+                f"{state.level} features of the {age} model",
+                kind,
+                f"{name}, {what}",
+                grid=s.distance,
+                cell=cell,
+                bounds=s.bounds,
+            )
+            for name, age in (("teacher", "old"), ("student", "new"))
+        ),
+        panel(
+            "distance",
+            "how far the student moved",
+            f"mean squared difference of the {state.level} features",
+            "score",
+            "moved",
+            grid=s.distance,
+            cell=cell,
+            bounds=(0, top),
+        ),
+        *(
+            panel(
+                f"cosine_{name}",
+                f"{name}: cosine to the pick",
+                "how alike each patch is to the picked one",
+                "score",
+                f"cosine ({name})",
+                grid=s.distance,
+                cell=cell,
+            )
+            for name in ("teacher", "student")
+        ),
+    ]
     maps = {name: packed(v) for name, v in values.items()} | dict(distance=packed(quantised(s.distance, 0, top)))
-    return dict(of=stamp(state), panels=panels, maps=maps, tables=[], stamp=stamp(state, state.level, state.kind, str(state.channel)))
+    return dict(
+        of=stamp(state),
+        panels=panels,
+        maps=maps,
+        tables=[],
+        stamp=stamp(state, state.level, state.kind, str(state.channel)),
+    )
 
-def feature_point(state:FeatureState)->dict:
+
+def feature_point(state: FeatureState) -> dict:
     "The part that changes with the picked patch: its cosines to all others."
     m, cosines, bounds = state.moment, state.cosines, central(state.cosines)
     here = [c.mean() for c in cosines]
     names = class_style(state.run.names).names
     patch = tuple(at // m.teacher.stride for at in state.pick)
-    lines = [f"pixel {state.pick}, patch {patch}", f"truth: {names[int(m.truth[state.pick])]}", f"mean cosine to all patches: teacher {here[0]:.2f}, student {here[1]:.2f}",
-             f"the student moved by {state.maps.distance[patch]:.3g} here, {state.maps.distance.mean():.3g} on average"]
+    lines = [
+        f"pixel {state.pick}, patch {patch}",
+        f"truth: {names[int(m.truth[state.pick])]}",
+        f"mean cosine to all patches: teacher {here[0]:.2f}, student {here[1]:.2f}",
+        f"the student moved by {state.maps.distance[patch]:.3g} here, {state.maps.distance.mean():.3g} on average",
+    ]
     keys = ("cosine_teacher", "cosine_student")
-    return dict(lines=lines, maps={k: packed(quantised(c, *bounds)) for k, c in zip(keys, cosines)}, ranges={k: list(bounds) for k in keys})
+    return dict(
+        lines=lines,
+        maps={k: packed(quantised(c, *bounds)) for k, c in zip(keys, cosines)},
+        ranges={k: list(bounds) for k in keys},
+    )
 
 # %% ../nbs/61_explore.ipynb #64953ec5
 class FeatureExplorer(PictureExplorer):
     "Features of teacher and student; see `explore_features`."
+
     linked = (*PictureExplorer.linked, "level", "kind")
     redrawn = ("maps",)
     kind = "Features"
 
-    def depends(self, state:FeatureState)->tuple: return state.moment, state.level
+    def depends(self, state: FeatureState) -> tuple:
+        return state.moment, state.level
 
-    def picture(self, state:FeatureState)->dict: return feature_picture(state, self.max_side, self.palette, wide=len(self.states) > 1)
-    def labels(self, state:FeatureState)->dict: return feature_labels(state, self.max_side)
-    def point(self, state:FeatureState)->dict: return feature_point(state)
+    def picture(self, state: FeatureState) -> dict:
+        return feature_picture(state, self.max_side, self.palette, wide=len(self.states) > 1)
 
-    def controls(self)->list:
+    def labels(self, state: FeatureState) -> dict:
+        return feature_labels(state, self.max_side)
+
+    def point(self, state: FeatureState) -> dict:
+        return feature_point(state)
+
+    def controls(self) -> list:
         state = self.state
         level, kind = choice("level", state, "level", LEVELS), choice("show", state, "kind", KINDS)
-        channels = [control("BoundedIntText", "channel" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""), s, "channel", "150px", min=0, max=s.width - 1) for s in self.states]
-        for s, box in zip(self.states, channels): self.links.append(Watch(s, lambda _, s=s, box=box: setattr(box, "max", s.width - 1), ["level"]))
+        channels = [
+            control(
+                "BoundedIntText",
+                "channel" + (f" ({s.run.settings.method})" if len(self.states) > 1 else ""),
+                s,
+                "channel",
+                "150px",
+                min=0,
+                max=s.width - 1,
+            )
+            for s in self.states
+        ]
+        for s, box in zip(self.states, channels):
+            self.links.append(Watch(s, lambda _, s=s, box=box: setattr(box, "max", s.width - 1), ["level"]))
         alpha, step, order, *way = picture_controls(self)
         return [wrapped(level, kind, *channels), wrapped(*way, step, order, alpha)]
 
-    def to_figure(self)->Figure:
+    def to_figure(self) -> Figure:
         "The state as a matplotlib figure, a row a run."
         fig = Drawn(figsize=(11.5, 2.75 * len(self.states)), layout="constrained")
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             s, what = state.maps, "components" if state.kind == KINDS[0] else f"channel {state.channel}"
-            part.suptitle(f"{run_title(state.run)}, step {state.step}, picture {state.index}, {state.level} features", fontsize=9)
+            part.suptitle(
+                f"{run_title(state.run)}, step {state.step}, picture {state.index}, {state.level} features", fontsize=9
+            )
             bounds = central(state.cosines)
-            maps = {f"teacher, {what}": (s.teacher, s.bounds), f"student, {what}": (s.student, s.bounds), "squared difference": (s.distance, (0, s.distance.max())),
-                    "teacher: cosine to pick": (state.cosines[0], bounds), "student: cosine to pick": (state.cosines[1], bounds)}
+            maps = {
+                f"teacher, {what}": (s.teacher, s.bounds),
+                f"student, {what}": (s.student, s.bounds),
+                "squared difference": (s.distance, (0, s.distance.max())),
+                "teacher: cosine to pick": (state.cosines[0], bounds),
+                "student: cosine to pick": (state.cosines[1], bounds),
+            }
             draw_features(part, state, {k: v for k, (v, _) in maps.items()}, {k: b for k, (_, b) in maps.items()})
         return fig
 
-    def saved(self, state:FeatureState)->dict:
+    def saved(self, state: FeatureState) -> dict:
         "The parts, and the cosines of all patches to all others."
         h, w = state.maps.distance.shape
-        low, high = np.array([central([cosine_map(f, row, column) for f in state.features]) for row in range(h) for column in range(w)]).T
+        low, high = np.array(
+            [central([cosine_map(f, row, column) for f in state.features]) for row in range(h) for column in range(w)]
+        ).T
         rows = {}
         for key, f in zip(("cosine_teacher", "cosine_student"), state.features):
             values = np.stack([quantised(cosine_map(f, k // w, k % w), low[k], high[k]) for k in range(h * w)])
@@ -972,108 +1636,178 @@ class FeatureExplorer(PictureExplorer):
     def to_frame(self):
         "pandas table, a row for every picture, level and kind of patch: how far the student moved, and its mean cosine to the teacher."
         import pandas as pd
-        return pd.DataFrame([row for state in self.states for i in range(len(state.pictures)) for row in moved(state.pictures, state.step, i)])
+
+        return pd.DataFrame(
+            [
+                row
+                for state in self.states
+                for i in range(len(state.pictures))
+                for row in moved(state.pictures, state.step, i)
+            ]
+        )
 
 # %% ../nbs/61_explore.ipynb #02bdac74
-def draw_features(fig, state:FeatureState, maps:dict[str, np.ndarray], ranges:dict[str, tuple]):
+def draw_features(fig, state: FeatureState, maps: dict[str, np.ndarray], ranges: dict[str, tuple]):
     "Draw truth and feature maps into a (sub)figure, with the picked pixel."
     m = state.moment
     axes = fig.subplots(1, 1 + len(maps))
-    show(axes[0], paint(m.photo, m.truth, class_style(state.run.names), state.alpha, state.hidden), "truth and pick")
+    show_picture(
+        axes[0], paint(m.photo, m.truth, class_style(state.run.names), state.alpha, state.hidden), "truth and pick"
+    )
     axes[0].plot(state.pick[1], state.pick[0], "s", mfc="none", mec="w", ms=7, mew=1.5)
     show_maps(axes[1:], maps, ranges)
 
-def moved(pictures:Pictures, step:int, i:int)->list[dict]:
+
+def moved(pictures: Pictures, step: int, i: int) -> list[dict]:
     "Rows of one picture: distance and cosine between student and teacher at each level, over patches whose centre is background, old, new or not counted."
     m, n_old = pictures.at(step, i), pictures.run.protocol.n_channels(step - 1)
     h, w = m.teacher.patch_logits.shape[1:]
-    y, x = (np.minimum(np.arange(n) * m.teacher.stride + m.teacher.stride // 2, side - 1) for n, side in zip((h, w), m.view.shape))
+    y, x = (
+        np.minimum(np.arange(n) * m.teacher.stride + m.teacher.stride // 2, side - 1)
+        for n, side in zip((h, w), m.view.shape)
+    )
     centre = m.seen[np.ix_(y, x)]
     group = np.select([centre == 0, centre == VOID, centre < n_old], ["background", "not counted", "old"], "new")
     rows = []
     for level in LEVELS:
         teacher, student = m.teacher.features[level], m.student.features[level]
         distance = feature_distance(student, teacher)
-        cosine = (teacher * student).sum(-1) / np.maximum(np.linalg.norm(teacher, axis=-1) * np.linalg.norm(student, axis=-1), 1e-12)
-        rows += [dict(run=pictures.run.folder.name, picture=i, step=step, level=level, patches_of=g, patches=int((group == g).sum()),
-                      distance=float(distance[group == g].mean()), cosine=float(cosine[group == g].mean())) for g in np.unique(group).tolist()]
+        cosine = (teacher * student).sum(-1) / np.maximum(
+            np.linalg.norm(teacher, axis=-1) * np.linalg.norm(student, axis=-1), 1e-12
+        )
+        rows += [
+            dict(
+                run=pictures.run.folder.name,
+                picture=i,
+                step=step,
+                level=level,
+                patches_of=g,
+                patches=int((group == g).sum()),
+                distance=float(distance[group == g].mean()),
+                cosine=float(cosine[group == g].mean()),
+            )
+            for g in np.unique(group).tolist()
+        ]
     return rows
 
-def explore_features(run:Run|Path|str,              # or its folder
-                     other:Run|Path|str|None=None,  # a second run of the same classes and steps, side by side
-                     *, images:Sequence|None=None,  # as in `explore_pseudo_labels`
-                     max_side:int=512,
-                     palette:np.ndarray|None=None,
-                     **chosen,                      # of `FeatureState`: step, level, kind, channel, pick, index, order, …
-                    )->FeatureExplorer:
+
+def explore_features(
+    run: Run | Path | str,  # or its folder
+    other: Run | Path | str | None = None,  # a second run of the same classes and steps, side by side
+    *,
+    images: Sequence | None = None,  # as in `explore_pseudo_labels`
+    max_side: int = 512,
+    palette: np.ndarray | None = None,
+    **chosen,  # of `FeatureState`: step, level, kind, channel, pick, index, order, …
+) -> FeatureExplorer:
     "Features of old and new model at three levels: components as colours, single channels, cosines to a picked patch, and their distance."
-    return FeatureExplorer(picture_states(FeatureState, run, other, images, dict(order="most forgotten") | chosen), max_side, palette)
+    return FeatureExplorer(
+        picture_states(FeatureState, run, other, images, dict(order="most forgotten") | chosen), max_side, palette
+    )
 
 # %% ../nbs/61_explore.ipynb #7c0e0d57
 class TokenState(T.HasTraits):
     "What is chosen in the token explorer, and what follows from it."
+
     step = T.Int(help="step after which the tokens are looked at")
     cosine = T.Instance(np.ndarray, help="(C, C); read only")
-    change = T.Instance(np.ndarray, allow_none=True, help="(C_old, C_old) since the step before, None at step 0; read only")
+    change = T.Instance(
+        np.ndarray, allow_none=True, help="(C_old, C_old) since the step before, None at step 0; read only"
+    )
 
-    def __init__(self, run:Run, n_steps:int|None=None, step:int|None=None):
+    def __init__(self, run: Run, n_steps: int | None = None, step: int | None = None):
         super().__init__()
         self.run, self.n_steps = run, n_steps or run.n_steps
-        if not self.n_steps: raise ValueError(f"run {run.folder.name} has no complete step: expected at least the base step")
+        if not self.n_steps:
+            raise ValueError(f"run {run.folder.name} has no complete step: expected at least the base step")
         self.tokens = lru_cache(None)(lambda t: run.model(t).decoder.tokens().detach().numpy())
         self.step = self.n_steps - 1 if step is None else step
         self.compute()
         self.observe(lambda _: self.compute(), "step")
 
     @T.validate("step")
-    def _step(self, proposal): return checked("step", proposal.value, 0, self.n_steps - 1)
+    def _step(self, proposal):
+        return checked("step", proposal.value, 0, self.n_steps - 1)
 
     @property
-    def n_old(self)->int: return self.run.protocol.n_channels(self.step - 1) if self.step else self.run.protocol.n_channels(0)
+    def n_old(self) -> int:
+        return self.run.protocol.n_channels(self.step - 1) if self.step else self.run.protocol.n_channels(0)
 
     def compute(self):
         "Cosines after the step and their change."
         now = token_cosine(self.tokens(self.step))
         before = token_cosine(self.tokens(self.step - 1)) if self.step else None
-        self.change = None if before is None else now[:len(before), :len(before)] - before
+        self.change = None if before is None else now[: len(before), : len(before)] - before
         self.cosine = now
 
     @property
-    def objective(self)->float:
+    def objective(self) -> float:
         "What the orthogonal objective measures after the step, without its factor: mean absolute cosine of the new tokens to all others; NaN at step 0."
         n_new = len(self.cosine) - self.n_old
-        return orthogonality(torch.from_numpy(self.tokens(self.step)), n_new).item() * len(self.cosine) / n_new if n_new else float("nan")
+        return (
+            orthogonality(torch.from_numpy(self.tokens(self.step)), n_new).item() * len(self.cosine) / n_new
+            if n_new
+            else float("nan")
+        )
 
-def token_title(state:TokenState)->str:
+
+def token_title(state: TokenState) -> str:
     "What the matrix of cosines shows, and the mean |cos| that the orthogonal objective lowers."
     with_it = "with" if state.run.card["parts"]["orthogonality"] else "without"
     mean = "" if np.isnan(state.objective) else f": new tokens |cos| {state.objective:.3f}"
     return f"{state.run.folder.name} ({state.run.settings.method}, {with_it} orthogonality), step {state.step}{mean}"
 
 # %% ../nbs/61_explore.ipynb #b019d97c
-def token_chart(states:Sequence[TokenState], limit:float):
+def token_chart(states: Sequence[TokenState], limit: float):
     "plotly figure: a row a run, the cosines and their change since the step before."
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
+
     titles = [t for s in states for t in (token_title(s).replace("), ", ")<br>"), "change since the step before")]
-    fig = make_subplots(len(states), 2, subplot_titles=titles, horizontal_spacing=.26, vertical_spacing=.35 / len(states))
+    fig = make_subplots(
+        len(states), 2, subplot_titles=titles, horizontal_spacing=0.26, vertical_spacing=0.35 / len(states)
+    )
     for row, state in enumerate(states, 1):
         for column, values in ((1, state.cosine), (2, state.change)):
-            if values is None: continue
+            if values is None:
+                continue
             n = len(values)
-            fig.add_trace(go.Heatmap(z=values.round(4), x=state.run.names[:n], y=state.run.names[:n], coloraxis=f"coloraxis{column}",
-                                     hovertemplate="%{y} · %{x}: %{z:.3f}<extra></extra>"), row, column)
-            for edge in {.5, state.n_old - .5} - {n - .5}:
-                fig.add_hline(edge, line=dict(width=1, color="#808080"), row=row, col=column); fig.add_vline(edge, line=dict(width=1, color="#808080"), row=row, col=column)
-    fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False, tickangle=-90).update_annotations(font_size=11)
-    def colours(limit, x): return dict(cmin=-limit, cmax=limit, colorscale="RdBu_r", colorbar=dict(x=x, thickness=12))
-    return fig.update_layout(coloraxis1=colours(1, .38), coloraxis2=colours(limit, 1.01), height=430 * len(states), margin=dict(l=70, r=10, t=50, b=80),
-                             paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=11, color="#777777"))  # readable on light and dark
+            fig.add_trace(
+                go.Heatmap(
+                    z=values.round(4),
+                    x=state.run.names[:n],
+                    y=state.run.names[:n],
+                    coloraxis=f"coloraxis{column}",
+                    hovertemplate="%{y} · %{x}: %{z:.3f}<extra></extra>",
+                ),
+                row,
+                column,
+            )
+            for edge in {0.5, state.n_old - 0.5} - {n - 0.5}:
+                fig.add_hline(edge, line=dict(width=1, color="#808080"), row=row, col=column)
+                fig.add_vline(edge, line=dict(width=1, color="#808080"), row=row, col=column)
+    fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(
+        showgrid=False, tickangle=-90
+    ).update_annotations(font_size=11)
+
+    def colours(limit, x):
+        return dict(cmin=-limit, cmax=limit, colorscale="RdBu_r", colorbar=dict(x=x, thickness=12))
+
+    return fig.update_layout(
+        coloraxis1=colours(1, 0.38),
+        coloraxis2=colours(limit, 1.01),
+        height=430 * len(states),
+        margin=dict(l=70, r=10, t=50, b=80),
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font=dict(size=11, color="#777777"),
+    )  # readable on light and dark
 
 # %% ../nbs/61_explore.ipynb #91e967e9
 class TokenExplorer:
     "Cosines between class tokens; see `explore_class_tokens`."
-    def __init__(self, states:Sequence[TokenState]):
+
+    def __init__(self, states: Sequence[TokenState]):
         self.states, self.state, self._view = tuple(states), states[0], None
         self.links = [T.link((self.state, "step"), (other, "step")) for other in self.states[1:]]
 
@@ -1082,7 +1816,7 @@ class TokenExplorer:
         return token_chart(self.states, self.limit)
 
     @property
-    def limit(self)->float:
+    def limit(self) -> float:
         "Largest change of all runs: the end of its colours."
         return max((float(np.abs(s.change).max()) for s in self.states if s.change is not None), default=1)
 
@@ -1091,24 +1825,41 @@ class TokenExplorer:
         "The live view, an ipywidgets box; built when it is first asked for."
         if self._view is None:
             import ipywidgets as W
+
             out = W.Output()
-            def draw(_=None): out.outputs = (dict(output_type="display_data", data={"application/vnd.plotly.v1+json": json.loads(self.chart().to_json())}, metadata={}),)
+
+            def draw(_=None):
+                out.outputs = (
+                    dict(
+                        output_type="display_data",
+                        data={"application/vnd.plotly.v1+json": json.loads(self.chart().to_json())},
+                        metadata={},
+                    ),
+                )
+
             self.links.append(Watch(self.states[-1], draw, ["cosine"]))
             draw()
             self._view = W.VBox([choice("after step", self.state, "step", range(self.state.n_steps)), out])
         return self._view
 
-    def to_figure(self)->Figure:
+    def to_figure(self) -> Figure:
         "The state as a matplotlib figure: cosines and their change, a row a run."
         fig = Drawn(figsize=(8, 3.7 * len(self.states)), layout="constrained")
         for state, part in zip(self.states, np.ravel(fig.subfigures(len(self.states), 1))):
             part.suptitle(token_title(state), fontsize=9)
-            for ax, values, title, limit in zip(part.subplots(1, 2), (state.cosine, state.change), ("cosine", "change since the step before"), (1, self.limit)):
-                if values is None: ax.axis("off")
-                else: draw_matrix(ax, values, state.run.names, state.n_old, title, limit)
+            for ax, values, title, limit in zip(
+                part.subplots(1, 2),
+                (state.cosine, state.change),
+                ("cosine", "change since the step before"),
+                (1, self.limit),
+            ):
+                if values is None:
+                    ax.axis("off")
+                else:
+                    draw_matrix(ax, values, state.run.names, state.n_old, title, limit)
         return fig
 
-    def to_html(self, path:Path|str)->Path:
+    def to_html(self, path: Path | str) -> Path:
         "Write the chart as one file that needs no network; its path."
         self.chart().write_html(path, include_plotlyjs=True)
         return Path(path)
@@ -1116,35 +1867,63 @@ class TokenExplorer:
     def to_frame(self):
         "pandas table, a row for every pair of classes: cosine after the step, and its change."
         import pandas as pd
-        return pd.DataFrame([dict(run=s.run.folder.name, step=s.step, first=s.run.names[i], second=s.run.names[j], cosine=float(s.cosine[i, j]),
-                                  change=float(s.change[i, j]) if s.change is not None and max(i, j) < len(s.change) else float("nan"))
-                             for s in self.states for i in range(len(s.cosine)) for j in range(i)])
+
+        return pd.DataFrame(
+            [
+                dict(
+                    run=s.run.folder.name,
+                    step=s.step,
+                    first=s.run.names[i],
+                    second=s.run.names[j],
+                    cosine=float(s.cosine[i, j]),
+                    change=float(s.change[i, j])
+                    if s.change is not None and max(i, j) < len(s.change)
+                    else float("nan"),
+                )
+                for s in self.states
+                for i in range(len(s.cosine))
+                for j in range(i)
+            ]
+        )
 
     close, _repr_mimebundle_ = PictureExplorer.close, PictureExplorer._repr_mimebundle_
 
-    def __repr__(self): return f"TokenExplorer({', '.join(state.run.folder.name for state in self.states)}; step {self.state.step})"
+    def __repr__(self):
+        return f"TokenExplorer({', '.join(state.run.folder.name for state in self.states)}; step {self.state.step})"
 
-def explore_class_tokens(run:Run|Path|str, other:Run|Path|str|None=None, *, step:int|None=None)->TokenExplorer:
+
+def explore_class_tokens(
+    run: Run | Path | str, other: Run | Path | str | None = None, *, step: int | None = None
+) -> TokenExplorer:
     "Cosines between class tokens, grouped background / old / new, and how they changed; two runs one above the other."
     runs = [opened(r) for r in (run, other) if r is not None]
-    if len(runs) == 2: comparable(*runs, images=[])
+    if len(runs) == 2:
+        comparable(*runs, images=[])
     return TokenExplorer([TokenState(r, min(r.n_steps for r in runs), step) for r in runs])
 
 # %% ../nbs/61_explore.ipynb #d3490518
-def write_tour(run:Run, other:Run|None=None)->Path:
+def write_tour(run: Run, other: Run | None = None) -> Path:
     "Put the guided tour of a run, or of two, into its folder, unless it is there; its path. ValueError when what is there is no notebook: it may hold notes, so it stays."
     import nbformat
+
     path = run.folder.resolve() / ("explore.ipynb" if other is None else f"explore-{other.folder.name}.ipynb")
     if path.is_file():
-        try: nbformat.validate(read_json(path))
-        except Exception: raise ValueError(f"{path} cannot be read: expected a notebook; remove it, and the tour is written anew") from None  # nbformat stumbles in many ways
+        try:
+            nbformat.validate(read_json(path))
+        except Exception:
+            raise ValueError(
+                f"{path} cannot be read: expected a notebook; remove it, and the tour is written anew"
+            ) from None  # nbformat stumbles in many ways
         return path
     package = Path(str(files("mbs")))
     source = package / "tutorials" if (package / "tutorials").is_dir() else package.parent / "nbs" / "tutorials"
     notebook = nbformat.read(source / "explore.ipynb", 4)
     for cell in notebook.cells:
-        if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source = f'run_folder = {str(path.parent)!r}\nother_folder = {str(other.folder.resolve()) if other else ""!r}'
+            cell.source = (
+                f"run_folder = {str(path.parent)!r}\nother_folder = {str(other.folder.resolve()) if other else ''!r}"
+            )
     write_text(path, nbformat.writes(notebook))
     return path

@@ -19,44 +19,67 @@ METHODS = {
     "finetune": Parts(),
     "joint": Parts(),  # all classes in one step with all their labels, see the setting "joint" of `Protocol`: the upper bound
     "kd": Parts(pseudo_labels=True, feature_distillation="plain", output_distillation="plain"),
-    "mib": Parts(cross_entropy="unbiased", output_distillation="unbiased", output_weight=10, weight_transfer="balanced"),
-    "plop": Parts(pseudo_labels="entropy", adaptive_factor=True, feature_distillation="local-pod", feature_weight=.01, weight_transfer="balanced"),
-    "mbs": Parts(pseudo_labels=True, ignore_uncertain=True, feature_distillation="adaptive", output_distillation="label-guided",
-                 orthogonality=True, weight_transfer=True),
+    "mib": Parts(
+        cross_entropy="unbiased", output_distillation="unbiased", output_weight=10, weight_transfer="balanced"
+    ),
+    "plop": Parts(
+        pseudo_labels="entropy",
+        adaptive_factor=True,
+        feature_distillation="local-pod",
+        feature_weight=0.01,
+        weight_transfer="balanced",
+    ),
+    "mbs": Parts(
+        pseudo_labels=True,
+        ignore_uncertain=True,
+        feature_distillation="adaptive",
+        output_distillation="label-guided",
+        orthogonality=True,
+        weight_transfer=True,
+    ),
 }
 ADE_OUTPUT_WEIGHT = dict(kd=50, mbs=50, mib=100)  # λ of the output distillation where ADE20K has its own
 
 # %% ../nbs/35_methods.ipynb #78ce1abf
 class Method:
     "A named choice of `Parts`: prepares a step, grows the student and gives the loss of a batch."
-    def __init__(self,
-                 name:str="mbs",        # one of `METHODS`
-                 dataset:str|int="voc", # "ade" has weights of its own
-                 /,
-                 **parts,               # parts to switch differently, e.g. orthogonality=False
-                ):
-        if name not in METHODS: raise ValueError(f"method {name!r} is not known: expected one of {', '.join(METHODS)}")
+
+    def __init__(
+        self,
+        name: str = "mbs",  # one of `METHODS`
+        dataset: str | int = "voc",  # "ade" has weights of its own
+        /,
+        **parts,  # parts to switch differently, e.g. orthogonality=False
+    ):
+        if name not in METHODS:
+            raise ValueError(f"method {name!r} is not known: expected one of {', '.join(METHODS)}")
         own = dict(output_weight=ADE_OUTPUT_WEIGHT[name]) if dataset == "ade" and name in ADE_OUTPUT_WEIGHT else {}
         self.name, self.parts = name, Parts.checked(**METHODS[name].model_dump() | own | parts)
         self.found: dict[str, list] = {}  # what `prepare` found; kept with the step, in its metrics.json
 
     @property
-    def needs_teacher(self)->bool: return self.parts.needs_teacher
+    def needs_teacher(self) -> bool:
+        return self.parts.needs_teacher
 
-    def prepare(self,
-                teacher:Segmenter,                           # frozen
-                batches:Iterable[tuple[Tensor, Tensor]],     # all pictures of the step and their labels, once; read only if needed
-               ):
+    def prepare(
+        self,
+        teacher: Segmenter,  # frozen
+        batches: Iterable[
+            tuple[Tensor, Tensor]
+        ],  # all pictures of the step and their labels, once; read only if needed
+    ):
         "Before a step with a teacher: what the loss needs to know about the whole step. Thresholds of entropy pseudo-labels; else nothing."
         if self.parts.pseudo_labels == "entropy":
             pairs = ((target, teacher(images).logits) for images, target in batches)
             self.found = dict(thresholds=entropy_thresholds(pairs, teacher.n_channels).tolist())
 
-    def grow(self, student:Segmenter, n_new:int)->Segmenter:
+    def grow(self, student: Segmenter, n_new: int) -> Segmenter:
         "Add the step's classes to `student`."
         return student.grow(n_new, bool(self.parts.weight_transfer), self.parts.weight_transfer == "balanced")
 
-    def loss(self, student:SegmenterOutput, teacher:SegmenterOutput|None, target:Tensor, n_new:int)->dict[str, Tensor]:
+    def loss(
+        self, student: SegmenterOutput, teacher: SegmenterOutput | None, target: Tensor, n_new: int
+    ) -> dict[str, Tensor]:
         "Terms of a batch and their sum under 'loss'; `target` (B, H, W) holds the step's labels as channels."
         return step_loss(student, teacher, target, self.parts, n_new, self.found.get("thresholds"))
 
@@ -66,11 +89,13 @@ ABLATIONS = {
     "ce+output": dict(method="finetune", parts=dict(output_distillation="label-guided")),
     "ce+features": dict(method="finetune", parts=dict(feature_distillation="adaptive")),
     "ce+both": dict(method="finetune", parts=dict(output_distillation="label-guided", feature_distillation="adaptive")),
-    "ce+both+transfer": dict(method="mbs", parts=dict(pseudo_labels=False, ignore_uncertain=False, orthogonality=False)),
+    "ce+both+transfer": dict(
+        method="mbs", parts=dict(pseudo_labels=False, ignore_uncertain=False, orthogonality=False)
+    ),
     "ce+both+transfer+pseudo": dict(method="mbs", parts=dict(orthogonality=False)),
-    "mbs": dict(method="mbs", parts={}),                                    # + orthogonality
-    "mbs-relabel": dict(method="mbs", parts=dict(pseudo_labels=False)),     # only the ignore rule
-    "mbs-ignore": dict(method="mbs", parts=dict(ignore_uncertain=False)),   # only the threshold rule
+    "mbs": dict(method="mbs", parts={}),  # + orthogonality
+    "mbs-relabel": dict(method="mbs", parts=dict(pseudo_labels=False)),  # only the ignore rule
+    "mbs-ignore": dict(method="mbs", parts=dict(ignore_uncertain=False)),  # only the threshold rule
     "mbs-pseudo": dict(method="mbs", parts=dict(pseudo_labels=False, ignore_uncertain=False)),
     "mbs-features": dict(method="mbs", parts=dict(feature_distillation="none")),
     "mbs-adaptive": dict(method="mbs", parts=dict(feature_distillation="plain")),

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../nbs/33_orthogonality.ipynb #ddb331f2
-def orthogonality(class_tokens:Tensor, # (C, D) in channel order, new classes last
-                  n_new:int,           # |C_t|
-                 )->Tensor:            # scalar, 0..|C_t| / C
+def orthogonality(
+    class_tokens: Tensor,  # (C, D) in channel order, new classes last
+    n_new: int,  # |C_t|
+) -> Tensor:  # scalar, 0..|C_t| / C
     "Mean absolute cosine between each new token and every other one, times the share of new classes; ValueError if no class is new."
     n = len(class_tokens)
-    if not 0 < n_new < n: raise ValueError(f"{n_new} new classes among {n} channels cannot be made orthogonal: expected 1 to {n - 1}")
+    if not 0 < n_new < n:
+        raise ValueError(f"{n_new} new classes among {n} channels cannot be made orthogonal: expected 1 to {n - 1}")
     e = F.normalize(class_tokens, dim=1)
-    cosine = (e[-n_new:] @ e.detach().T).abs()                                            # (n_new, C)
+    cosine = (e[-n_new:] @ e.detach().T).abs()  # (n_new, C)
     itself = torch.eye(n, dtype=torch.bool, device=e.device)[-n_new:]
     return cosine.masked_fill(itself, 0).sum() / (n_new * (n - 1)) * (n_new / n)

@@ -14,48 +14,55 @@ from torch.nn import functional as F
 from .protocol import VOID
 
 # %% ../nbs/32_output_distillation.ipynb #2b0c6d2c
-def output_distillation(logits:Tensor,         # (B, C, H, W) of the student
-                        teacher_logits:Tensor, # (B, C_old, H, W)
-                       )->Tensor:              # scalar
+def output_distillation(
+    logits: Tensor,  # (B, C, H, W) of the student
+    teacher_logits: Tensor,  # (B, C_old, H, W)
+) -> Tensor:  # scalar
     "Plain distillation: cross-entropy between teacher and student over the old channels, divided by their number, mean over pixels."
     n_old = teacher_logits.shape[1]
     return -(teacher_logits.softmax(1) * logits[:, :n_old].log_softmax(1)).mean(1).mean()
 
 # %% ../nbs/32_output_distillation.ipynb #ea637085
 @torch.no_grad()
-def label_guided_targets(teacher_logits:Tensor, # (B, C_old, H, W)
-                         target:Tensor,         # (B, H, W) ground truth of the step: new channels, 0, 255
-                         n_channels:int,        # N_t channels of the student
-                        )->Tensor:              # (B, N_t, H, W) probabilities
+def label_guided_targets(
+    teacher_logits: Tensor,  # (B, C_old, H, W)
+    target: Tensor,  # (B, H, W) ground truth of the step: new channels, 0, 255
+    n_channels: int,  # N_t channels of the student
+) -> Tensor:  # (B, N_t, H, W) probabilities
     "Teacher probabilities over all channels, the background's share moved to the new class where the ground truth names one."
     n_old = teacher_logits.shape[1]
     r = F.pad(teacher_logits.softmax(1), (0, 0, 0, 0, 0, n_channels - n_old))
-    new = ((target >= n_old) & (target != VOID))[:, None]                                 # (B, 1, H, W)
+    new = ((target >= n_old) & (target != VOID))[:, None]  # (B, 1, H, W)
     background = r[:, :1]
     channel = torch.where(new, target[:, None].long(), 0)
-    return r.scatter(1, channel, background).masked_fill(new & (torch.arange(n_channels, device=r.device) == 0).view(1, -1, 1, 1), 0)
+    return r.scatter(1, channel, background).masked_fill(
+        new & (torch.arange(n_channels, device=r.device) == 0).view(1, -1, 1, 1), 0
+    )
 
 # %% ../nbs/32_output_distillation.ipynb #2f9fbb5c
-def label_guided_distillation(logits:Tensor,         # (B, C, H, W) of the student
-                              teacher_logits:Tensor, # (B, C_old, H, W)
-                              target:Tensor,         # (B, H, W) ground truth of the step, not pseudo-labels
-                             )->Tensor:              # scalar
+def label_guided_distillation(
+    logits: Tensor,  # (B, C, H, W) of the student
+    teacher_logits: Tensor,  # (B, C_old, H, W)
+    target: Tensor,  # (B, H, W) ground truth of the step, not pseudo-labels
+) -> Tensor:  # scalar
     "Cross-entropy between label-guided teacher targets and the student, divided by the number of channels, mean over pixels."
     return -(label_guided_targets(teacher_logits, target, logits.shape[1]) * logits.log_softmax(1)).mean(1).mean()
 
 # %% ../nbs/32_output_distillation.ipynb #157d578c
-def joined_background(logits:Tensor,   # (B, C, H, W)
-                      channels:slice,  # whose probability is added to the background's
-                     )->Tensor:        # (B, C, H, W) log-probabilities, at least float32
+def joined_background(
+    logits: Tensor,  # (B, C, H, W)
+    channels: slice,  # whose probability is added to the background's
+) -> Tensor:  # (B, C, H, W) log-probabilities, at least float32
     "Log-softmax in which channel 0 is the background together with `channels`; all other channels stay as they are."
     log_p = logits.log_softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     background = torch.cat([log_p[:, :1], log_p[:, channels]], 1).logsumexp(1, keepdim=True)
     return torch.cat([background, log_p[:, 1:]], 1)
 
 # %% ../nbs/32_output_distillation.ipynb #0d28c1c5
-def unbiased_distillation(logits:Tensor,         # (B, C, H, W) of the student
-                          teacher_logits:Tensor, # (B, C_old, H, W)
-                         )->Tensor:              # scalar
+def unbiased_distillation(
+    logits: Tensor,  # (B, C, H, W) of the student
+    teacher_logits: Tensor,  # (B, C_old, H, W)
+) -> Tensor:  # scalar
     "Cross-entropy between the teacher and the student's old channels, the new ones joined to its background, divided by the number of old channels, mean over pixels."
     n_old = teacher_logits.shape[1]
     log_p = joined_background(logits, slice(n_old, None))[:, :n_old]

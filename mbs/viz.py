@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['GREY', 'BLUE', 'SKY', 'ORANGE', 'VERMILLION', 'GREEN', 'PURPLE', 'FATES', 'SHIFT_COLOURS', 'AGREE', 'UNCOUNTED',
-           'GROUPS', 'METHOD_COLOURS', 'MARKERS', 'class_colours', 'label_colours', 'rgb', 'hatched', 'outlined',
-           'overlay', 'show', 'class_legend', 'grid', 'show_step_view', 'pixel_fate', 'fate_shares',
-           'show_pseudo_labels', 'shift_flow', 'show_shift', 'show_background_shift', 'ribbon', 'flow_panel',
-           'show_shift_flow', 'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting', 'show_reliability',
-           'draw_matrix', 'token_cosines', 'draw_curve', 'method_legend', 'show_curves', 'compare_methods', 'show_maps',
-           'show_features', 'show_probabilities']
+           'METHOD_COLOURS', 'class_colours', 'label_colours', 'to_rgb_bytes', 'hatch_void', 'find_outlines', 'overlay',
+           'show_picture', 'draw_class_legend', 'make_grid', 'show_step_view', 'classify_fate', 'measure_fates',
+           'show_pseudo_labels', 'classify_shift', 'show_shift', 'show_background_shift', 'show_shift_flow',
+           'show_protocol', 'show_losses', 'show_iou_matrix', 'show_forgetting', 'show_reliability', 'draw_matrix',
+           'show_token_cosines', 'show_curves', 'compare_methods', 'show_maps', 'show_features', 'show_probabilities']
 
 # %% ../nbs/60_viz.ipynb #e5a9b869
 from collections.abc import Sequence
@@ -24,92 +23,132 @@ from matplotlib.patches import Patch
 from .protocol import VOID
 
 # %% ../nbs/60_viz.ipynb #d1e12b76
-def class_colours(n:int)->np.ndarray:
+def class_colours(n: int) -> np.ndarray:
     "(n, 3) uint8: VOC's colour map by its bit rule, background black."
     ids, colours = np.arange(n), np.zeros((n, 3), np.uint8)
     for bit in range(8):
-        for channel in range(3): colours[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+        for channel in range(3):
+            colours[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
     return colours
 
-def label_colours(n:int)->np.ndarray:
-    "(n, 3) uint8: the VOC colours lifted from the dark, so that they stand out on a dimmed photo."
-    return (64 + .75 * class_colours(n)).astype(np.uint8)
 
-def rgb(colours:Sequence[str])->np.ndarray:
+def label_colours(n: int) -> np.ndarray:
+    "(n, 3) uint8: the VOC colours lifted from the dark, so that they stand out on a dimmed photo."
+    return (64 + 0.75 * class_colours(n)).astype(np.uint8)
+
+
+def to_rgb_bytes(colours: Sequence[str]) -> np.ndarray:
     "(n, 3) uint8 of matplotlib colours."
     return np.round(255 * np.array([to_rgb(c) for c in colours])).astype(np.uint8)
 
-GREY, BLUE, SKY, ORANGE, VERMILLION, GREEN, PURPLE = "#BBBBBB", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7"
+
+GREY, BLUE, SKY, ORANGE, VERMILLION, GREEN, PURPLE = (
+    "#BBBBBB",
+    "#0072B2",
+    "#56B4E9",
+    "#E69F00",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+)
 
 # %% ../nbs/60_viz.ipynb #35467806
-def hatched(labels:np.ndarray)->np.ndarray:
+def hatch_void(labels: np.ndarray) -> np.ndarray:
     "(H, W) bool: diagonal lines over void pixels, a few pixels apart whatever the size."
     y, x = np.indices(labels.shape)
     period = max(4, min(labels.shape) // 24)
     return (labels == VOID) & ((x + y) % period < max(1, period // 4))
 
-def outlined(labels:np.ndarray)->np.ndarray:
+
+def find_outlines(labels: np.ndarray) -> np.ndarray:
     "(H, W) bool: pixels whose right or lower neighbour has another label."
     edge = np.zeros(labels.shape, bool)
     edge[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     edge[:-1] |= labels[1:] != labels[:-1]
     return edge
 
-def overlay(image:np.ndarray,    # (H, W, 3) uint8
-            labels:np.ndarray,   # (H, W) uint8 channels
-            alpha:float=.6,      # opacity of the colours
-           )->np.ndarray:        # (H, W, 3) uint8
+
+def overlay(
+    image: np.ndarray,  # (H, W, 3) uint8
+    labels: np.ndarray,  # (H, W) uint8 channels
+    alpha: float = 0.6,  # opacity of the colours
+) -> np.ndarray:  # (H, W, 3) uint8
     "Photo under the colours of its labels."
     photo, colours = image.astype(float), label_colours(256)[labels]
-    mixed = np.where((labels == 0)[..., None], .45 * photo, (1 - alpha) * photo + alpha * colours)
-    mixed[labels == VOID] = (.5 * photo + 90)[labels == VOID]
-    mixed[hatched(labels)] = 250
-    mixed[outlined(labels)] = 255
+    mixed = np.where((labels == 0)[..., None], 0.45 * photo, (1 - alpha) * photo + alpha * colours)
+    mixed[labels == VOID] = (0.5 * photo + 90)[labels == VOID]
+    mixed[hatch_void(labels)] = 250
+    mixed[find_outlines(labels)] = 255
     return mixed.clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/60_viz.ipynb #70519240
-def show(ax, picture:np.ndarray, title:str="", **kwargs):
+def show_picture(ax, picture: np.ndarray, title: str = "", **kwargs):
     "A picture without axes."
     ax.imshow(picture, interpolation="nearest", **kwargs)
-    ax.set_xticks([]); ax.set_yticks([])
-    for spine in ax.spines.values(): spine.set_visible(False)
-    if title: ax.set_title(title, fontsize=8)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    if title:
+        ax.set_title(title, fontsize=8)
 
-def class_legend(fig:Figure, maps:Sequence[np.ndarray], names:Sequence[str], more:Sequence[Patch]=()):
+
+def draw_class_legend(fig: Figure, maps: Sequence[np.ndarray], names: Sequence[str], more: Sequence[Patch] = ()):
     "Legend below the figure: the classes that `maps` hold, void, and whatever `more` there is."
     present = sorted(set(np.concatenate([np.unique(m) for m in maps]).tolist()) - {0})
     colours = label_colours(256) / 255
     handles = [Patch(color=colours[c], label=names[c]) for c in present if c != VOID]
     handles += [Patch(facecolor="#DDDDDD", edgecolor="white", hatch="////", label="ignored / void")] * (VOID in present)
     handles += more
-    if handles: fig.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), fontsize=8, frameon=False, handlelength=1.2)
+    if handles:
+        fig.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(7, len(handles)),
+            fontsize=8,
+            frameon=False,
+            handlelength=1.2,
+        )
 
-def grid(rows:int, columns:int, width:float=1.5, height:float|None=None)->tuple[Figure, np.ndarray]:
+
+def make_grid(rows: int, columns: int, width: float = 1.5, height: float | None = None) -> tuple[Figure, np.ndarray]:
     "A figure of rows × columns pictures, closed so that a notebook shows it once, and its axes (rows, columns)."
-    fig, axes = plt.subplots(rows, columns, figsize=(max(2, width * columns), (height or width) * rows + .35), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(max(2, width * columns), (height or width) * rows + 0.35),
+        layout="constrained",
+        squeeze=False,
+    )
     plt.close(fig)
     return fig, axes
 
 # %% ../nbs/60_viz.ipynb #cf1d9361
-def show_step_view(images:Sequence[np.ndarray], # (H, W, 3) photos
-                   truths:Sequence[np.ndarray], # (H, W) full truth
-                   views:Sequence[np.ndarray],  # (H, W) labels of the step
-                   names:Sequence[str],         # of all channels
-                  )->Figure:
+def show_step_view(
+    images: Sequence[np.ndarray],  # (H, W, 3) photos
+    truths: Sequence[np.ndarray],  # (H, W) full truth
+    views: Sequence[np.ndarray],  # (H, W) labels of the step
+    names: Sequence[str],  # of all channels
+) -> Figure:
     "Photo, full truth and what the step's labels show, a picture a column."
-    fig, axes = grid(3, len(images))
+    fig, axes = make_grid(3, len(images))
     for column, image, truth, view in zip(axes.T, images, truths, views):
-        show(column[0], image); show(column[1], overlay(image, truth)); show(column[2], overlay(image, view))
-    for ax, title in zip(axes[:, 0], ("photo", "truth", "step's labels")): ax.set_ylabel(title, fontsize=8)
-    class_legend(fig, [*truths, *views], names)
+        show_picture(column[0], image)
+        show_picture(column[1], overlay(image, truth))
+        show_picture(column[2], overlay(image, view))
+    for ax, title in zip(axes[:, 0], ("photo", "truth", "step's labels")):
+        ax.set_ylabel(title, fontsize=8)
+    draw_class_legend(fig, [*truths, *views], names)
     return fig
 
 # %% ../nbs/60_viz.ipynb #c8f4a9ba
 FATES = {"new label": GREEN, "kept background": GREY, "relabelled": BLUE, "ignored": VERMILLION}
 
-def pixel_fate(view:np.ndarray,    # (H, W) labels of the step
-               pseudo:np.ndarray,  # (H, W) labels after pseudo-labelling
-              )->np.ndarray:       # (H, W) uint8 position in `FATES`; void of the step counts as ignored
+
+def classify_fate(
+    view: np.ndarray,  # (H, W) labels of the step
+    pseudo: np.ndarray,  # (H, W) labels after pseudo-labelling
+) -> np.ndarray:  # (H, W) uint8 position in `FATES`; void of the step counts as ignored
     "What pseudo-labelling did to each pixel."
     fate = np.full(view.shape, 1, np.uint8)
     fate[(view > 0) & (view != VOID)] = 0
@@ -117,297 +156,436 @@ def pixel_fate(view:np.ndarray,    # (H, W) labels of the step
     fate[pseudo == VOID] = 3
     return fate
 
-def fate_shares(view:np.ndarray, pseudo:np.ndarray)->dict[str, float]:
+
+def measure_fates(view: np.ndarray, pseudo: np.ndarray) -> dict[str, float]:
     "Share of the pixels with each fate, 0..1."
-    counts = np.bincount(pixel_fate(view, pseudo).ravel(), minlength=len(FATES))
+    counts = np.bincount(classify_fate(view, pseudo).ravel(), minlength=len(FATES))
     return dict(zip(FATES, (counts / counts.sum()).tolist()))
 
 # %% ../nbs/60_viz.ipynb #e7143d2a
-def show_pseudo_labels(images:Sequence[np.ndarray], truths:Sequence[np.ndarray], views:Sequence[np.ndarray],
-                       pseudos:Sequence[np.ndarray], names:Sequence[str], titles:Sequence[str]=())->Figure:
+def show_pseudo_labels(
+    images: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    views: Sequence[np.ndarray],
+    pseudos: Sequence[np.ndarray],
+    names: Sequence[str],
+    titles: Sequence[str] = (),
+) -> Figure:
     "Photo, hidden truth, step's labels, pseudo-labels and the fate of each pixel with its shares; a picture a row."
-    fig, axes = grid(len(images), 5)
-    palette = rgb(FATES.values())
+    fig, axes = make_grid(len(images), 5)
+    palette = to_rgb_bytes(FATES.values())
     for k, (row, image, truth, view, pseudo) in enumerate(zip(axes, images, truths, views, pseudos)):
-        show(row[0], image); show(row[1], overlay(image, truth)); show(row[2], overlay(image, view)); show(row[3], overlay(image, pseudo))
-        show(row[4], palette[pixel_fate(view, pseudo)])
-        row[4].set_xlabel("  ".join(f"{share:.0%}" for share in fate_shares(view, pseudo).values()), fontsize=8)
-        if titles: row[0].set_ylabel(titles[k], fontsize=8)
-    for ax, title in zip(axes[0], ("photo", "hidden truth", "step's labels", "pseudo-labels", "fate")): ax.set_title(title, fontsize=9)
-    class_legend(fig, [*truths, *pseudos], names, [Patch(color=c, label=f"fate: {f}") for f, c in FATES.items()])
+        show_picture(row[0], image)
+        show_picture(row[1], overlay(image, truth))
+        show_picture(row[2], overlay(image, view))
+        show_picture(row[3], overlay(image, pseudo))
+        show_picture(row[4], palette[classify_fate(view, pseudo)])
+        row[4].set_xlabel("  ".join(f"{share:.0%}" for share in measure_fates(view, pseudo).values()), fontsize=8)
+        if titles:
+            row[0].set_ylabel(titles[k], fontsize=8)
+    for ax, title in zip(axes[0], ("photo", "hidden truth", "step's labels", "pseudo-labels", "fate")):
+        ax.set_title(title, fontsize=9)
+    draw_class_legend(fig, [*truths, *pseudos], names, [Patch(color=c, label=f"fate: {f}") for f, c in FATES.items()])
     return fig
 
 # %% ../nbs/60_viz.ipynb #3f077ea5
-SHIFT_COLOURS = {"old->background": VERMILLION, "new->background": ORANGE, "background->new": BLUE, "background->old": SKY,
-                 "old->new": PURPLE, "class->class": GREEN}
-AGREE, UNCOUNTED = len(SHIFT_COLOURS), len(SHIFT_COLOURS) + 1 # codes of pixels that are right, and of void
+SHIFT_COLOURS = {
+    "old->background": VERMILLION,
+    "new->background": ORANGE,
+    "background->new": BLUE,
+    "background->old": SKY,
+    "old->new": PURPLE,
+    "class->class": GREEN,
+}
+AGREE, UNCOUNTED = len(SHIFT_COLOURS), len(SHIFT_COLOURS) + 1  # codes of pixels that are right, and of void
 
-def shift_flow(truth:np.ndarray,     # (H, W) channels seen so far; 255 void or future
-               predicted:np.ndarray, # (H, W) channels
-               n_old:int,            # old channels, background included
-              )->np.ndarray:         # (H, W) uint8: position in SHIFT_COLOURS, AGREE or UNCOUNTED
+
+def classify_shift(
+    truth: np.ndarray,  # (H, W) channels seen so far; 255 void or future
+    predicted: np.ndarray,  # (H, W) channels
+    n_old: int,  # old channels, background included
+) -> np.ndarray:  # (H, W) uint8: position in SHIFT_COLOURS, AGREE or UNCOUNTED
     "In which direction each wrong pixel moved."
     old, new = (truth > 0) & (truth < n_old), (truth >= n_old) & (truth != VOID)
     to_old, to_new = (predicted > 0) & (predicted < n_old), predicted >= n_old
     flow = np.full(truth.shape, 5, np.uint8)
-    for code, where in enumerate((old & (predicted == 0), new & (predicted == 0), (truth == 0) & to_new, (truth == 0) & to_old, old & to_new)):
+    for code, where in enumerate(
+        (old & (predicted == 0), new & (predicted == 0), (truth == 0) & to_new, (truth == 0) & to_old, old & to_new)
+    ):
         flow[where] = code
     flow[truth == predicted], flow[truth == VOID] = AGREE, UNCOUNTED
     return flow
 
 # %% ../nbs/60_viz.ipynb #85d1b3f1
-def show_shift(image:np.ndarray, truth:np.ndarray, predicted:np.ndarray, n_old:int, names:Sequence[str])->Figure:
+def show_shift(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, n_old: int, names: Sequence[str]) -> Figure:
     "Photo, truth, prediction and the direction of every mistake with its share of the picture."
-    fig, axes = grid(1, 4, 1.9)
-    flow = shift_flow(truth, predicted, n_old)
-    palette = rgb([*SHIFT_COLOURS.values(), "#EEEEEE", "#FFFFFF"])
+    fig, axes = make_grid(1, 4, 1.9)
+    flow = classify_shift(truth, predicted, n_old)
+    palette = to_rgb_bytes([*SHIFT_COLOURS.values(), "#EEEEEE", "#FFFFFF"])
     pictures = (image, overlay(image, truth), overlay(image, predicted), palette[flow])
-    for ax, picture, title in zip(axes[0], pictures, ("photo", "truth", "prediction", "shift")): show(ax, picture, title)
+    for ax, picture, title in zip(axes[0], pictures, ("photo", "truth", "prediction", "shift")):
+        show_picture(ax, picture, title)
     present = [(k, c) for i, (k, c) in enumerate(SHIFT_COLOURS.items()) if (flow == i).any()]
     shares = {k: (flow == list(SHIFT_COLOURS).index(k)).mean() for k, _ in present}
-    if present: fig.legend(handles=[Patch(color=c, label=f"{k.replace('->', ' → ')} {shares[k]:.0%}") for k, c in present], loc="outside right center", fontsize=8, frameon=False)
-    class_legend(fig, [truth, predicted], names)
+    if present:
+        fig.legend(
+            handles=[Patch(color=c, label=f"{k.replace('->', ' → ')} {shares[k]:.0%}") for k, c in present],
+            loc="outside right center",
+            fontsize=8,
+            frameon=False,
+        )
+    draw_class_legend(fig, [truth, predicted], names)
     return fig
 
 # %% ../nbs/60_viz.ipynb #197f4c70
-def show_background_shift(rates:Sequence[dict[str, float]])->Figure:
+def show_background_shift(rates: Sequence[dict[str, float]]) -> Figure:
     "Bars of the background-shift rates after each step; `rates` as from `mbs.metrics.background_shift`."
-    fig, ((ax,),) = grid(1, 1, 7, 2.3)
-    width = .8 / len(SHIFT_COLOURS)
+    fig, ((ax,),) = make_grid(1, 1, 7, 2.3)
+    width = 0.8 / len(SHIFT_COLOURS)
     for k, (kind, colour) in enumerate((kind, c) for kind, c in SHIFT_COLOURS.items() if kind in rates[0]):
-        ax.bar(np.arange(len(rates)) + width * (k - 2), [r[kind] for r in rates], width, color=colour, label=kind.replace("->", " → "))
-    ax.set_xticks(range(len(rates)), [f"step {t}" for t in range(len(rates))]); ax.set_ylim(0, 1)
-    ax.set_ylabel("share of the true class", fontsize=8); ax.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(.5, 1), frameon=False)
+        ax.bar(
+            np.arange(len(rates)) + width * (k - 2),
+            [r[kind] for r in rates],
+            width,
+            color=colour,
+            label=kind.replace("->", " → "),
+        )
+    ax.set_xticks(range(len(rates)), [f"step {t}" for t in range(len(rates))])
+    ax.set_ylim(0, 1)
+    ax.set_ylabel("share of the true class", fontsize=8)
+    ax.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return fig
 
 # %% ../nbs/60_viz.ipynb #ba530130
-GROUPS = ("background", "old", "new")
+_GROUPS = ("background", "old", "new")
 
-def ribbon(ax, left:float, right:float, height:float, colour:str):
+
+def _draw_ribbon(ax, left: float, right: float, height: float, colour: str):
     "A band of equal height that leads from `left` (x = 0) to `right` (x = 1), given by their upper edges."
     x = np.linspace(0, 1, 40)
     top = left + (right - left) * x * x * (3 - 2 * x)
-    ax.fill_between(x, top - height, top, color=colour, lw=0, alpha=.9)
+    ax.fill_between(x, top - height, top, color=colour, lw=0, alpha=0.9)
 
-def flow_panel(ax, flow:np.ndarray, gap:float=.22):
+
+def _draw_flow(ax, flow: np.ndarray, gap: float = 0.22):
     "One flow chart: (3, 3) shares of the true background, old and new pixels, truth × prediction; a group that is NaN is left out."
     known = ~np.isnan(flow[:, 0])
     flow = np.where(known[:, None], flow, 0)
-    size = np.stack([known.astype(float), flow.sum(0)])                                       # (2, 3): heights at the left and at the right
+    size = np.stack([known.astype(float), flow.sum(0)])  # (2, 3): heights at the left and at the right
     upper = np.array([[column[k:].sum() + gap * (2 - k) for k in range(3)] for column in size])
     cursor = upper.copy()
     for (true, predicted), share in np.ndenumerate(flow):
-        kind = f"{GROUPS[true]}->{GROUPS[predicted]}"
+        kind = f"{_GROUPS[true]}->{_GROUPS[predicted]}"
         colour = "#DDDDDD" if true == predicted else SHIFT_COLOURS.get(kind, SHIFT_COLOURS["class->class"])
-        ribbon(ax, cursor[0, true], cursor[1, predicted], share, colour)
-        if share >= .15 and true != predicted: ax.text(.03, cursor[0, true] - share / 2, f"{share:.0%}", fontsize=6.5, va="center")
-        cursor[0, true] -= share; cursor[1, predicted] -= share
-    for x, heights, edges, align in ((-.03, size[0], upper[0], "right"), (1.03, size[1], upper[1], "left")):
+        _draw_ribbon(ax, cursor[0, true], cursor[1, predicted], share, colour)
+        if share >= 0.15 and true != predicted:
+            ax.text(0.03, cursor[0, true] - share / 2, f"{share:.0%}", fontsize=6.5, va="center")
+        cursor[0, true] -= share
+        cursor[1, predicted] -= share
+    for x, heights, edges, align in ((-0.03, size[0], upper[0], "right"), (1.03, size[1], upper[1], "left")):
         ax.vlines([x] * 3, edges - heights, edges, color="black", lw=2.5)
-        for name, height, edge in zip(("bg", "old", "new"), heights, edges): ax.text(x + np.sign(x - .5) * .04, edge - height / 2, name, ha=align, va="center", fontsize=7)
-    ax.set_xlim(-.25, 1.25); ax.set_ylim(-.05, 3 + 2 * gap + .05); ax.axis("off")
+        for name, height, edge in zip(("bg", "old", "new"), heights, edges):
+            ax.text(x + np.sign(x - 0.5) * 0.04, edge - height / 2, name, ha=align, va="center", fontsize=7)
+    ax.set_xlim(-0.25, 1.25)
+    ax.set_ylim(-0.05, 3 + 2 * gap + 0.05)
+    ax.axis("off")
 
-def show_shift_flow(flows:Sequence[np.ndarray], # (3, 3) each, see `mbs.metrics.group_flow`
-                    titles:Sequence[str],       # a panel each
-                   )->Figure:
+
+def show_shift_flow(
+    flows: Sequence[np.ndarray],  # (3, 3) each, see `mbs.metrics.group_flow`
+    titles: Sequence[str],  # a panel each
+) -> Figure:
     "Flow charts of the background shift side by side."
-    fig, axes = grid(1, len(flows), 1.75, 2.3)
+    fig, axes = make_grid(1, len(flows), 1.75, 2.3)
     fig.set_figwidth(max(5.2, fig.get_figwidth()))
-    for ax, flow, title in zip(axes[0], flows, titles): flow_panel(ax, flow); ax.set_title(title, fontsize=8)
+    for ax, flow, title in zip(axes[0], flows, titles):
+        _draw_flow(ax, flow)
+        ax.set_title(title, fontsize=8)
     kinds = {**SHIFT_COLOURS, "same group": "#DDDDDD"}
     kinds["new->old"] = kinds.pop("class->class")
-    fig.legend(handles=[Patch(color=c, label=k.replace("->", " → ")) for k, c in kinds.items()], loc="outside lower center", ncols=4, fontsize=7, frameon=False, handlelength=1.2)
+    fig.legend(
+        handles=[Patch(color=c, label=k.replace("->", " → ")) for k, c in kinds.items()],
+        loc="outside lower center",
+        ncols=4,
+        fontsize=7,
+        frameon=False,
+        handlelength=1.2,
+    )
     return fig
 
 # %% ../nbs/60_viz.ipynb #6d40c8d0
-def show_protocol(steps:Sequence[Sequence[int]], # new channels of each step
-                  names:Sequence[str],           # of all channels
-                  counts:Sequence[int]=(),       # training pictures of each step
-                 )->Figure:
+def show_protocol(
+    steps: Sequence[Sequence[int]],  # new channels of each step
+    names: Sequence[str],  # of all channels
+    counts: Sequence[int] = (),  # training pictures of each step
+) -> Figure:
     "Step × class: labelled, or hidden in the background because it is old or still to come."
     table = np.zeros((len(steps), len(names) - 1))
     for t, new in enumerate(steps):
         table[t, [c - 1 for s in steps[:t] for c in s]] = 1
         table[t, [c - 1 for c in new]] = 2
-    fig, ((ax,),) = grid(1, 1, min(9, 2.6 + .42 * len(names)), .6 + .34 * len(steps))
+    fig, ((ax,),) = make_grid(1, 1, min(9, 2.6 + 0.42 * len(names)), 0.6 + 0.34 * len(steps))
     colours = ["#EEEEEE", SKY, BLUE]
-    ax.imshow(rgb(colours)[table.astype(int)], aspect="auto")
+    ax.imshow(to_rgb_bytes(colours)[table.astype(int)], aspect="auto")
     ax.set_xticks(range(len(names) - 1), names[1:], rotation=45, ha="right", fontsize=8)
-    ax.set_yticks(range(len(steps)), [f"step {t}" + (f"  ({counts[t]} images)" if len(counts) else "") for t in range(len(steps))], fontsize=8)
-    ax.set_xticks(np.arange(-.5, len(names) - 1), minor=True); ax.set_yticks(np.arange(-.5, len(steps)), minor=True)
-    ax.grid(which="minor", color="white", lw=1.5); ax.tick_params(which="both", length=0)
+    ax.set_yticks(
+        range(len(steps)),
+        [f"step {t}" + (f"  ({counts[t]} images)" if len(counts) else "") for t in range(len(steps))],
+        fontsize=8,
+    )
+    ax.set_xticks(np.arange(-0.5, len(names) - 1), minor=True)
+    ax.set_yticks(np.arange(-0.5, len(steps)), minor=True)
+    ax.grid(which="minor", color="white", lw=1.5)
+    ax.tick_params(which="both", length=0)
     labels = ("to come: hidden in background", "old: hidden in background", "new: labelled")
-    fig.legend(handles=[Patch(color=c, label=label) for c, label in zip(colours, labels)][::-1], loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    fig.legend(
+        handles=[Patch(color=c, label=label) for c, label in zip(colours, labels)][::-1],
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
     return fig
 
 # %% ../nbs/60_viz.ipynb #c5980915
-def show_losses(records:Sequence[dict])->Figure:
+def show_losses(records: Sequence[dict]) -> Figure:
     "A panel per loss term over all iterations, steps marked; `records` are those of log.jsonl."
     terms = list(dict.fromkeys(k for r in records for k in r if k not in ("step", "iteration", "iterations")))
     lengths = {r["step"]: r["iterations"] for r in records}
     start = {t: sum(n for s, n in lengths.items() if s < t) for t in lengths}
-    fig, axes = grid(1, len(terms), 1.75, 1.5)
+    fig, axes = make_grid(1, len(terms), 1.75, 1.5)
     for ax, term in zip(axes[0], terms):
         for t in lengths:
             points = [(start[t] + r["iteration"], r[term]) for r in records if r["step"] == t and term in r]
-            if points: ax.plot(*zip(*points), color=BLUE, lw=1)
-            if t: ax.axvline(start[t], color=GREY, lw=.8, ls=":")
-        ax.set_title(term.replace("_", " "), fontsize=8); ax.tick_params(labelsize=7); ax.set_ylim(bottom=0); ax.set_xlim(0, sum(lengths.values()))
+            if points:
+                ax.plot(*zip(*points), color=BLUE, lw=1)
+            if t:
+                ax.axvline(start[t], color=GREY, lw=0.8, ls=":")
+        ax.set_title(term.replace("_", " "), fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.set_ylim(bottom=0)
+        ax.set_xlim(0, sum(lengths.values()))
     return fig
 
 # %% ../nbs/60_viz.ipynb #0d9e186e
-def show_iou_matrix(iou:np.ndarray,             # (T, C), NaN where a class is not yet known
-                    names:Sequence[str],        # of the channels
-                    first_step:Sequence[int],   # step in which each channel arrives
-                   )->Figure:
+def show_iou_matrix(
+    iou: np.ndarray,  # (T, C), NaN where a class is not yet known
+    names: Sequence[str],  # of the channels
+    first_step: Sequence[int],  # step in which each channel arrives
+) -> Figure:
     "IoU of every class after every step, with its number."
-    fig, ((ax,),) = grid(1, 1, min(10, 1.6 + .52 * iou.shape[1]), .75 + .33 * len(iou))
+    fig, ((ax,),) = make_grid(1, 1, min(10, 1.6 + 0.52 * iou.shape[1]), 0.75 + 0.33 * len(iou))
     ax.set_facecolor("#EEEEEE")
     ax.imshow(iou, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     size = 8 if iou.shape[1] < 22 else 4
     for (t, c), value in np.ndenumerate(iou):
-        if not np.isnan(value): ax.text(c, t, f"{100 * value:.0f}", ha="center", va="center", fontsize=size, color="white" if value < .6 else "black")
+        if not np.isnan(value):
+            ax.text(
+                c,
+                t,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                fontsize=size,
+                color="white" if value < 0.6 else "black",
+            )
     for c in range(1, iou.shape[1]):
-        if first_step[c] != first_step[c - 1] or c == 1: ax.axvline(c - .5, color="white", lw=2)
-    ax.set_xticks(range(iou.shape[1]), names[:iou.shape[1]], rotation=45, ha="right", fontsize=size)
+        if first_step[c] != first_step[c - 1] or c == 1:
+            ax.axvline(c - 0.5, color="white", lw=2)
+    ax.set_xticks(range(iou.shape[1]), names[: iou.shape[1]], rotation=45, ha="right", fontsize=size)
     ax.set_yticks(range(len(iou)), [f"after step {t}" for t in range(len(iou))], fontsize=8)
     ax.set_title("IoU, percent", fontsize=8)
     return fig
 
 # %% ../nbs/60_viz.ipynb #b96bdcf8
-def show_forgetting(image:np.ndarray, truth:np.ndarray, predictions:Sequence[np.ndarray], names:Sequence[str])->Figure:
+def show_forgetting(
+    image: np.ndarray, truth: np.ndarray, predictions: Sequence[np.ndarray], names: Sequence[str]
+) -> Figure:
     "One test picture as each step sees it: photo, full truth, then the prediction after every step."
-    fig, axes = grid(1, 2 + len(predictions), 1.5)
-    show(axes[0, 0], image, "photo"); show(axes[0, 1], overlay(image, truth), "truth")
-    for t, (ax, predicted) in enumerate(zip(axes[0, 2:], predictions)): show(ax, overlay(image, predicted), f"after step {t}")
-    class_legend(fig, [truth, *predictions], names)
+    fig, axes = make_grid(1, 2 + len(predictions), 1.5)
+    show_picture(axes[0, 0], image, "photo")
+    show_picture(axes[0, 1], overlay(image, truth), "truth")
+    for t, (ax, predicted) in enumerate(zip(axes[0, 2:], predictions)):
+        show_picture(ax, overlay(image, predicted), f"after step {t}")
+    draw_class_legend(fig, [truth, *predictions], names)
     return fig
 
 # %% ../nbs/60_viz.ipynb #164e6093
-def show_reliability(image:np.ndarray,  # (H, W, 3) uint8
-                     weight:np.ndarray, # (h, w) 0..1 on the patch grid
-                     title:str="",
-                    )->Figure:
+def show_reliability(
+    image: np.ndarray,  # (H, W, 3) uint8
+    weight: np.ndarray,  # (h, w) 0..1 on the patch grid
+    title: str = "",
+) -> Figure:
     "Distillation weights of the patches beside the photo, with a colour bar."
-    fig, axes = grid(1, 2, 2.4)
-    show(axes[0, 0], image, "photo"); show(axes[0, 1], weight, title, cmap="cividis", vmin=0, vmax=1)
-    fig.colorbar(axes[0, 1].images[0], ax=axes[0, 1], shrink=.8).ax.tick_params(labelsize=7)
+    fig, axes = make_grid(1, 2, 2.4)
+    show_picture(axes[0, 0], image, "photo")
+    show_picture(axes[0, 1], weight, title, cmap="cividis", vmin=0, vmax=1)
+    fig.colorbar(axes[0, 1].images[0], ax=axes[0, 1], shrink=0.8).ax.tick_params(labelsize=7)
     return fig
 
-def draw_matrix(ax, cosines:np.ndarray, names:Sequence[str], n_old:int, title:str="", limit:float=1):
+
+def draw_matrix(ax, cosines: np.ndarray, names: Sequence[str], n_old: int, title: str = "", limit: float = 1):
     "(C, C) cosines between classes, or differences of them, with lines between background, old and new."
     shown = ax.imshow(cosines, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    for edge in (.5, n_old - .5): ax.axvline(edge, color="k", lw=1); ax.axhline(edge, color="k", lw=1)
+    for edge in (0.5, n_old - 0.5):
+        ax.axvline(edge, color="k", lw=1)
+        ax.axhline(edge, color="k", lw=1)
     n, size = len(cosines), 7 if len(cosines) < 30 else 3
-    ax.set_xticks(range(n), names[:n], rotation=90, fontsize=size); ax.set_yticks(range(n), names[:n], fontsize=size)
+    ax.set_xticks(range(n), names[:n], rotation=90, fontsize=size)
+    ax.set_yticks(range(n), names[:n], fontsize=size)
     ax.set_title(title, fontsize=8)
-    ax.figure.colorbar(shown, ax=ax, shrink=.7).ax.tick_params(labelsize=7)
+    ax.figure.colorbar(shown, ax=ax, shrink=0.7).ax.tick_params(labelsize=7)
 
-def token_cosines(tokens:np.ndarray, names:Sequence[str], n_old:int, title:str="")->Figure:
+
+def show_token_cosines(tokens: np.ndarray, names: Sequence[str], n_old: int, title: str = "") -> Figure:
     "Cosines between class tokens (C, D), grouped into background, old and new."
     e = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
-    fig, ((ax,),) = grid(1, 1, 3.6)
+    fig, ((ax,),) = make_grid(1, 1, 3.6)
     draw_matrix(ax, e @ e.T, names, n_old, title)
     return fig
 
 # %% ../nbs/60_viz.ipynb #ed033372
 METHOD_COLOURS = (GREY, ORANGE, BLUE, GREEN, PURPLE, VERMILLION, SKY)
-MARKERS = "osDv^PX"
+_MARKERS = "osDv^PX"
 
-def draw_curve(ax, k:int, label:str, values:np.ndarray):
+
+def _draw_curve(ax, k: int, label: str, values: np.ndarray):
     "Curve number `k` of a picture: `values` (seeds, T), NaN where a run has no number yet; a single column is drawn as a level."
-    colour, marker, line = METHOD_COLOURS[k % 7], MARKERS[k % 7], ("-", "--", ":")[k // 7 % 3]
+    colour, marker, line = METHOD_COLOURS[k % 7], _MARKERS[k % 7], ("-", "--", ":")[k // 7 % 3]
     there = ~np.isnan(values).all(0)
     mean = np.array([np.nanmean(column) if some else np.nan for column, some in zip(values.T, there)])
-    if len(mean) == 1: ax.axhline(mean[0], color=colour, ls=(0, (5, 2)), lw=1.2, label=label); return
+    if len(mean) == 1:
+        ax.axhline(mean[0], color=colour, ls=(0, (5, 2)), lw=1.2, label=label)
+        return
     ax.plot(mean, marker + line, color=colour, ms=4, lw=1.3, label=label)
     if len(values) > 1:
         spread = np.array([np.nanstd(column, ddof=1) if (~np.isnan(column)).sum() > 1 else 0 for column in values.T])
-        ax.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=.2, lw=0)
+        ax.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
 
-def method_legend(fig, ax)->int:
+
+def _draw_method_legend(fig, ax) -> int:
     "Name the curves of `ax` above the figure, in as many columns as the names leave room for; the number of lines that takes."
     handles, names = ax.get_legend_handles_labels()
     columns = max(1, min(7, len(names), 110 // (6 + max(map(len, names)))))
     fig.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     return -(-len(names) // columns)
 
-def show_curves(panels:dict[str, dict[str, np.ndarray]])->Figure:
+
+def show_curves(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
     "A panel per measure over the steps: measure → method → (seeds, T) shares; the methods are the same in all panels."
-    fig, axes = grid(1, len(panels), 2.9, 2.1)
+    fig, axes = make_grid(1, len(panels), 2.9, 2.1)
     for ax, (title, curves) in zip(axes[0], panels.items()):
-        for k, (label, values) in enumerate(curves.items()): draw_curve(ax, k, label, values)
+        for k, (label, values) in enumerate(curves.items()):
+            _draw_curve(ax, k, label, values)
         steps = max(values.shape[1] for values in curves.values())
-        ax.set_title(title, fontsize=8); ax.set_xlabel("after step", fontsize=8); ax.set_xticks(range(0, steps, max(1, steps // 8)))
-        ax.set_ylim(0, 1); ax.tick_params(labelsize=7); ax.grid(color="#EEEEEE", lw=.6); ax.set_axisbelow(True)
-    fig.set_figheight(fig.get_figheight() + .17 * method_legend(fig, axes[0, 0]))
+        ax.set_title(title, fontsize=8)
+        ax.set_xlabel("after step", fontsize=8)
+        ax.set_xticks(range(0, steps, max(1, steps // 8)))
+        ax.set_ylim(0, 1)
+        ax.tick_params(labelsize=7)
+        ax.grid(color="#EEEEEE", lw=0.6)
+        ax.set_axisbelow(True)
+    fig.set_figheight(fig.get_figheight() + 0.17 * _draw_method_legend(fig, axes[0, 0]))
     return fig
 
 # %% ../nbs/60_viz.ipynb #d103f73c
-def compare_methods(curves:dict[str, Sequence[float]],          # all-class mIoU after each step, by method
-                    final:dict[str, dict[str, float]],          # old / new / all after the last step, by method
-                    image:np.ndarray, truth:np.ndarray,         # one test picture
-                    predictions:dict[str, Sequence[np.ndarray]],# its predictions after every step, by method
-                    names:Sequence[str],
-                   )->Figure:
+def compare_methods(
+    curves: dict[str, Sequence[float]],  # all-class mIoU after each step, by method
+    final: dict[str, dict[str, float]],  # old / new / all after the last step, by method
+    image: np.ndarray,
+    truth: np.ndarray,  # one test picture
+    predictions: dict[str, Sequence[np.ndarray]],  # its predictions after every step, by method
+    names: Sequence[str],
+) -> Figure:
     "Methods side by side: mIoU over the steps, old / new / all at the end, and one picture after every step."
     steps = max(map(len, predictions.values()))
     fig = plt.figure(figsize=(max(8, 1.25 * (steps + 1)), 2.6 + 1.25 * len(curves)), layout="constrained")
     plt.close(fig)
-    top, bottom = fig.subfigures(2, 1, height_ratios=[2.4, 1.25 * len(curves) + .2])
+    top, bottom = fig.subfigures(2, 1, height_ratios=[2.4, 1.25 * len(curves) + 0.2])
     left, right = top.subplots(1, 2)
     for k, (method, curve) in enumerate(curves.items()):
         colour = METHOD_COLOURS[k % len(METHOD_COLOURS)]
-        draw_curve(left, k, method, np.array([curve]))
-        bars = right.bar(np.arange(3) + .8 / len(curves) * (k - (len(curves) - 1) / 2), [final[method][g] for g in ("old", "new", "all")], .76 / len(curves), color=colour)
+        _draw_curve(left, k, method, np.array([curve]))
+        bars = right.bar(
+            np.arange(3) + 0.8 / len(curves) * (k - (len(curves) - 1) / 2),
+            [final[method][g] for g in ("old", "new", "all")],
+            0.76 / len(curves),
+            color=colour,
+        )
         right.bar_label(bars, [f"{100 * final[method][g]:.0f}" for g in ("old", "new", "all")], fontsize=7)
     left.set(xlabel="after step", ylabel="mIoU, all classes so far", xticks=range(steps), ylim=(0, 1))
-    method_legend(top, left)
-    right.set(ylim=(0, 1), title="after the last step"); right.set_xticks(range(3), ["old", "new", "all"]); right.title.set_fontsize(9)
-    for ax in (left, right): ax.tick_params(labelsize=8); ax.xaxis.label.set_fontsize(8); ax.yaxis.label.set_fontsize(8)
+    _draw_method_legend(top, left)
+    right.set(ylim=(0, 1), title="after the last step")
+    right.set_xticks(range(3), ["old", "new", "all"])
+    right.title.set_fontsize(9)
+    for ax in (left, right):
+        ax.tick_params(labelsize=8)
+        ax.xaxis.label.set_fontsize(8)
+        ax.yaxis.label.set_fontsize(8)
     axes = bottom.subplots(len(curves), steps + 1, squeeze=False)
     for k, (row, method) in enumerate(zip(axes, curves)):
-        show(row[0], (image, overlay(image, truth))[k > 0] if k < 2 else np.full_like(image, 255), ("photo", "truth", "")[min(k, 2)])
+        show_picture(
+            row[0],
+            (image, overlay(image, truth))[k > 0] if k < 2 else np.full_like(image, 255),
+            ("photo", "truth", "")[min(k, 2)],
+        )
         first = steps - len(predictions[method])  # what is learnt at once stands below the last step
-        for t, ax in enumerate(row[1:]): show(ax, overlay(image, predictions[method][t - first]) if t >= first else np.full_like(image, 255), f"after step {t}" if k == 0 else "")
+        for t, ax in enumerate(row[1:]):
+            show_picture(
+                ax,
+                overlay(image, predictions[method][t - first]) if t >= first else np.full_like(image, 255),
+                f"after step {t}" if k == 0 else "",
+            )
         row[1].set_ylabel(fill(method, 15), fontsize=8)
-    class_legend(fig, [truth, *(p for series in predictions.values() for p in series)], names)
+    draw_class_legend(fig, [truth, *(p for series in predictions.values() for p in series)], names)
     return fig
 
 # %% ../nbs/60_viz.ipynb #a7246a7c
-def show_maps(axes, maps:dict[str, np.ndarray], ranges:dict[str, tuple]):
+def show_maps(axes, maps: dict[str, np.ndarray], ranges: dict[str, tuple]):
     "Maps by title into axes: (h, w, 3) uint8 colours as they are, (h, w) numbers in cividis with a colour bar."
     for ax, (title, values) in zip(axes, maps.items()):
-        if values.ndim == 3: show(ax, values, title); continue
+        if values.ndim == 3:
+            show_picture(ax, values, title)
+            continue
         low, high = ranges.get(title, (None, None))
-        show(ax, values, title, cmap="cividis", vmin=low, vmax=high)
-        ax.figure.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=.8).ax.tick_params(labelsize=7)
+        show_picture(ax, values, title, cmap="cividis", vmin=low, vmax=high)
+        ax.figure.colorbar(ax.images[0], ax=ax, orientation="horizontal", shrink=0.8).ax.tick_params(labelsize=7)
 
-def show_features(image:np.ndarray,            # (H, W, 3) uint8
-                  maps:dict[str, np.ndarray],  # by title, on the patch grid: (h, w, 3) uint8 colours or (h, w) numbers
-                  ranges:dict[str, tuple]|None=None, # (lowest, highest) number of a map; else its own
-                 )->Figure:
+
+def show_features(
+    image: np.ndarray,  # (H, W, 3) uint8
+    maps: dict[str, np.ndarray],  # by title, on the patch grid: (h, w, 3) uint8 colours or (h, w) numbers
+    ranges: dict[str, tuple] | None = None,  # (lowest, highest) number of a map; else its own
+) -> Figure:
     "Photo and feature maps in a row."
-    fig, axes = grid(1, 1 + len(maps), 1.9)
-    show(axes[0, 0], image, "photo")
+    fig, axes = make_grid(1, 1 + len(maps), 1.9)
+    show_picture(axes[0, 0], image, "photo")
     show_maps(axes[0, 1:], maps, ranges or {})
     return fig
 
-def show_probabilities(old:np.ndarray,      # (C_old,) of the previous model
-                       new:np.ndarray,      # (C,) of the current one
-                       names:Sequence[str],
-                       threshold:float,     # τ, a line
-                       top:int=6,           # classes shown
-                       ax=None,             # None: a figure of its own
-                      ):
+
+def show_probabilities(
+    old: np.ndarray,  # (C_old,) of the previous model
+    new: np.ndarray,  # (C,) of the current one
+    names: Sequence[str],
+    threshold: float,  # τ, a line
+    top: int = 6,  # classes shown
+    ax=None,  # None: a figure of its own
+):
     "Bars of the most probable classes at one pixel; the figure, or None when drawn into `ax`."
     fig = None
-    if ax is None: fig, ((ax,),) = grid(1, 1, 3.4, .5 + .3 * top)
+    if ax is None:
+        fig, ((ax,),) = make_grid(1, 1, 3.4, 0.5 + 0.3 * top)
     padded = np.pad(old, (0, len(new) - len(old)))
     first = np.argsort(-np.maximum(padded, new), kind="stable")[:top]
     y = np.arange(len(first))
-    ax.barh(y - .2, padded[first], .38, color=GREY, label="old model"); ax.barh(y + .2, new[first], .38, color=BLUE, label="new model")
-    ax.axvline(threshold, color="k", lw=1, ls="--"); ax.text(threshold, -.75, "τ", ha="center", fontsize=8)
-    ax.set_yticks(y, [names[c] for c in first], fontsize=8); ax.set_ylim(len(first) - .5, -.5); ax.set_xlim(0, 1); ax.tick_params(axis="x", labelsize=7)
+    ax.barh(y - 0.2, padded[first], 0.38, color=GREY, label="old model")
+    ax.barh(y + 0.2, new[first], 0.38, color=BLUE, label="new model")
+    ax.axvline(threshold, color="k", lw=1, ls="--")
+    ax.text(threshold, -0.75, "τ", ha="center", fontsize=8)
+    ax.set_yticks(y, [names[c] for c in first], fontsize=8)
+    ax.set_ylim(len(first) - 0.5, -0.5)
+    ax.set_xlim(0, 1)
+    ax.tick_params(axis="x", labelsize=7)
     ax.legend(fontsize=7, frameon=False, loc="lower right")
     return fig

@@ -16,7 +16,7 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 import mbs.archives
-from mbs.archives import ARCHIVES, Archive, contents
+from mbs.archives import ARCHIVES, Archive, read_archive
 from mbs.cli import app
 from mbs.data import SegmentationFolder
 from mbs.pictures import read_mask
@@ -266,7 +266,7 @@ def test_hostile_paths(tmp_path, name, kind):
     archive.parent.mkdir()
     archive.write_bytes((zipped if kind == "zip" else tar)({"fine.png": b"x", name: b"x"}))
     with pytest.raises(ValueError, match="would leave its folder"):
-        list(contents(archive, lambda path: path))
+        list(read_archive(archive, lambda path: path))
 
 
 def test_hostile_archive_leaves_nothing(server, home, monkeypatch):
@@ -292,7 +292,7 @@ def test_links_and_devices(tmp_path, kind):
         info.type, info.linkname = kind, "/etc/passwd"
         t.addfile(info)
     with pytest.raises(ValueError, match="no plain file"):
-        list(contents(tmp_path / "a.tar", lambda path: path))
+        list(read_archive(tmp_path / "a.tar", lambda path: path))
 
 
 @pytest.mark.parametrize("name", ["voc", "sbd", "ade"])
@@ -302,7 +302,7 @@ def test_every_cut_is_one_sentence(tmp_path, name):
     for cut in np.linspace(0, len(FILES[name]) - 1, 60).astype(int):
         path.write_bytes(FILES[name][:cut])
         try:
-            list(contents(path, lambda p: p))
+            list(read_archive(path, lambda p: p))
         except ValueError as e:
             assert "cannot be read" in str(e)
 

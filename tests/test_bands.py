@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbs.methods import ABLATIONS, METHODS, Method
-from mbs.objective import in_bands, step_loss
+from mbs.objective import can_use_bands, step_loss
 from mbs.protocol import VOID
 from mbs.segmenter import Segmenter, make_encoder
 
@@ -68,12 +68,12 @@ def test_value_and_gradient(name, n_old, n_new, height, width, seed):
 
 def test_which_methods_go_in_bands():
     out = networks(Method("mbs"), [1, 2], 1)[1](torch.zeros(1, 3, 16, 16, dtype=torch.float64))
-    assert {name for name in METHODS if in_bands(out, Method(name).parts)} == {
+    assert {name for name in METHODS if can_use_bands(out, Method(name).parts)} == {
         "finetune",
         "joint",
         "kd",
         "mbs",
-    } and not in_bands(by_full_maps(out), Method("mbs").parts)
+    } and not can_use_bands(by_full_maps(out), Method("mbs").parts)
 
 
 def test_nothing_of_full_size_is_kept():
@@ -116,7 +116,7 @@ def test_likeliest_is_argmax():
     "Of any logits, stretched in bands, equal values included."
     import torch.nn.functional as F
 
-    from mbs.bands import band_argmax
+    from mbs.bands import argmax_in_bands
 
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -128,5 +128,5 @@ def test_likeliest_is_argmax():
         stretched = F.interpolate(z, size=(8 * int(h), 8 * int(w)), mode="bilinear", align_corners=False)[
             ..., : size[0], : size[1]
         ]
-        found = band_argmax(z, size, (8 * int(h), 8 * int(w)), int(rng.integers(1, 9)))
+        found = argmax_in_bands(z, size, (8 * int(h), 8 * int(w)), int(rng.integers(1, 9)))
         torch.testing.assert_close(stretched.gather(1, found[:, None])[:, 0], stretched.amax(1), rtol=0, atol=1e-12)

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from mbs.batch import Batch
-from mbs.grid import batch_settings, read_grid
-from mbs.notebooks import RunFailed, runs_folder, worker
+from mbs.grid import expand_grid, read_grid
+from mbs.notebooks import RunFailed, find_runs_folder, read_worker
 from mbs.run import load_run
 
 TINY = dict(
@@ -51,7 +51,7 @@ def home(tmp_path, monkeypatch):
 
 def write_batch(home, **grid) -> Path:
     "The file of a batch, with a notebook that trains like train.ipynb but draws nothing."
-    train = nbformat.read(runs_folder() / "train.ipynb", 4)
+    train = nbformat.read(find_runs_folder() / "train.ipynb", 4)
     train.cells = [
         next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])),
         nbformat.v4.new_code_cell(TRAIN),
@@ -94,8 +94,8 @@ def finished(folder: Path, n: int) -> list:
 def at_work(folder: Path):
     "A run that trains its first step now, with the number of its process."
     for run in runs_in(folder):
-        if run.n_steps == 0 and run.log() and psutil.pid_exists(worker(run.folder)["pid"]):
-            return run.folder, worker(run.folder)["pid"]
+        if run.n_steps == 0 and run.log() and psutil.pid_exists(read_worker(run.folder)["pid"]):
+            return run.folder, read_worker(run.folder)["pid"]
 
 
 def stamps(folder: Path) -> dict:
@@ -227,7 +227,7 @@ def test_names():
     "Readable, of what differs, the same when the batch grows."
 
     def names(**grid):
-        return [s.name.removeprefix("x/") for s in batch_settings(read_grid(dict(name="x") | grid))]
+        return [s.name.removeprefix("x/") for s in expand_grid(read_grid(dict(name="x") | grid))]
 
     small = names(
         runs=[
@@ -252,10 +252,8 @@ def test_names():
         and len(large) == 8
     )
     assert names(grid=dict(base=["demo", "voc-15-1-overlapped"])) == ["demo", "voc-15-1-overlapped"]
-    for file in sorted((runs_folder() / "grids").glob("*.yaml")):
-        assert (
-            len(batch_settings(read_grid(file.stem))) == len({s.name for s in batch_settings(read_grid(file.stem))}) > 9
-        )
+    for file in sorted((find_runs_folder() / "grids").glob("*.yaml")):
+        assert len(expand_grid(read_grid(file.stem))) == len({s.name for s in expand_grid(read_grid(file.stem))}) > 9
 
 
 @pytest.mark.parametrize(
@@ -322,12 +320,12 @@ def test_the_table_in_a_notebook_and_in_a_terminal(monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(live, "in_notebook", lambda: True)
     monkeypatch.setattr(IPython.display, "display", shown.append)
-    with live.live() as show:
+    with live.show_live() as show:
         for k in range(2):
             show(table._replace(title=f"{k}"))
     assert len(shown) == 1 and "<h3>1</h3>" in shown[0].value and "&lt;b&gt;-s0" in shown[0].value
     monkeypatch.setattr(live, "in_notebook", lambda: False)
-    Console(force_terminal=True, width=80).print(live.console_table(table))
+    Console(force_terminal=True, width=80).print(live.render_console_table(table))
     assert "[red]<b>-s0" in capsys.readouterr().out
 
 
@@ -335,11 +333,11 @@ def test_curves(home):
     "Event files in TensorBoard's format, drawn anew where a run has begun a step again."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from mbs.curves import Curves
+    from mbs.curves import CurveWriter
     from mbs.experiment import Experiment
 
     run = Experiment(Batch(dict(name="x", parameters=TINY, grid=dict(seed=[0]))).jobs[0].settings).run()
-    curves = Curves([home / "outputs"], home / "events")
+    curves = CurveWriter([home / "outputs"], home / "events")
 
     def losses():
         return [(e.step, e.value) for e in EventAccumulator(str(home / "events/x/s0")).Reload().Scalars("loss/loss")]
@@ -352,4 +350,4 @@ def test_curves(home):
     curves.update()
     assert [at for at, _ in losses()] == [10, 20]
     with pytest.raises(ValueError, match="there is no run in"):
-        Curves([home / "events"], home / "more")
+        CurveWriter([home / "events"], home / "more")

@@ -9,7 +9,7 @@ from mbs.data import open_data
 from mbs.methods import Method
 from mbs.protocol import Protocol
 from mbs.segmenter import Segmenter, make_encoder
-from mbs.training import make_recipe, train_step, train_view
+from mbs.training import make_recipe, make_train_view, train_step
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def step(tmp_path, monkeypatch):
         )
         options = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2) if options is None else options
         model = Segmenter(make_encoder(encoder, image_size=32, **options), [1, 5], dim=32, heads=2)
-        model = train_step(model, None, method, train_view(train, protocol, 0, IMAGENET, recipe), recipe)
+        model = train_step(model, None, method, make_train_view(train, protocol, 0, IMAGENET, recipe), recipe)
         before = model.frozen()
         student = train_step(
             method.grow(model, 1),
             before if method.needs_teacher else None,
             method,
-            train_view(train, protocol, 1, IMAGENET, recipe),
+            make_train_view(train, protocol, 1, IMAGENET, recipe),
             recipe,
             log=records.append,
         )
@@ -74,10 +74,10 @@ def test_pictures_are_encoded_once_for_both_and_nothing_else_changes(step, monke
 
 def test_another_encoder_is_no_teachers(step):
     _, before, student = step(encoder_factor=(1, 0))
-    assert training.same_encoder(student, before)
+    assert training._shares_encoder(student, before)
     with torch.no_grad():
         next(before.encoder.parameters()).add_(1)
-    assert not training.same_encoder(student, before)
+    assert not training._shares_encoder(student, before)
 
 
 def test_the_rate_of_the_encoder(step):

@@ -122,11 +122,11 @@ def test_unknown_parameter_in_the_notebook(home, tmp_path):
     "papermill itself only warns about unknown names; the notebook refuses them before anything runs."
     import papermill
 
-    from mbs.notebooks import runs_folder
+    from mbs.notebooks import find_runs_folder
 
     with pytest.raises(papermill.PapermillExecutionError, match="'metod' is not known"):
         papermill.execute_notebook(
-            str(runs_folder() / "train.ipynb"),
+            str(find_runs_folder() / "train.ipynb"),
             str(tmp_path / "out.ipynb"),
             dict(metod="kd"),
             kernel_name="python3",

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from mbs.cli import app
 from mbs.data import open_data
-from mbs.evaluation import window_logits
+from mbs.evaluation import predict_in_windows
 from mbs.experiment import Experiment
 from mbs.metrics import scores
 from mbs.run import Settings, Setup, load_run
@@ -43,7 +43,7 @@ def test_windows_against_a_plain_loop(height, width, window, stride):
     )
     image, step = torch.randn(1, 3, height, width, dtype=torch.float64), stride or window // 2
     with torch.inference_mode():
-        got = window_logits(model, image, window, stride)[0]
+        got = predict_in_windows(model, image, window, stride)[0]
         padded = torch.zeros(1, 3, max(height, window), max(width, window), dtype=torch.float64)
         padded[..., :height, :width] = image
 
@@ -108,10 +108,10 @@ def test_two_columns(recipe, both):
 
 def published_void(run, step):
     "Pixels of the centre crops whose class is not yet there."
-    from mbs.training import make_recipe, test_view
+    from mbs.training import make_recipe, make_test_view
 
     setup = Setup(run.settings)
-    view = test_view(setup.test, setup.protocol, step, ((0,) * 3, (1,) * 3), make_recipe(crop=24), "crop")
+    view = make_test_view(setup.test, setup.protocol, step, ((0,) * 3, (1,) * 3), make_recipe(crop=24), "crop")
     return sum(int((labels == 255).sum()) for _, labels in view)
 
 
@@ -194,14 +194,14 @@ def test_joint_is_scored_by_the_split():
 
 def test_the_report_shows_both_columns():
     "The table's numbers are those of the two confusion matrices; runs that measured one way only are not in it."
-    from mbs.report import columns_table, groups
+    from mbs.report import group_runs, make_columns_table
 
     both = [
         Experiment(Settings(name=f"r{seed}", seed=seed, **SHORT, training=BRIEF | dict(crop=24, both=True))).run()
         for seed in (0, 1)
     ]
-    assert columns_table(groups([Experiment(Settings(name="one", **SHORT, training=BRIEF)).run()])[0]) is None
-    (row,), ways = columns_table(groups(both)[0]).rows, ("published", "clean")
+    assert make_columns_table(group_runs([Experiment(Settings(name="one", **SHORT, training=BRIEF)).run()])[0]) is None
+    (row,), ways = make_columns_table(group_runs(both)[0]).rows, ("published", "clean")
     found = {way: [scores(run.confusion(1, way), run.protocol, 1)["all"] for run in both] for way in ways}
     assert row[1] == 2 and [row[4].mean, row[7].mean] == pytest.approx([np.mean(found[way]) for way in ways])
     assert row[10].mean == pytest.approx(np.mean(found["published"]) - np.mean(found["clean"]))
@@ -209,8 +209,8 @@ def test_the_report_shows_both_columns():
 
 def test_pseudo_labels_are_checked_against_the_truth():
     "What is kept with a step is what the labels that the method trains on are worth, counted anew from the stored teacher; methods without pseudo-labels keep nothing."
-    from mbs.experiment import relabelled
-    from mbs.report import groups, label_table
+    from mbs.experiment import relabel_pictures
+    from mbs.report import group_runs, make_label_table
 
     run = Experiment(Settings(name="mbs", **SHORT, training=BRIEF | dict(iterations=60, lr=2e-3))).run()
     kd = Experiment(Settings(name="ft", method="finetune", **SHORT, training=BRIEF)).run()
@@ -220,7 +220,7 @@ def test_pseudo_labels_are_checked_against_the_truth():
         0,
         np.zeros((3, 3), int),
     )  # truth: background, old, future × labels: background, void, relabelled right
-    for _, truth, view, labels in relabelled(
+    for _, truth, view, labels in relabel_pictures(
         setup, run.model(0), 1, setup.positions[1]
     ):  # fewer than fifty: all of them
         hidden = (view == 0) & (truth != 255)
@@ -235,4 +235,4 @@ def test_pseudo_labels_are_checked_against_the_truth():
         and found["ignored"] == pytest.approx(counts[:, 1].sum() / pixels)
         and found["kept_old"] == pytest.approx(counts[1, 0] / counts[:, 0].sum())
     )
-    assert len(label_table(groups([run])[0]).rows) == 1
+    assert len(make_label_table(group_runs([run])[0]).rows) == 1

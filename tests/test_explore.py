@@ -30,7 +30,7 @@ from mbs.explore import (
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels
 from mbs.run import Settings
-from mbs.viz import pixel_fate
+from mbs.viz import classify_fate
 
 matplotlib.use("Agg")
 HOSTILE = "</script><script>alert(1)</script>"
@@ -76,7 +76,7 @@ def test_curve_is_what_counting_at_every_threshold_gives(seed, ignore):
     curve = explore.threshold_curve(view, truth, teacher, ignore)
     for k in range(0, 101, 10):
         labels = explore.labels_at(view, teacher, explore.TAUS[k], ignore)
-        fates = explore.counted(pixel_fate(view, labels), FATES)
+        fates = explore.counted(classify_fate(view, labels), FATES)
         assert [curve[n][k] for n in ("kept", "relabelled", "ignored")] == [
             fates[n] for n in ("kept background", "relabelled", "ignored")
         ]

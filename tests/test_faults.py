@@ -305,9 +305,9 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
 
 
 def step_view(setup, step):
-    from mbs.training import train_view
+    from mbs.training import make_train_view
 
-    return train_view(
+    return make_train_view(
         setup.train, setup.protocol, step, setup.statistics(setup.model()), setup.recipe, setup.positions[step]
     )
 
@@ -433,7 +433,7 @@ def test_same_seed_same_weights(home):
     one = go(home / "one")
     torch.rand(7)
     np.random.rand(3)
-    random.random()  # noqa: NPY002
+    random.random()
     two = go(home / "two")
     same_end(two, one)
     assert not torch.equal(

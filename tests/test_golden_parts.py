@@ -8,7 +8,7 @@ from golden import close, load, needs_golden, tensors
 from mbs.feature_distillation import adaptive_feature_distillation, reliability
 from mbs.methods import Method
 from mbs.metrics import Confusion, class_accuracy, class_iou, scores
-from mbs.objective import training_labels
+from mbs.objective import make_training_labels
 from mbs.orthogonality import orthogonality
 from mbs.output_distillation import label_guided_distillation, output_distillation
 from mbs.protocol import VOID, Protocol
@@ -42,7 +42,7 @@ def test_step(case, variant, dtype):
     method = Method("mbs" if variant.endswith("mbs") else "kd", output_weight=25)
     n_new = int(x["num_classes"][-1])
     terms = method.loss(student, teacher, x["labels"], n_new)
-    labels = training_labels(x["labels"], teacher, method.parts)
+    labels = make_training_labels(x["labels"], teacher, method.parts)
     assert torch.equal(labels, want["labels_out"])
     if "scoremap" in want:
         close(reliability(labels, teacher.patch_logits, x["outputs_prev"].shape[1]), want["scoremap"].flatten(1), dtype)

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from mbs import Experiment, Settings, load_run
-from mbs.augment import IMAGENET, ReleasedTransform, TestTransform, TrainTransform, resized, resized_fast
-from mbs.cache import cached, opened, places
-from mbs.data import SegmentationFolder, StepView, tuning_parts
-from mbs.draws import Draws, batches, on_device
+from mbs.augment import IMAGENET, ReleasedTransform, TestTransform, TrainTransform, resize_fast, resize_with_pillow
+from mbs.cache import cache_paths, cache_pictures, open_cache
+from mbs.data import SegmentationFolder, StepView, split_for_tuning
+from mbs.draws import Draws, iterate_batches, move_to_device
 from mbs.protocol import VOID, Protocol
 from mbs.scenes import write_scenes
-from mbs.training import make_recipe, train_view
+from mbs.training import make_recipe, make_train_view
 
 GOLDEN = load()
 NETWORK = dict(encoder_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2))
@@ -70,7 +70,7 @@ def test_crops_of_the_released_program(part):
 
 def test_recipes_choose_their_crops(folder):
     for name, kind in (("paper", ReleasedTransform), ("clean", TrainTransform)):
-        view = train_view(folder, Protocol("4-4", 8), 0, IMAGENET, make_recipe(name, crop=48))
+        view = make_train_view(folder, Protocol("4-4", 8), 0, IMAGENET, make_recipe(name, crop=48))
         assert type(view.transform) is kind
 
 
@@ -83,8 +83,8 @@ def test_fast_resize(size, wanted, seed):
     rng = np.random.default_rng(seed)
     image, labels = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 256, size, dtype=np.uint8)
     (a, b), (c, d) = (
-        map(np.asarray, resized(image, labels, wanted)),
-        resized_fast(image[:, ::-1][:, ::-1], labels, wanted),
+        map(np.asarray, resize_with_pillow(image, labels, wanted)),
+        resize_fast(image[:, ::-1][:, ::-1], labels, wanted),
     )
     assert c.dtype == d.dtype == np.uint8 and np.abs(a.astype(int) - c).max() <= 1
     centres = [(np.arange(m) * 2 + 1) * n / (2 * m) for n, m in zip(size, wanted)]
@@ -120,7 +120,7 @@ def test_a_window_first_shows_what_the_whole_would():
         factor = random.uniform(0.5, 2)
         whole = int(96 * factor), int(128 * factor)
         top, left = (random.randint(0, max(0, s - 96)) for s in whole)
-        full = np.asarray(resized(ramp, labels, whole)[0])[top : top + 96, left : left + 96]
+        full = np.asarray(resize_with_pillow(ramp, labels, whole)[0])[top : top + 96, left : left + 96]
         height, width = full.shape[:2]
         if random.random() < 0.5:
             x, y = x[:, ::-1], y[:, ::-1]
@@ -130,7 +130,7 @@ def test_a_window_first_shows_what_the_whole_would():
 
 def test_bytes_travel_and_the_device_does_the_rest(folder):
     "Loader processes hand on uint8; what arrives is what the transform alone gives, for any number of them."
-    view = train_view(folder, Protocol("4-4", 8), 0, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.1)), make_recipe(crop=40))
+    view = make_train_view(folder, Protocol("4-4", 8), 0, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.1)), make_recipe(crop=40))
     draws = Draws(view, 4, seed=3)
     loader = DataLoader(draws, batch_sampler=[range(4), range(4, 8)], num_workers=1)
     assert [(x.dtype, x.shape, y.dtype, y.shape) for x, y in loader] == [
@@ -138,7 +138,7 @@ def test_bytes_travel_and_the_device_does_the_rest(folder):
     ] * 2
     plain = StepView(folder, view.protocol, 0, view.transform, positions=view.positions)
     for workers in (0, 2):
-        for i, (images, labels) in enumerate(batches(draws, range(2), workers)):
+        for i, (images, labels) in enumerate(iterate_batches(draws, range(2), workers)):
             assert images.is_contiguous() and images.dtype == torch.float32 and labels.dtype == torch.int64
             for b in range(4):
                 random.seed(f"3 {4 * i + b}")
@@ -148,9 +148,9 @@ def test_bytes_travel_and_the_device_does_the_rest(folder):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_does_not_wait_and_rounds_alike(folder):
-    draws = Draws(train_view(folder, Protocol("4-4", 8), 0, IMAGENET, make_recipe(crop=40)), 4)
-    here = next(batches(draws, range(1)))
-    stream = batches(draws, range(3), device="cuda")
+    draws = Draws(make_train_view(folder, Protocol("4-4", 8), 0, IMAGENET, make_recipe(crop=40)), 4)
+    here = next(iterate_batches(draws, range(1)))
+    stream = iterate_batches(draws, range(3), device="cuda")
     there = next(stream)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -164,9 +164,9 @@ def test_a_gpu_does_not_wait_and_rounds_alike(folder):
 
 def test_statistics_are_sent_once(folder, monkeypatch):
     "A tensor made on a GPU from numbers would make it wait at every batch."
-    view = train_view(folder, Protocol("4-4", 8), 0, IMAGENET, make_recipe(crop=40))
+    view = make_train_view(folder, Protocol("4-4", 8), 0, IMAGENET, make_recipe(crop=40))
     stream, made, original = (
-        on_device(DataLoader(Draws(view, 4), 4, sampler=range(12)), view.transform),
+        move_to_device(DataLoader(Draws(view, 4), 4, sampler=range(12)), view.transform),
         [],
         torch.as_tensor,
     )
@@ -208,8 +208,8 @@ def test_none_is_made_unasked(home):
 
 
 def test_a_subset_finds_its_pictures(folder):
-    for part in tuning_parts(folder, 0.3):
-        assert same(cached(part), part) and not same(cached(part), folder)
+    for part in split_for_tuning(folder, 0.3):
+        assert same(cache_pictures(part), part) and not same(cache_pictures(part), folder)
     assert len(list(folder.root.glob(".mbs-decoded-*"))) == 1
 
 
@@ -243,7 +243,7 @@ def rewritten(path):
             for path, other in [
                 (
                     file,
-                    cached(
+                    cache_pictures(
                         SegmentationFolder(write_scenes(data.root.with_name("t"), 24, 4, size=48, seed=1))
                     ).decoded.file,
                 )
@@ -268,25 +268,25 @@ def test_a_cache_that_does_not_fit_is_made_anew(folder, spoil):
     for path in folder.images:
         Image.open(path).convert("RGB").save(path, "BMP")  # the size of such a file does not depend on what is in it
     data = SegmentationFolder(folder.root)
-    file = cached(data).decoded.file
-    assert opened(file, data) is not None
+    file = cache_pictures(data).decoded.file
+    assert open_cache(file, data) is not None
     spoil(file, data)
-    assert opened(file, SegmentationFolder(folder.root)) is None
-    again = cached(SegmentationFolder(folder.root))
+    assert open_cache(file, SegmentationFolder(folder.root)) is None
+    again = cache_pictures(SegmentationFolder(folder.root))
     assert (
         again.decoded.file == file
         and same(again, SegmentationFolder(folder.root))
-        and opened(file, SegmentationFolder(folder.root)) is not None
+        and open_cache(file, SegmentationFolder(folder.root)) is not None
     )
 
 
 def test_readers_keep_what_they_have_mapped(folder):
     "A file that takes the place of another changes nothing for a process that is reading."
-    before = cached(folder)
+    before = cache_pictures(folder)
     kept = [tuple(x.copy() for x in pair) for pair in (before[i] for i in range(len(before)))]
     touched(folder.images[5])
     rewritten(folder.images[0])
-    after = cached(SegmentationFolder(folder.root))
+    after = cache_pictures(SegmentationFolder(folder.root))
     assert after.decoded.file == before.decoded.file and not same(after, before) and same(before, kept)
 
 
@@ -297,7 +297,7 @@ def test_no_room(folder, monkeypatch):
         ValueError,
         match=r"decoded pictures of s take 0\.2 MiB and .* has 0\.1 MiB left: expected room for them; make some, or leave cache out",
     ):
-        cached(folder)
+        cache_pictures(folder)
     assert not list(folder.root.glob("*decoded*"))
 
 
@@ -309,7 +309,7 @@ def test_the_disk_fills_up(folder):
         with pytest.raises(
             ValueError, match=r"decoded pictures of s cannot be written to .*: expected room and the right to write"
         ):
-            cached(folder)
+            cache_pictures(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert not [p for p in folder.root.iterdir() if "decoded" in p.name]
@@ -317,17 +317,19 @@ def test_the_disk_fills_up(folder):
 
 def test_read_only_data(folder, home, monkeypatch):
     "Then it lies at home; one that lies beside the data already is used."
-    beside, at_home = places(folder.layout, "train")
+    beside, at_home = cache_paths(folder.layout, "train")
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder.root and allowed(path, mode))
     assert (
-        cached(folder).decoded.file == at_home and at_home.is_relative_to(home / "data/.cache") and not beside.exists()
+        cache_pictures(folder).decoded.file == at_home
+        and at_home.is_relative_to(home / "data/.cache")
+        and not beside.exists()
     )
     monkeypatch.undo()
     at_home.rename(beside)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert cached(folder).decoded.file == beside
-    assert places(folder.layout, "test") != places(folder.layout, "train")
+    assert cache_pictures(folder).decoded.file == beside
+    assert cache_paths(folder.layout, "test") != cache_paths(folder.layout, "train")
 
 
 def test_home_cannot_be_written_either(folder, home, monkeypatch):
@@ -335,7 +337,7 @@ def test_home_cannot_be_written_either(folder, home, monkeypatch):
     (home / "data").mkdir()
     (home / "data" / ".cache").write_text("in the way")
     with pytest.raises(ValueError, match=r"cannot be written to .*\.cache"):
-        cached(folder)
+        cache_pictures(folder)
 
 
 BUILDER = """
@@ -371,7 +373,7 @@ def test_several_at_once(folder):
 
 def test_loader_processes_take_no_copy_along(folder):
     "What is handed to a process that is started anew names the file."
-    data = cached(folder)
+    data = cache_pictures(folder)
     assert len(pickle.dumps(data.decoded)) < 5_000 and same(pickle.loads(pickle.dumps(data)), folder)
     view = StepView(data, Protocol("4-4", 8), 0, TrainTransform(40, *IMAGENET), as_bytes=True)
     given = list(DataLoader(Draws(view, 4), 4, sampler=range(8), num_workers=1, multiprocessing_context="spawn"))

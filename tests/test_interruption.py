@@ -13,7 +13,7 @@ from figures import kept
 from safetensors.torch import load_file
 
 from mbs.experiment import Experiment
-from mbs.files import only_writer
+from mbs.files import lock_folder
 from mbs.lifeline import Interrupted
 from mbs.run import Settings, load_run
 
@@ -159,5 +159,5 @@ def test_what_a_dead_writer_leaves_is_removed(tmp_path):
     for name in left + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with only_writer(tmp_path):
+    with lock_folder(tmp_path):
         assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(others)

@@ -20,7 +20,7 @@ import mbs.evaluation
 import mbs.experiment
 import mbs.training
 from mbs.experiment import Experiment
-from mbs.notebooks import failure
+from mbs.notebooks import read_failure
 from mbs.run import Settings, load_run
 
 EVERY = int(os.environ.get("MBS_EVERY_KILL", 25))  # every how many-th moment a process is killed; 1 with make stress
@@ -46,7 +46,7 @@ class Moments:
             (mbs.training, "gradient_norm", "in an iteration"),
             (mbs.experiment, "write_samples", "before the first step"),
             (mbs.experiment, "write_step", "between steps"),
-            (mbs.experiment.Log, "cut", "between steps"),
+            (mbs.experiment.RunLog, "cut", "between steps"),
             (os, "replace", "while a file is renamed"),
             (Path, "unlink", "while states are removed"),
         ):
@@ -111,14 +111,14 @@ def child(outputs, told, at):
     told.write_bytes(json.dumps(moments.seen).encode())
 
 
-def fork(forked, *args):  # noqa: F811
+def fork(forked, *args):
     process = forked.Process(target=child, args=args)
     process.start()
     process.join(120)
     return process.exitcode
 
 
-def test_killed_at_every_moment(home, forked):  # noqa: F811
+def test_killed_at_every_moment(home, forked):
     "From the first file to the last, whatever is half-written."
     told = home / "told"
     Experiment(Settings(**SHORT), home / "count")  # makes the data, once
@@ -193,7 +193,7 @@ def test_killed_while_the_notebook_is_saved(home):
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         with pytest.raises(ValueError):
             json.loads(output.read_text())
-        assert failure(output) == ""  # half a notebook is no failure
+        assert read_failure(output) == ""  # half a notebook is no failure
         kept("kills survived: while papermill saves", 1)
     done = execute("-m", "mbs.notebooks")
     assert done.returncode == 0, done.stdout + done.stderr

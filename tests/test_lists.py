@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from golden import FOLDER
 
-from mbs.archives import contents
+from mbs.archives import read_archive
 from mbs.data import SegmentationFolder
-from mbs.pictures import class_counts, read_mask
+from mbs.pictures import count_classes, read_mask
 from mbs.protocol import ORDERS, SPLITS, Protocol
 
 DATA = Path(os.environ.get("MBS_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.skipif(
 def voc(tmp_path_factory):
     "Ids and (N, 21) class index of the 10,582 training masks."
     folder = tmp_path_factory.mktemp("masks")
-    for place, content in contents(MASKS, lambda path: path.name):
+    for place, content in read_archive(MASKS, lambda path: path.name):
         (folder / place).write_bytes(content)
     ids = (DATA / "voc2012_trainaug.txt").read_text().split()
 
     def present(i):
         path = folder / f"{i}.png"
-        return class_counts(read_mask(path), 20, path)[:-1] > 0
+        return count_classes(read_mask(path), 20, path)[:-1] > 0
 
     with ThreadPoolExecutor() as pool:
         return np.array(ids), np.stack(list(pool.map(present, ids)))

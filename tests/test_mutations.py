@@ -32,23 +32,23 @@ from test_faults import TINY
 from typer.testing import CliRunner
 
 import mbs.batch
-from mbs.archives import contents
-from mbs.checkpoint import Progress, save_tensors
+from mbs.archives import read_archive
+from mbs.checkpoint import StepCheckpoints, save_tensors
 from mbs.cli import app, parse_words
-from mbs.curves import scalars
+from mbs.curves import collect_scalars
 from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
 from mbs.explore import write_tour
 from mbs.files import write_arrays
-from mbs.grid import batch_settings, read_grid
+from mbs.grid import expand_grid, read_grid
 from mbs.layouts import describe_folder, find_layout
 from mbs.methods import Method
-from mbs.notebooks import execute, failure, runs_folder, worker
-from mbs.parameters import read_values
-from mbs.pictures import class_counts, image_size, read_image, read_mask
+from mbs.notebooks import execute_notebook, find_runs_folder, read_failure, read_worker
+from mbs.parameters import read_yaml
+from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
 from mbs.protocol import VOID, Protocol
-from mbs.report import card_table, find_runs, steps_table, summary
+from mbs.report import find_runs, make_card_table, make_steps_table, summarise_runs
 from mbs.run import Settings, load_run
 from mbs.scenes import write_scenes
 from mbs.segmenter import make_encoder
@@ -194,7 +194,7 @@ def test_masks(home, name):
 
     def read():
         found = read_mask(path, colours)
-        class_counts(found, 3, path)
+        count_classes(found, 3, path)
         return found
 
     path.write_bytes(data)
@@ -279,7 +279,7 @@ def test_photos(home, name):
     with Tally("photos") as tally:
         for k in range(MANY // 4):
             path.write_bytes(inside_png(mutants, data) if k % 2 and data[:4] == b"\x89PNG" else mutants.changed(data))
-            found, size = tally(outcome(partial(read_image, path))), outcome(partial(image_size, path))
+            found, size = tally(outcome(partial(read_image, path))), outcome(partial(read_image_size, path))
             assert (found is None) == (size is None), "what is looked at and what is trained on"
             if found is not None:
                 assert found.dtype == np.uint8 and found.shape == (*size, 3)
@@ -293,7 +293,7 @@ def test_pictures_that_claim_too_much(home):
         saved(Image.new("L", (9, 9)), "BMP").replace(b"\x09\0\0\0\x09\0\0\0", b"\xff\xff\0\0\xff\xff\0\0"),
     ):
         path.write_bytes(data)
-        for read in (read_image, image_size, read_mask):
+        for read in (read_image, read_image_size, read_mask):
             with pytest.raises(ValueError, match="pixels"):
                 read(path)
 
@@ -341,7 +341,7 @@ def check_layout(root):
         for i in range(len(data)):
             image, mask = data[i]
             assert image.shape == (*mask.shape, 3) and ((mask <= n) | (mask == VOID)).all()
-            assert (data.counts[i] == class_counts(mask, n, root)).all()
+            assert (data.counts[i] == count_classes(mask, n, root)).all()
     return layout
 
 
@@ -530,14 +530,14 @@ def test_coco_shapes_that_are_none(home, change, says):
 def test_coco_run_lengths_as_the_library_has_them():
     from pycocotools import mask
 
-    from mbs.prepare import CocoRuns, coco_object
+    from mbs.prepare import CocoRuns, draw_coco_object
 
     for seed in range(30):
         r = np.random.default_rng(seed)
         truth = np.asfortranarray((r.random((r.integers(1, 90), r.integers(1, 90))) < r.random()).astype(np.uint8))
         packed = mask.encode(truth)
         assert (
-            coco_object(CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
+            draw_coco_object(CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
         ).all()
 
 
@@ -570,7 +570,7 @@ def test_archives(home, name):
     with Tally("archives") as tally:
         for _ in range(MANY):
             path.write_bytes(mutants.changed(data, 30))
-            for place, content in tally(outcome(lambda: list(contents(path, PurePosixPath)))) or ():
+            for place, content in tally(outcome(lambda: list(read_archive(path, PurePosixPath)))) or ():
                 assert not place.is_absolute() and ".." not in place.parts and isinstance(content, bytes)
 
 
@@ -611,7 +611,7 @@ def small(values):
 
 def test_parameter_files(home, no_training):
     mutants, path = Mutants(7), home / "p.yaml"
-    texts = [p.read_text() for p in sorted((runs_folder() / "protocols").glob("*.yaml"))]
+    texts = [p.read_text() for p in sorted((find_runs_folder() / "protocols").glob("*.yaml"))]
     texts += [
         yaml.safe_dump(small(dict(name="a", training=dict(crop=16, batch=2, iterations=1)))),
         "a: &a [1, 2]\nname: x\ntraining: {lr: 1e-3, crop: 32}\nclasses: [ball, leaf]\n",
@@ -619,7 +619,7 @@ def test_parameter_files(home, no_training):
     with Tally("parameter files") as tally:
         for k in range(3 * MANY):
             path.write_bytes(mutants.text(mutants.random.choice(texts)))
-            tally(outcome(lambda: whole(read_values(path))))
+            tally(outcome(lambda: whole(read_yaml(path))))
             if k % 20 == 0:
                 command("run", path, "data=nowhere")
                 command("run", path, "scenes={n_train: 0}")
@@ -702,7 +702,7 @@ def test_words(home, no_training):
 
 def test_grids(home):
     mutants, path = Mutants(9), home / "g.yaml"
-    texts = [p.read_text() for p in sorted((runs_folder() / "grids").glob("*.yaml"))]
+    texts = [p.read_text() for p in sorted((find_runs_folder() / "grids").glob("*.yaml"))]
     texts += [
         yaml.safe_dump(
             dict(
@@ -715,7 +715,7 @@ def test_grids(home):
     with Tally("grids") as tally:
         for k in range(2 * MANY):
             path.write_bytes(mutants.text(mutants.random.choice(texts)))
-            for settings in tally(outcome(lambda: batch_settings(read_grid(path)))) or ():
+            for settings in tally(outcome(lambda: expand_grid(read_grid(path)))) or ():
                 assert settings.name.startswith("g/") or settings.name.count("/") == 1
             if k % 20 == 0:
                 command(
@@ -808,7 +808,7 @@ def test_notebook_parameters_through_a_kernel(home):
         home / "book.ipynb",
     )
     (home / "{v0} {").mkdir()
-    execute(home / "book.ipynb", home / "{v0} {" / "out.ipynb", hard)
+    execute_notebook(home / "book.ipynb", home / "{v0} {" / "out.ipynb", hard)
     said = nbformat.read(home / "{v0} {" / "out.ipynb", 4).cells[-1].outputs[0].text
     assert json.loads(said) == list(hard.values())
 
@@ -837,7 +837,7 @@ def read_all(folder, models=False):
     n = len(run.names)
     records, steps = run.log(), range(run.n_steps)
     assert all(0 <= r["step"] < len(run.iterations) for r in records)
-    scalars(run)
+    collect_scalars(run)
     for t in steps:
         counts = run.confusion(t).counts
         assert counts.shape == (run.protocol.n_channels(t),) * 2 and (counts >= 0).all() and counts.sum() < 2**60
@@ -853,11 +853,11 @@ def read_all(folder, models=False):
             and all((m < run.protocol.n_channels(t)).all() for t, m in zip(steps, maps))
         )
     if run.finished:
-        summary([run])
-        card_table([run])
-        [steps_table(group) for group in mbs.report.groups([run])]
-    mbs.batch.status_of(folder)
-    failure(folder / "train.ipynb"), worker(folder)
+        summarise_runs([run])
+        make_card_table([run])
+        [make_steps_table(group) for group in mbs.report.group_runs([run])]
+    mbs.batch._read_status(folder)
+    read_failure(folder / "train.ipynb"), read_worker(folder)
     for t in steps if models else ():
         assert all(v.isfinite().all() for v in run.model(t).state_dict().values())
     return run
@@ -1003,7 +1003,7 @@ def test_models(home, made):
 
 def test_states_of_a_running_step(home):
     "A state that was changed is passed over; what is taken up is what was saved."
-    mutants, progress = Mutants(13), Progress(home / "resume", 1)
+    mutants, progress = Mutants(13), StepCheckpoints(home / "resume", 1)
     tensors = {
         "student.w": torch.randn(3, 5),
         "optimiser.0.step": torch.tensor(7.0),

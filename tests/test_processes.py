@@ -45,13 +45,13 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
         from mbs import load_run
         from mbs.launch import train
         mbs.training.LOG_EVERY = 1
-        inner = mbs.experiment.measured
+        inner = mbs.experiment._evaluate_state
         def measured(setup, student, step, state, test):
             own = inner(setup, student, step, state, test)
-            np.save({str(tmp_path)!r} + f"/counts-{{step}}-{{mbs.processes.processes().process_index}}.npy",
+            np.save({str(tmp_path)!r} + f"/counts-{{step}}-{{mbs.processes.get_processes().process_index}}.npy",
                     inner(setup, load_run({str(tmp_path / "one")!r}).model(step), step, load_run({str(tmp_path / "one")!r}).model(step).state_dict(), test).counts)
             return own
-        mbs.experiment.measured = measured
+        mbs.experiment._evaluate_state = measured
         if __name__ == "__main__": train(*sys.argv[1:3])
         """)
     )

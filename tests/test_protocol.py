@@ -136,7 +136,7 @@ def test_impossible(arguments, says):
 @given(protocols(), st.integers(0, 2**32 - 1))
 def test_hidden_shares_are_those_of_the_pixels(p, seed):
     "Counted from the class index, and counted pixel by pixel in the masks."
-    from mbs.inspect import hidden_shares
+    from mbs.inspect import measure_hidden_shares
 
     masks = np.random.default_rng(seed).choice([*range(p.n_classes + 1), VOID], size=(5, 6, 7)).astype(np.uint8)
     counts = np.array(
@@ -146,7 +146,7 @@ def test_hidden_shares_are_those_of_the_pixels(p, seed):
         truth, labels = (np.array([p.to_channels(m, t, part) for m in masks]) for part in ("truth", "train"))
         first, pixels = np.array(p.first_step)[np.where(truth == VOID, 0, truth)], (truth != VOID).sum()
         lost = (labels == 0) & (truth != 0)
-        got = hidden_shares(counts, p, t)
+        got = measure_hidden_shares(counts, p, t)
         assert np.isclose(got["hidden_old"] * pixels, (lost & (first < t)).sum()) and np.isclose(
             got["hidden_future"] * pixels, (lost & (first > t)).sum()
         )

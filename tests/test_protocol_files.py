@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mbs.batch import prepare, run_notebook
+from mbs.batch import prepare_experiment, run_notebook
 from mbs.experiment import Experiment
-from mbs.notebooks import read_parameters, runs_folder
+from mbs.notebooks import find_runs_folder, read_parameters
 from mbs.protocol import SETTINGS, SPLITS
 from mbs.run import Settings, load_run
 
-FILES = sorted({p.stem for p in (runs_folder() / "protocols").glob("*.yaml")} - {"demo", "voc-animals"})
+FILES = sorted({p.stem for p in (find_runs_folder() / "protocols").glob("*.yaml")} - {"demo", "voc-animals"})
 SMALL = dict(
     encoder="vit_tiny_patch16_224",
     encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1),
@@ -104,10 +104,10 @@ def test_through_papermill_as_documented(home, tmp_path):
     "The documented command, with the file's parameters and overrides; and `mbs run`, its short form, gives the same run."
     import papermill
 
-    file = runs_folder() / "protocols" / "voc-19-1-disjoint.yaml"
+    file = find_runs_folder() / "protocols" / "voc-19-1-disjoint.yaml"
     parameters = read_parameters(file) | SMALL | dict(training=ONE, seed=3)
     papermill.execute_notebook(
-        str(runs_folder() / "train.ipynb"),
+        str(find_runs_folder() / "train.ipynb"),
         str(tmp_path / "out.ipynb"),
         parameters,
         kernel_name="python3",
@@ -115,7 +115,7 @@ def test_through_papermill_as_documented(home, tmp_path):
     )
     run = load_run(home / "outputs" / "voc-19-1-disjoint-mbs-s3")
     assert run.finished and Path(tmp_path / "out.ipynb").is_file()
-    assert run_notebook(prepare(Settings(**parameters))).folder == run.folder
+    assert run_notebook(prepare_experiment(Settings(**parameters))).folder == run.folder
     assert json.loads((run.folder / "run.json").read_text())["weights"] == {"source": "random initialisation"}
 
 

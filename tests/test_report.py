@@ -17,10 +17,19 @@ from mbs.cli import app
 from mbs.experiment import Experiment
 from mbs.metrics import CONVENTIONS
 from mbs.protocol import SETTINGS, Protocol
-from mbs.report import card_table, compare, find_runs, groups, published, published_table, summary, write_report
+from mbs.report import (
+    compare_runs,
+    find_runs,
+    group_runs,
+    make_card_table,
+    make_published_table,
+    read_published,
+    summarise_runs,
+    write_report,
+)
 from mbs.run import Settings, load_run
 from mbs.scenes import write_scenes
-from mbs.tables import Table, csv_text, latex, markdown, over_seeds
+from mbs.tables import Table, summarise_seeds, to_csv, to_latex, to_markdown
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -190,13 +199,13 @@ def test_latex_and_markdown_are_escaped(written):
 def test_lines_seeds_and_the_unfinished(outputs, written):
     runs, left_out = find_runs([outputs, outputs / "nowhere", outputs.parent / "<i>pets & 50%_data" / "classes.txt"])
     assert len(runs) == 8 and set(left_out.values()) == {"it does not exist", "no run.json in it"}
-    six, seven = groups(runs)
+    six, seven = group_runs(runs)
     assert {label: len(line) for label, line in six.lines.items()} == {"kd": 1, "mbs": 2, "mbs orthogonality=False": 1}
     assert list(six.at_once) == list(seven.at_once) == ["finetune (all at once)"] and [
         list(line) for line in seven.lines.values()
     ] == [[seven.lines["mbs"][0]]]
     assert {run.folder.name for _, run in six.unfinished} == {"stopped", "begun"}
-    assert len({(row["table"], row["method"]) for row in summary(runs)}) == len(summary(runs)) == 6
+    assert len({(row["table"], row["method"]) for row in summarise_runs(runs)}) == len(summarise_runs(runs)) == 6
     md = (written / "summary.md").read_text(encoding="utf-8")
     assert (
         md.count("### Unfinished runs") == 1
@@ -209,7 +218,7 @@ def test_lines_seeds_and_the_unfinished(outputs, written):
 
 def test_joint_is_split_as_the_table_is(outputs):
     runs = find_runs([outputs])[0]
-    rows = {(row["table"].split(" · ")[1], row["method"]): row for row in summary(runs)}
+    rows = {(row["table"].split(" · ")[1], row["method"]): row for row in summarise_runs(runs)}
     iou = load_run(outputs / "joint").iou()[0]
     for table, n_old in (("6-2", 7), ("7-1", 8)):
         row = rows[table, "finetune (all at once)"]
@@ -243,8 +252,8 @@ def test_other_recipes_are_other_lines_and_repeats_count_once(outputs, tmp_path)
         seed=1,
     )
     runs = find_runs([tmp_path])[0]
-    (group,) = groups(runs)
-    assert {row["method"]: row["seeds"] for row in summary(runs)} == {
+    (group,) = group_runs(runs)
+    assert {row["method"]: row["seeds"] for row in summarise_runs(runs)} == {
         "kd lr=0.001": 1,
         "kd lr=0.01": 1,
         "mbs lr=0.001": 1,
@@ -253,7 +262,7 @@ def test_other_recipes_are_other_lines_and_repeats_count_once(outputs, tmp_path)
     text = (write_report(runs, tmp_path / "report") / "summary.md").read_text(encoding="utf-8")
     assert "Left out as repeats of a seed: kd-again" in text
     with pytest.raises(ValueError, match="cannot be compared in one picture"):
-        compare(find_runs([outputs])[0])
+        compare_runs(find_runs([outputs])[0])
 
 
 def test_runs_without_pictures(outputs, tmp_path):
@@ -288,7 +297,7 @@ def voc(tmp_path_factory):
 
 
 def test_published_rows_stand_beside_ours(voc):
-    table = published_table(groups([voc])[0])
+    table = make_published_table(group_runs([voc])[0])
     theirs = {(row[0], row[1]): row[2:] for row in table.rows if not row[1].startswith("this report")}
     assert (
         theirs["MBS", "re-run A"] == ["foreground", 82.3, 69.0, 79.0]
@@ -304,15 +313,15 @@ def test_published_rows_stand_beside_ours(voc):
     }.items():
         np.testing.assert_allclose([value.mean for value in ours[name]], [scores[k] for k in keys])
     assert "20 pictures" in table.note and "arXiv 2608.30281" in table.note
-    assert all(text in markdown(table) for text in ("82.3", "80.6", "–"))
+    assert all(text in to_markdown(table) for text in ("82.3", "80.6", "–"))
 
 
 def test_nothing_is_published_on_scenes(outputs):
-    assert not [g for g in groups(find_runs([outputs])[0]) if published_table(g)]
+    assert not [g for g in group_runs(find_runs([outputs])[0]) if make_published_table(g)]
 
 
 def test_published_file():
-    rows, sources = published()
+    rows, sources = read_published()
     assert len(rows) == len(set(rows)) > 45 and {row.source for row in rows} == set(sources)
     for row in rows:
         assert row.setting in SETTINGS and len(Protocol(row.protocol, row.dataset).sizes) > 1
@@ -333,7 +342,7 @@ def test_published_file():
 
 
 def test_cards(outputs):
-    (row,) = card_table([load_run(outputs / "mbs1")]).rows
+    (row,) = make_card_table([load_run(outputs / "mbs1")]).rows
     card = load_run(outputs / "mbs1").card
     assert (
         card["data"]["train"] in row[5]
@@ -417,9 +426,9 @@ def test_a_run_of_another_version_is_left_out(outputs, tmp_path):
 
 
 def test_tables_of_odd_values():
-    table = Table("t", ["a", "b"], [[over_seeds([]), 1.25], [over_seeds([0.5, float("nan")]), None]])
-    assert "–" in markdown(table) and "50.0" in latex(table)
-    lines = list(csv.reader(csv_text([table]).splitlines()))
+    table = Table("t", ["a", "b"], [[summarise_seeds([]), 1.25], [summarise_seeds([0.5, float("nan")]), None]])
+    assert "–" in to_markdown(table) and "50.0" in to_latex(table)
+    lines = list(csv.reader(to_csv([table]).splitlines()))
     assert lines[1] == ["t", "", "", "0", "1.25"] and lines[2] == ["t", "50.0", "", "1", ""]
     with pytest.raises(ValueError, match="different columns"):
-        csv_text([table, table._replace(columns=["a", "c"])])
+        to_csv([table, table._replace(columns=["a", "c"])])

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mbs.data import StepView
-from mbs.experiment import Experiment, pseudo_label_examples
-from mbs.feature_distillation import local_pod, strips
+from mbs.experiment import Experiment, make_pseudo_label_examples
+from mbs.feature_distillation import local_pod, pool_strips
 from mbs.methods import ABLATIONS, METHODS, Method
-from mbs.objective import Parts, cross_entropy, step_loss, training_labels
+from mbs.objective import Parts, cross_entropy, make_training_labels, step_loss
 from mbs.output_distillation import output_distillation, unbiased_distillation
 from mbs.protocol import VOID
-from mbs.pseudo_labels import confident_share, entropy_pseudo_labels, entropy_thresholds, uncertainty
+from mbs.pseudo_labels import confident_share, entropy_pseudo_labels, entropy_thresholds, teacher_uncertainty
 from mbs.run import Settings
 from mbs.segmenter import Segmenter, SegmenterOutput, make_encoder
 
@@ -148,7 +148,7 @@ def literal_pod(a, b, scales=(1, 2, 4)):
 def test_local_pod_is_the_loop(h, w, d, seed):
     a, b = draw(seed, 2, d, h, w), draw(seed + 1, 2, d, h, w)
     close(local_pod(a, b), literal_pod(a, b))
-    assert strips(a).shape == (2, 7 * d * (h + w))
+    assert pool_strips(a).shape == (2, 7 * d * (h + w))
 
 
 @pytest.mark.parametrize("h,w", [(1, 1), (2, 3), (5, 7)])
@@ -197,7 +197,9 @@ def test_thresholds_are_medians(n_old, batches, scale, seed):
         for k in range(batches)
     ]
     mine = entropy_thresholds(pairs, n_old).numpy()
-    target, u, best = (torch.cat(parts).numpy() for parts in zip(*((y, uncertainty(t), t.argmax(1)) for y, t in pairs)))
+    target, u, best = (
+        torch.cat(parts).numpy() for parts in zip(*((y, teacher_uncertainty(t), t.argmax(1)) for y, t in pairs))
+    )
     for c in range(n_old):
         values = np.sort(u[(target == 0) & (best == c)])
         if not len(values):
@@ -211,7 +213,7 @@ def test_thresholds_are_medians(n_old, batches, scale, seed):
 
 def test_threshold_of_many_pixels_is_numpys_median():
     t, y = draw(3, 4, 3, 100, 100), torch.zeros(4, 100, 100)
-    u, best = uncertainty(t).numpy(), t.argmax(1).numpy()
+    u, best = teacher_uncertainty(t).numpy(), t.argmax(1).numpy()
     close(entropy_thresholds([(y, t)], 3), torch.tensor([np.median(u[best == c]) for c in range(3)]), rtol=1e-3)
 
 
@@ -259,7 +261,7 @@ def test_plop_terms():
     terms = method.loss(student, teacher, y, 2)
     relabelled = entropy_pseudo_labels(y, teacher.logits, [0.8, 0.9, 0.7])
     assert set(terms) == {"loss", "cross_entropy", "patch_features"} and torch.equal(
-        training_labels(y, teacher, method.parts, [0.8, 0.9, 0.7]), relabelled
+        make_training_labels(y, teacher, method.parts, [0.8, 0.9, 0.7]), relabelled
     )
     maps = (out.patches.mT.reshape(2, 6, 4, 4).double() for out in (student, teacher))
     close(terms["patch_features"], 0.01 * math.sqrt(5 / 2) * literal_pod(*maps), torch.float32)
@@ -427,7 +429,7 @@ def test_run(name, tmp_path, monkeypatch):
         assert "thresholds" not in run.metrics(0) and [len(run.metrics(t)["thresholds"]) for t in (1, 2)] == [7, 8]
         experiment.setup.method.found = {}
         for step in (1, 2):
-            assert len(pseudo_label_examples(experiment.setup, run, step, 2)[3]) == 2
+            assert len(make_pseudo_label_examples(experiment.setup, run, step, 2)[3]) == 2
 
 
 def test_only_who_asks_looks_at_the_step_first(tmp_path, monkeypatch):

@@ -8,28 +8,28 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mbs.evaluation import evaluate
-from mbs.experiment import Experiment, difference
+from mbs.experiment import Experiment, describe_difference
 from mbs.methods import METHODS, Method
 from mbs.metrics import iou_matrix
-from mbs.objective import full_terms
+from mbs.objective import reference_pixel_terms
 from mbs.run import Settings, Setup, trained_run
 from mbs.segmenter import Segmenter, make_encoder
 from mbs.training import (
-    compiled,
-    looked_at,
-    losses,
+    compile_networks,
     make_accelerator,
     make_optimizer,
     make_recipe,
-    test_view,
+    make_test_view,
+    make_train_view,
+    run_teacher,
+    train_iterations,
     train_step,
-    train_view,
 )
 
 TINY = dict(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
 RUN = dict(protocol="6-2", samples=0, share_base=False, scenes=dict(n_train=40, n_test=12, size=48))
 TRAINING = dict(crop=48, batch=8, iterations=25, optimizer="adamw", lr=1e-3)
-test_view.__test__ = False
+make_test_view.__test__ = False
 WAITS = {
     "aten::item",
     "aten::_local_scalar_dense",
@@ -71,8 +71,8 @@ def loop(name="mbs", n=3, **choices):
     labels = torch.where(labels < 3, 0, labels).to(accelerator.device)
     student, optimizer = accelerator.prepare(student, make_optimizer(student, recipe, 1))
     teacher = teacher.to(accelerator.device)
-    with compiled(recipe.compile, student, teacher) as networks_to_call:
-        yield from losses(
+    with compile_networks(recipe.compile, student, teacher) as networks_to_call:
+        yield from train_iterations(
             *networks_to_call, method, [(images.to(accelerator.device), labels)] * n, optimizer, accelerator, 2, recipe
         )
     yield accelerator.unwrap_model(student, keep_fp32_wrapper=False)
@@ -155,10 +155,10 @@ def test_what_may_change_on_the_way():
         settings=dict(training=dict(lr=1, compile=True), workers=2), recipe=dict(compile=True, lr=1), parts={}, data={}
     )
     other = dict(settings=dict(training=dict(lr=1), workers=0), recipe=dict(compile=False, lr=1), parts={}, data={})
-    assert difference(card, other) == "" and "recipe.lr: 1 there, 2 now" in difference(
+    assert describe_difference(card, other) == "" and "recipe.lr: 1 there, 2 now" in describe_difference(
         card, other | dict(recipe=dict(compile=True, lr=2))
     )
-    assert "settings.training" in difference(card, other | dict(settings=dict(training=dict(lr=2))))
+    assert "settings.training" in describe_difference(card, other | dict(settings=dict(training=dict(lr=2))))
 
 
 def test_no_compiler_is_one_sentence(monkeypatch):
@@ -178,7 +178,7 @@ def test_teacher_in_inference_mode():
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         want = teacher(images)
-    found = looked_at(teacher, images)
+    found = run_teacher(teacher, images)
     assert (
         not found.patches.is_inference()
         and torch.equal(found.patch_logits, want.patch_logits)
@@ -225,11 +225,11 @@ def two_steps(kind, name, **choices):
     for step in (1, 2):
         teacher, statistics = model.frozen(), setup.statistics(model)
         torch.manual_seed(step)
-        view = train_view(setup.train, setup.protocol, step, statistics, setup.recipe, setup.positions[step])
+        view = make_train_view(setup.train, setup.protocol, step, statistics, setup.recipe, setup.positions[step])
         model = train_step(
             setup.method.grow(model, 1), teacher, setup.method, view, setup.recipe, seed=step, log=log.append
         )
-        tested.append(evaluate(model, test_view(setup.test, setup.protocol, step, statistics, setup.recipe)))
+        tested.append(evaluate(model, make_test_view(setup.test, setup.protocol, step, statistics, setup.recipe)))
     return iou_matrix(tested), [r["loss"] for r in log]
 
 
@@ -239,7 +239,7 @@ def test_fast_and_plain_runs_are_the_same(name, monkeypatch):
 
     class Plain(Method):
         def loss(self, student, teacher, target, n_new):
-            terms, _ = full_terms(
+            terms, _ = reference_pixel_terms(
                 *(out and out._replace(full=out.logits) for out in (student, teacher)), target, self.parts, n_new, None
             )
             rest = super().loss(student, teacher, target, n_new)
@@ -258,7 +258,7 @@ def test_fast_and_plain_runs_are_the_same(name, monkeypatch):
         )
 
     monkeypatch.setattr("mbs.training.make_optimizer", plain_optimizer)
-    monkeypatch.setattr("mbs.training.looked_at", torch.no_grad()(lambda teacher, *given: teacher(*given)))
+    monkeypatch.setattr("mbs.training.run_teacher", torch.no_grad()(lambda teacher, *given: teacher(*given)))
     monkeypatch.setattr(
         torch.nn.functional,
         "scaled_dot_product_attention",

@@ -18,8 +18,8 @@ from test_interruption import PARAMETERS, same
 
 from mbs.batch import Batch
 from mbs.experiment import Experiment
-from mbs.lifeline import RESUME_ME, Interrupted
-from mbs.notebooks import failure, runs_folder
+from mbs.lifeline import EXIT_RESUME, Interrupted
+from mbs.notebooks import find_runs_folder, read_failure
 from mbs.run import Settings, load_run
 
 KILLS = int(os.environ.get("MBS_NOTEBOOK_KILLS", 2))
@@ -79,7 +79,7 @@ def test_mbs_run_saves_and_says_resume(home, asked):
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(asked)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == RESUME_ME, said
+    assert process.returncode == EXIT_RESUME, said
     last = said.strip().splitlines()[-1]
     assert (
         last.startswith("mbs: asked to stop in step 0 after iteration")
@@ -88,13 +88,13 @@ def test_mbs_run_saves_and_says_resume(home, asked):
     )
     assert gone(children)
     (state,) = (home / "outputs/run/resume").iterdir()
-    assert int(state.stem.split("-")[-1]) >= 40 and "Interrupted" in failure(home / "outputs/run/train.ipynb")
+    assert int(state.stem.split("-")[-1]) >= 40 and "Interrupted" in read_failure(home / "outputs/run/train.ipynb")
     kept("signals obeyed by mbs run", 1)
 
 
 def test_asked_while_nothing_trains(home):
     "Between two cells a kernel does not hear an interrupt: the next cell is not begun all the same. Nor where it is busy with something else than training."
-    from mbs.notebooks import execute
+    from mbs.notebooks import execute_notebook
 
     ask = "import os, signal, threading, time; ask = threading.Timer({}, os.kill, (os.getppid(), signal.SIGTERM)); ask.start()"
     for code in (ask.format(0.3) + "; time.sleep(30)", ask.format(0)):
@@ -106,13 +106,13 @@ def test_asked_while_nothing_trains(home):
         )
         nbformat.write(book, home / "book.ipynb")
         with pytest.raises(Interrupted, match="asked to stop"):
-            execute(home / "book.ipynb", home / "out.ipynb", {})
+            execute_notebook(home / "book.ipynb", home / "out.ipynb", {})
         assert not (home / "reached").exists()
 
 
 def plain(home):
     "A notebook that trains and draws nothing, so that many kills cost little."
-    train = nbformat.read(runs_folder() / "train.ipynb", 4)
+    train = nbformat.read(find_runs_folder() / "train.ipynb", 4)
     train.cells = [
         next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])),
         *(nbformat.v4.new_code_cell(code) for code in [TRAIN, *["1"] * 20]),
@@ -174,7 +174,7 @@ def test_killed_while_papermill_saves(home):
     said = last.communicate(timeout=300)[0]
     assert last.returncode == 0, said
     same(load_run(home / "outputs/run"), load_run(home / "whole/run"), left={".lock", ".worker"})
-    assert not failure(output) and len(json.loads(output.read_text())["cells"]) == 23
+    assert not read_failure(output) and len(json.loads(output.read_text())["cells"]) == 23
     kept("kills of a run under papermill survived", KILLS)
     kept("of these, with the notebook half-written", torn)
 
@@ -191,7 +191,7 @@ def test_a_batch_that_is_asked_to_stop(home):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert (
-        process.returncode == RESUME_ME
+        process.returncode == EXIT_RESUME
         and "the batch was asked to stop: its runs have saved, the same command goes on" in said
         and gone(children)
     ), said
@@ -203,7 +203,7 @@ def test_a_batch_that_is_asked_to_stop(home):
     next(p for p in psutil.Process(process.pid).children() if "mbs.notebooks" in p.cmdline()).terminate()
     said = process.communicate(timeout=60)[0]
     assert (
-        process.returncode == RESUME_ME
+        process.returncode == EXIT_RESUME
         and "1 of 1 runs were asked to stop; the same call goes on" in said
         and "s0: stopped" in said
         and "failed" not in said

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import mbs.segmenter
-from mbs.segmenter import HALF, make_encoder, read_state, weights_file
+from mbs.segmenter import HALF, find_installed_weights, make_encoder, read_state
 
 
 def test_lite0_is_the_package_network():
@@ -21,7 +21,7 @@ def test_lite0_is_the_package_network():
         k.split(".")[0] for k in encoder.network.state_dict()
     }
     whole = timm.create_model("tf_efficientnet_lite0").eval()
-    state = read_state(weights_file("tf_efficientnet_lite0"))
+    state = read_state(find_installed_weights("tf_efficientnet_lite0"))
     assert [tuple(v.shape) for v in state.values()] == [tuple(v.shape) for v in whole.state_dict().values()]
     whole.load_state_dict(dict(zip(whole.state_dict(), state.values())))
     x = torch.randn(1, 3, 96, 96)
