@@ -17,10 +17,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from mbs.folders import home
 from PIL import Image
 
 from mbs import ABLATIONS, METHODS, Experiment, Settings, load_run
-from mbs.layouts import home
 from mbs.report import average_seeds, collect_outcome, collect_series, draw_flows
 from mbs.tables import Table, summarise_seeds, to_markdown
 from mbs.viz import show_curves, show_iou_matrix

@@ -54,7 +54,7 @@ class Blobs(Pictures):
         return self.known[step, i]
 
     def seen(self, step, i):
-        n = self.run.protocol.n_channels(step)
+        n = self.run.protocol[step].n_channels
         side = SIDE // PATCH
         truth = F.one_hot(
             torch.from_numpy(self.items[i][1][PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].astype(int)),

@@ -29,7 +29,7 @@ def page_of(path):
     "The page of a file of the repository, without ending: notebooks lose their number, pages of docs/ lie at the top, tables of docs/results/ are one page; None for all other files."
     folder, name = posixpath.split(posixpath.splitext(path)[0])
     if path.endswith(".ipynb") and folder == "nbs":
-        return f"reference/{re.sub(r'^[0-9]+_', '', name)}" if name != "index" else "index"
+        return f"reference/{re.sub(r'^[0-9]+[a-z]?_', '', name)}" if name != "index" else "index"
     if path.endswith(".ipynb") and folder in ("nbs/tutorials", "nbs/runs"):
         return f"{folder[4:]}/{name}"
     if path.endswith(".md") and folder == "docs":

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from mbs.folders import home
 from PIL import Image
 
 from mbs import load_run
-from mbs.layouts import home
 from mbs.viz import draw_class_legend, make_grid, overlay, show_picture
 
 METHODS = "finetune", "kd", "mbs"
@@ -21,7 +21,7 @@ def picture(runs, n=2):
     shown = []
     for k, row in enumerate(axes):
         image, truth, _ = runs[0].samples()[k]
-        labels = [np.where(np.isin(truth, list(runs[0].protocol.new_channels(t))), truth, 0) for t in range(steps)]
+        labels = [np.where(np.isin(truth, list(runs[0].protocol[t].new_channels)), truth, 0) for t in range(steps)]
         predicted = [run.samples()[k][2][-1] for run in runs]
         titles = [
             "photo",

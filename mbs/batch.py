@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from .folders import find_runs_folder, home
 from tqdm import tqdm
 
 from .executors import Local, OnRay, Stopped
 from .experiment import Experiment, explain_unwritable, refuse_other_run
 from .grid import Grid, expand_grid, read_grid
 from .inspect import time_iteration
-from .layouts import home
 from .lifeline import Interrupted, interrupt_on_signals, record_signals
 from .live import STATES, show_live
-from .notebooks import RunFailed, execute_notebook, find_runs_folder, lock_worker, read_failure, read_worker
+from .notebooks import RunFailed, execute_notebook, lock_worker, read_failure, read_worker
 from .run import Run, Settings, Setup, load_run, make_card
 from .tables import Table, format_duration
 
@@ -110,7 +110,7 @@ def _read_status(folder: Path) -> Status:
         sum(run.iterations[:n]) + (record.get("iteration", 0) if now else 0),
         record.get("loss"),
         run.metrics()["scores"]["all"] if n else None,
-        run.card["base"] if n else None,
+        run.card.base if n else None,
     )
 
 # %% ../nbs/70_batch.ipynb #8b7a045e
@@ -127,10 +127,10 @@ class Job:
         self.settings, self.folder, self.card = settings, experiment.folder, make_card(experiment.setup, model)
         self.name, self.iterations, self.seen = (
             settings.name.partition("/")[2],
-            self.card["iterations"],
+            self.card.iterations,
             _read_status(self.folder),
         )
-        self.base = self.card["base"] if settings.share_base else None
+        self.base = self.card.base if settings.share_base else None
         self.before = (
             "" if self.finished else read_failure(self.folder / "train.ipynb")
         )  # what ended an earlier attempt
@@ -208,7 +208,7 @@ class Job:
 # %% ../nbs/70_batch.ipynb #531d051d
 def _work_key(card: dict, later: bool) -> str:
     "What an iteration of the base step, or of a later one, depends on."
-    s, r = card["settings"], card["recipe"]
+    s, r = card.settings, card.recipe
     network = [
         s["encoder"],
         s["encoder_options"],
@@ -216,7 +216,7 @@ def _work_key(card: dict, later: bool) -> str:
         s.get("processes", 1),
         *(r[k] for k in ("crop", "batch", "precision", "optimizer")),
     ]
-    return json.dumps([network, [s["method"], card["parts"]] if later else None])
+    return json.dumps([network, [s["method"], card.parts] if later else None])
 
 
 def _collect_seconds(outputs: Path) -> dict[str, float]:

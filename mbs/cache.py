@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from .folders import home
 from tqdm import tqdm
 
 from .data import SegmentationFolder, hash_file_stats
 from .files import replace_atomically
-from .layouts import Layout, home
+from .layouts import Layout
 
 # %% ../nbs/13_cache.ipynb #ff01c24c
 def _pair_offsets(sizes: np.ndarray) -> np.ndarray:

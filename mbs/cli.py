@@ -169,7 +169,8 @@ def demo(
 ):
     "Class-incremental learning on generated scenes: what forgetting is, and what MBS does about it. Minutes on two cores."
     with explain_errors(), interrupt_on_signals():
-        from mbs.layouts import home
+        from mbs.folders import home
+
         from mbs.notebooks import read_parameters
         from mbs.report import write_report
 
@@ -292,7 +293,8 @@ def report(
 ):
     "Runs compared: an executed notebook, a self-contained HTML page, CSV, LaTeX and Markdown tables, published numbers beside yours."
     with explain_errors():
-        from mbs.layouts import home
+        from mbs.folders import home
+
         from mbs.report import find_runs, report_notebook
 
         runs, left_out = find_runs(paths or [home("outputs")])
@@ -319,8 +321,9 @@ def curves(
 ):
     "Losses and scores in TensorBoard, kept up to date until Ctrl-C."
     with explain_errors():
+        from mbs.folders import home
+
         from mbs.curves import CurveWriter, serve_curves
-        from mbs.layouts import home
 
         paths = paths or [home("outputs")]
         if write_only:
@@ -341,7 +344,8 @@ def predict(
 ):
     "Segment pictures of any size."
     with explain_errors():
-        from mbs.layouts import home
+        from mbs.folders import home
+
         from mbs.predict import list_pictures, predict_files
         from mbs.run import load_run
 
@@ -367,14 +371,11 @@ _From = Annotated[
 def prepare_data(name: str, to: Path | None, given: list[Path] | None):
     "Make the data set `name` and say what was done."
     with explain_errors():
-        from mbs import prepare
-        from mbs.layouts import home
+        from mbs.folders import home
 
-        typer.echo(
-            getattr(prepare, f"prepare_{name}")(
-                to or home("data", name), home("data", "archives"), given or []
-            )
-        )
+        from mbs import prepare
+
+        typer.echo(getattr(prepare, f"prepare_{name}")(to or home("data", name), home("data", "archives"), given or []))
 
 
 @data.command()

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from .folders import home
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .files import read_arrays, write_arrays
-from .layouts import Layout, Part, find_layout, home
+from .layouts import Layout, Part, find_layout
 from .pictures import PairFacts, read_image, read_mask, read_pair_facts
 from .protocol import Protocol
 from .scenes import write_scenes
@@ -290,7 +291,7 @@ class StepView(Dataset):
         self.positions = (
             positions
             if positions is not None
-            else protocol.select(data.index, step)
+            else protocol[step].select(data.index)
             if data.part == "train"
             else np.arange(len(data))
         )
@@ -300,7 +301,7 @@ class StepView(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor] | tuple[np.ndarray, np.ndarray]:
         image, mask = self.data[self.positions[i]]
-        labels = self.protocol.to_channels(mask, self.step, self.labels)
+        labels = self.protocol[self.step].to_channels(mask, self.labels)
         if self.as_bytes:
             return self.transform.cut(image, labels)
         image, labels = self.transform(torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(labels))

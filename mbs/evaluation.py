@@ -104,7 +104,7 @@ def score_new_classes(model: Segmenter, view: StepView, batch: int, device, wind
     "Mean IoU of the classes that arrive in the view's step."
     score = nan_mean(
         class_iou(evaluate(model, view, batch, device=device, window=window).counts)[
-            list(view.protocol.new_channels(view.step))
+            list(view.protocol[view.step].new_channels)
         ]
     )
     return 0.0 if math.isnan(score) else score

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from .folders import home
 
 from .cache import cache_pictures
 from .checkpoint import StepCheckpoints, load_model, save_model
 from .data import SegmentationFolder, StepView
 from .evaluation import evaluate, score_new_classes
 from .files import lock_folder, replace_folder_atomically, write_arrays, write_json, write_text
-from .layouts import home
 from .lifeline import interrupt_on_signals
 from .methods import Method
 from .metrics import Confusion, PseudoLabelCounts, background_shift, pseudo_label_quality, scores
@@ -130,7 +130,7 @@ def _write_samples(folder: Path, setup: Setup):
     write_arrays(
         folder / "samples.npz",
         **{f"image{k}": image for k, (image, _) in enumerate(pairs)},
-        **{f"truth{k}": p.to_channels(mask, last, "truth") for k, (_, mask) in enumerate(pairs)},
+        **{f"truth{k}": p[last].to_channels(mask, "truth") for k, (_, mask) in enumerate(pairs)},
     )
 
 # %% ../nbs/52_experiment.ipynb #40bfc3a7
@@ -197,7 +197,7 @@ def _find_shared_base(outputs: Path, fingerprint: str, but: Path) -> Run | None:
             other = Run(path.parent)
         except ValueError:
             continue  # of another version, or damaged: nothing to take over
-        if other.folder != but and other.card["base"] == fingerprint and other.n_steps:
+        if other.folder != but and other.card.base == fingerprint and other.n_steps:
             return other
     return None
 
@@ -256,19 +256,19 @@ def relabel_pictures(
     "Photo, hidden truth, the step's labels and the labels that the method trains on, for training pictures of `step` at full size."
     p, device = setup.protocol, next(teacher.parameters()).device
     for image, mask in (setup.train[i] for i in positions):
-        view = p.to_channels(mask, step)
+        view = p[step].to_channels(mask)
         with torch.inference_mode():
             out = teacher(to_batch(image, setup.statistics(teacher)).to(device))
         labels = make_training_labels(
             torch.from_numpy(view)[None].long().to(device), out, setup.method.parts, thresholds
         )
-        yield image, p.to_channels(mask, step, "truth"), view, labels[0].cpu().numpy().astype(np.uint8)
+        yield image, p[step].to_channels(mask, "truth"), view, labels[0].cpu().numpy().astype(np.uint8)
 
 
 def measure_label_quality(setup: Setup, teacher: Segmenter, step: int, n: int = 50) -> dict[str, float]:
     "How good the method's pseudo-labels are on `n` random training pictures of `step`, against the truth that training never sees; see `pseudo_label_quality`."
     drawn = np.random.default_rng(setup.settings.seed).permutation(setup.positions[step])[:n]
-    counted = PseudoLabelCounts(setup.protocol.n_channels(step - 1))
+    counted = PseudoLabelCounts(setup.protocol[step - 1].n_channels)
     for _, truth, view, labels in relabel_pictures(setup, teacher, step, drawn, setup.method.found.get("thresholds")):
         counted.update(view, labels, truth)
     return pseudo_label_quality(counted)

@@ -43,7 +43,7 @@ from .data import read_image
 from .feature_distillation import reliability
 from .files import read_json, write_text
 from .orthogonality import orthogonality
-from .protocol import VOID, Protocol, channel_map
+from .protocol import VOID
 from .run import Run, to_batch
 from .segmenter import Segmenter
 from mbs.viz import (
@@ -135,14 +135,11 @@ def pixel_probabilities(
 # %% ../nbs/61_explore.ipynb #a83c7a5c
 def step_labels(
     truth: np.ndarray,  # (H, W) channels, classes of later steps included
-    protocol: Protocol,
-    step: int,
+    step: Step,
 ) -> np.ndarray:  # (H, W) channels
     "What the labels of `step` show of a picture."
-    table = channel_map(protocol, step, "train")
-    return np.array([*table[[0, *protocol.order]], *[0] * (VOID - 1 - len(protocol.order)), table[VOID]], np.uint8)[
-        truth
-    ]
+    table, order = step.channel_table("train"), step.protocol.order
+    return np.array([*table[[0, *order]], *[0] * (VOID - 1 - len(order)), table[VOID]], np.uint8)[truth]
 
 
 def seen_truth(truth: np.ndarray, n_channels: int) -> np.ndarray:
@@ -334,9 +331,7 @@ class Pictures:
                 f"there is no picture to explore with run {run.folder.name}: expected images=[...], or a run with samples > 0"
             )
         self.model = lru_cache(3)(run.model)
-        self.evidence = lru_cache(16)(
-            lambda step, i: look(self.model(step), self.items[i][0], run.card["normalisation"])
-        )
+        self.evidence = lru_cache(16)(lambda step, i: look(self.model(step), self.items[i][0], run.card.normalisation))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -347,12 +342,12 @@ class Pictures:
     def at(self, step: int, i: int) -> Moment:
         "Picture `i` at `step`."
         photo, truth, _ = self.items[i]
-        view = np.zeros(photo.shape[:2], np.uint8) if truth is None else step_labels(truth, self.run.protocol, step)
+        view = np.zeros(photo.shape[:2], np.uint8) if truth is None else step_labels(truth, self.run.protocol[step])
         truth = np.full_like(view, VOID) if truth is None else truth
         return Moment(
             photo,
             truth,
-            seen_truth(truth, self.run.protocol.n_channels(step)),
+            seen_truth(truth, self.run.protocol[step].n_channels),
             view,
             self.predicted(step, i),
             self.evidence(step - 1, i),
@@ -361,7 +356,7 @@ class Pictures:
 
     def ranking(self, order: str, step: int) -> list[int]:
         "Positions of the pictures in one of `ORDERS`; most first, ties by position."
-        n_old = self.run.protocol.n_channels(step - 1)
+        n_old = self.run.protocol[step - 1].n_channels
 
         def shifted(i, kind):
             truth = self.items[i][1]
@@ -369,14 +364,14 @@ class Pictures:
                 0
                 if truth is None
                 else (
-                    flow_of(seen_truth(truth, self.run.protocol.n_channels(step)), self.predicted(step, i), n_old)
+                    flow_of(seen_truth(truth, self.run.protocol[step].n_channels), self.predicted(step, i), n_old)
                     == list(FLOWS).index(kind)
                 ).mean()
             )
 
         def ignored(i):
             moment = self.at(step, i)
-            return (labels_at(moment.view, moment.teacher, self.run.card["parts"]["threshold"]) == VOID).mean()
+            return (labels_at(moment.view, moment.teacher, self.run.card.parts.threshold) == VOID).mean()
 
         score = {
             "as stored": lambda i: 0,
@@ -443,11 +438,11 @@ class PictureState(T.HasTraits):
 
     @property
     def n_old(self) -> int:
-        return self.run.protocol.n_channels(self.step - 1)
+        return self.run.protocol[self.step - 1].n_channels
 
     @property
     def n_channels(self) -> int:
-        return self.run.protocol.n_channels(self.step)
+        return self.run.protocol[self.step].n_channels
 
     def load(self):
         "Fetch the picture at the step; a pick that lies outside moves to the border."
@@ -487,10 +482,10 @@ class ShiftState(PictureState):
     shift = T.Instance(Shift, help="what follows; read only")
 
     def __init__(self, pictures: Pictures, **chosen):
-        parts = pictures.run.card["parts"]
+        parts = pictures.run.card.parts
         super().__init__(
             pictures,
-            **dict(tau=parts["threshold"], ignore=parts["ignore_uncertain"] or not parts["pseudo_labels"]) | chosen,
+            **dict(tau=parts.threshold, ignore=parts.ignore_uncertain or not parts.pseudo_labels) | chosen,
         )
         self.judge()
         self.observe(lambda _: self.judge(), ["moment", "tau", "ignore", "source"])
@@ -777,7 +772,7 @@ def shift_picture(
     state: ShiftState, max_side: int = 512, palette: np.ndarray | None = None, wide: bool = False
 ) -> dict:
     "The pseudo-label explorer's part that changes with picture, step or rule."
-    m, parts = state.moment, state.run.card["parts"]
+    m, parts = state.moment, state.run.card.parts
     styles = {
         "class": class_style(state.run.names, palette),
         "group": group_style(state.n_old, state.n_channels, len(state.run.names)),
@@ -789,11 +784,11 @@ def shift_picture(
         if (m.truth != VOID).any()
         else ["This picture has no truth: what the step's labels would hide and the flow are unknown."]
     )
-    if not parts["pseudo_labels"]:
+    if not parts.pseudo_labels:
         said += [f"{state.run.settings.method} does not train on pseudo-labels: shown is what they would be."]
-    elif state.ignore != parts["ignore_uncertain"]:
+    elif state.ignore != parts.ignore_uncertain:
         said += [f"The run itself was trained with the second rule {'on' if parts['ignore_uncertain'] else 'off'}."]
-    if parts["feature_distillation"] != "adaptive":
+    if parts.feature_distillation != "adaptive":
         said += ["This run does not weigh its feature distillation: shown is what the weights would be."]
     curve = state.curve
     lines = [
@@ -815,7 +810,7 @@ def shift_picture(
         " ".join(said),
         max_side,
         wide=wide,
-        curve=dict(lines=lines, own=parts["threshold"]),
+        curve=dict(lines=lines, own=parts.threshold),
         keys="".join(KEYS),
     )
 
@@ -1219,7 +1214,7 @@ class ShiftExplorer(PictureExplorer):
         return shift_point(state)
 
     def controls(self) -> list:
-        state, own = self.state, self.state.run.card["parts"]["threshold"]
+        state, own = self.state, self.state.run.card.parts.threshold
         tau = control("FloatSlider", "τ", state, "tau", "320px", min=0, max=1, step=0.01)
         back = control("Button", f"τ of the run: {own:.2f}", tooltip="set τ to what the run was trained with")
         back.on_click(lambda _: setattr(state, "tau", own))
@@ -1273,7 +1268,7 @@ class ShiftExplorer(PictureExplorer):
         "The parts, and the labels at every twentieth of τ, at the run's own and at the chosen one; no second implementation of the rules."
         frames = []
         for tau in sorted(
-            {*(TAUS[::5].round(2).tolist()), state.tau, *(s.run.card["parts"]["threshold"] for s in self.states)}
+            {*(TAUS[::5].round(2).tolist()), state.tau, *(s.run.card.parts.threshold for s in self.states)}
         ):
             one = ShiftState(
                 state.pictures,
@@ -1344,7 +1339,7 @@ def opened(run: Run | Path | str) -> Run:
 
 def comparable(run: Run, other: Run, images: Sequence | None):
     "ValueError unless two runs can be explored side by side: the same classes in the same steps, and the same pictures."
-    if (run.names, run.card["steps"]) != (other.names, other.card["steps"]):
+    if (run.names, run.card.steps) != (other.names, other.card.steps):
         raise ValueError(
             f"runs {run.folder.name} and {other.folder.name} learn other classes or in other steps: expected the same, so that a step means the same in both"
         )
@@ -1660,7 +1655,7 @@ def draw_features(fig, state: FeatureState, maps: dict[str, np.ndarray], ranges:
 
 def moved(pictures: Pictures, step: int, i: int) -> list[dict]:
     "Rows of one picture: distance and cosine between student and teacher at each level, over patches whose centre is background, old, new or not counted."
-    m, n_old = pictures.at(step, i), pictures.run.protocol.n_channels(step - 1)
+    m, n_old = pictures.at(step, i), pictures.run.protocol[step - 1].n_channels
     h, w = m.teacher.patch_logits.shape[1:]
     y, x = (
         np.minimum(np.arange(n) * m.teacher.stride + m.teacher.stride // 2, side - 1)
@@ -1731,7 +1726,7 @@ class TokenState(T.HasTraits):
 
     @property
     def n_old(self) -> int:
-        return self.run.protocol.n_channels(self.step - 1) if self.step else self.run.protocol.n_channels(0)
+        return self.run.protocol[self.step - 1].n_channels if self.step else self.run.protocol[0].n_channels
 
     def compute(self):
         "Cosines after the step and their change."
@@ -1753,7 +1748,7 @@ class TokenState(T.HasTraits):
 
 def token_title(state: TokenState) -> str:
     "What the matrix of cosines shows, and the mean |cos| that the orthogonal objective lowers."
-    with_it = "with" if state.run.card["parts"]["orthogonality"] else "without"
+    with_it = "with" if state.run.card.parts.orthogonality else "without"
     mean = "" if np.isnan(state.objective) else f": new tokens |cos| {state.objective:.3f}"
     return f"{state.run.folder.name} ({state.run.settings.method}, {with_it} orthogonality), step {state.step}{mean}"
 

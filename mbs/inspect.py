@@ -13,26 +13,25 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .protocol import Protocol, channel_map
 from .run import Setup
 from .training import make_accelerator, make_optimizer, step_iterations, train_iterations
 
 # %% ../nbs/53_inspect.ipynb #adf797c1
 def measure_hidden_shares(
     counts: np.ndarray,  # (n, n_classes + 2) pixels per id and void, of the images that `step` sees
-    protocol: Protocol,
-    step: int,
+    step: Step,
 ) -> dict[str, float]:  # shares of all pixels but void, NaN without any
     "How many pixels of old and of future classes `step` calls background."
-    pixels, shown = counts[:, :-1].sum(0).astype(float), channel_map(protocol, step, "train")
+    pixels, shown = counts[:, :-1].sum(0).astype(float), step.channel_table("train")
+    protocol = step.protocol
     first = dict(zip(protocol.order, protocol.first_step[1:]))
 
     def share(ids):
         return float(pixels[[c for c in ids if shown[c] == 0]].sum() / pixels.sum()) if pixels.sum() else float("nan")
 
     return dict(
-        hidden_old=share([c for c in protocol.order if first[c] < step]),
-        hidden_future=share([c for c in protocol.order if first[c] > step]),
+        hidden_old=share([c for c in protocol.order if first[c] < step.number]),
+        hidden_future=share([c for c in protocol.order if first[c] > step.number]),
     )
 
 # %% ../nbs/53_inspect.ipynb #1889a4d1
@@ -46,7 +45,7 @@ def inspect_steps(setup: Setup) -> list[dict]:
                 classes=setup.new_names(t),
                 images=len(positions),
                 again=int((seen[positions] > 0).sum()),
-                **measure_hidden_shares(setup.train.counts[positions], setup.protocol, t),
+                **measure_hidden_shares(setup.train.counts[positions], setup.protocol[t]),
                 iterations=step_iterations(setup.recipe, len(positions), t),
             )
         )
@@ -69,7 +68,7 @@ def time_iteration(setup: Setup, step: int, repeats: int = 1) -> float:
     student, optimizer = accelerator.prepare(student, optimizer)
     images = torch.randn(batch, 3, setup.recipe.crop, setup.recipe.crop)
     labels = torch.randint(0, 1 + n_new, (batch, *images.shape[2:]))
-    labels = torch.where(labels > 0, labels + setup.protocol.n_channels(step) - 1 - n_new, 0)
+    labels = torch.where(labels > 0, labels + setup.protocol[step].n_channels - 1 - n_new, 0)
     iterations, took = (
         train_iterations(
             student,

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from .folders import home
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .experiment import Experiment
-from .layouts import home
 from .lifeline import exit_with_parent, record_signals, start_child
 from .methods import Method
 from .run import Run, Settings, load_run

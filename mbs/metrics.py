@@ -73,14 +73,14 @@ def scores(
     "Every convention of mean IoU, as shares 0..1."
     if split not in ("base", "step"):
         raise ValueError(f"split {split!r} is not known: expected 'base' or 'step'")
-    if confusion.n != protocol.n_channels(step):
+    if confusion.n != protocol[step].n_channels:
         raise ValueError(
-            f"the confusion matrix has {confusion.n} channels: expected {protocol.n_channels(step)} after step {step}"
+            f"the confusion matrix has {confusion.n} channels: expected {protocol[step].n_channels} after step {step}"
         )
     iou, accuracy = class_iou(confusion.counts), class_accuracy(confusion.counts)
     if not protocol.background_tested:
         iou[0] = np.nan  # never true in the test: its 0 would be no finding
-    first_new = protocol.n_base if split == "base" else protocol.n_channels(max(0, step - 1))
+    first_new = protocol.n_base if split == "base" else protocol[max(0, step - 1)].n_channels
     old, new = nan_mean(iou[1:first_new]), nan_mean(iou[first_new:])
     return dict(
         old=nan_mean(iou[:first_new]),
@@ -104,12 +104,12 @@ def group_flow(
     step: int,
 ) -> np.ndarray:  # (3, 3) shares of the true pixels, truth × prediction; rows without a pixel are NaN
     "Where the pixels of background, old and new classes went, as a confusion matrix of the three groups."
-    if confusion.n != protocol.n_channels(step):
+    if confusion.n != protocol[step].n_channels:
         raise ValueError(
-            f"the confusion matrix has {confusion.n} channels: expected {protocol.n_channels(step)} after step {step}"
+            f"the confusion matrix has {confusion.n} channels: expected {protocol[step].n_channels} after step {step}"
         )
     first_new, member = (
-        protocol.n_base if protocol.setting == "joint" else protocol.new_channels(step).start,
+        protocol.n_base if protocol.setting == "joint" else protocol[step].new_channels.start,
         np.zeros((3, confusion.n), np.int64),
     )
     member[0, 0], member[1, 1:first_new], member[2, first_new:] = 1, 1, 1

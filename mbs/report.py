@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from .folders import find_runs_folder
 
 from .files import write_text
 from .methods import METHODS
@@ -35,7 +36,7 @@ from mbs.metrics import (
     nan_mean,
     scores,
 )
-from .notebooks import execute_notebook, find_runs_folder
+from .notebooks import execute_notebook
 from .protocol import Protocol
 from .run import Run, load_run
 from .tables import Table, build_html_page, embed_figure, summarise_seeds, to_csv, to_html, to_latex, to_markdown
@@ -76,19 +77,19 @@ def _is_single_step(run: Run) -> bool:
 
 def _make_table_key(run: Run) -> tuple[str, str]:
     "What runs of one table have in common: data and class order; setting and steps, empty for a run of a single step."
-    order = [c for step in run.card["steps"] for c in step]
-    return json.dumps([run.card["data"], order]), "" if _is_single_step(run) else json.dumps(
-        [run.settings.setting, run.card["steps"]]
+    order = [c for step in run.card.steps for c in step]
+    return json.dumps([run.card.data, order]), "" if _is_single_step(run) else json.dumps(
+        [run.settings.setting, run.card.steps]
     )
 
 
 def _collect_choices(run: Run) -> dict[str, object]:
     "What runs of one line have in common: everything that can change the result but the seed."
     s, card = run.settings, run.card
-    nested = dict(parts=card["parts"], encoder_options=s.encoder_options, decoder=s.decoder)
+    nested = dict(parts=card.parts, encoder_options=s.encoder_options, decoder=s.decoder)
     flat = (
-        dict(method=s.method, encoder=s.encoder, weights=card["weights"].get("sha256", card["weights"]["source"])[:12])
-        | card["recipe"]
+        dict(method=s.method, encoder=s.encoder, weights=card.weights.get("sha256", card.weights.source)[:12])
+        | card.recipe
     )
     return flat | {f"{group}.{k}": v for group, values in nested.items() for k, v in values.items()}
 
@@ -106,7 +107,7 @@ def _label_runs(runs: Sequence[Run]) -> list[str]:
         if run.settings.method not in METHODS:
             return run.settings.parts  # a method of the user's own
         usual = METHODS[run.settings.method].model_dump(mode="json")
-        return {k: v for k, v in run.card["parts"].items() if v != usual.get(k)}
+        return {k: v for k, v in run.card.parts.items() if v != usual.get(k)}
 
     return [
         " ".join(
@@ -210,7 +211,7 @@ def _describe_mixed_testing(group: Group) -> str:
     found = {}
     for k in _TESTED:
         for run in group.runs:
-            found.setdefault(k, {}).setdefault(run.card["recipe"].get(k), []).append(run.folder.name)
+            found.setdefault(k, {}).setdefault(run.card.recipe.get(k), []).append(run.folder.name)
     uneven = [
         said(k, values)
         for k, values in found.items()
@@ -228,7 +229,7 @@ def _describe_other_data(every: Sequence[Group]) -> list[str]:
     out = []
     for k, group in enumerate(every):
         for other in every[:k]:
-            a, b = (g.first.card["data"] for g in (other, group))
+            a, b = (g.first.card.data for g in (other, group))
             if group.title.split(" (table")[0] == other.title.split(" (table")[0] and a != b:
                 differ = ", ".join(
                     f"{name} {a.get(name)} and {b.get(name)}" for name in a if a.get(name) != b.get(name)
@@ -258,7 +259,7 @@ _ARROWS = {flow: flow.replace("->", " → ") for flow in FLOWS}
 def collect_outcome(run: Run, protocol: Protocol) -> dict[str, float]:
     "Every number of a run after its last complete step; a run that learnt all at once is split as `protocol` says. NaN for what it does not have."
     step = len(protocol.sizes) - 1 if _is_single_step(run) else run.n_steps - 1
-    confusion, first, nan = run.confusion(), protocol.first_step[: protocol.n_channels(step)], float("nan")
+    confusion, first, nan = run.confusion(), protocol.first_step[: protocol[step].n_channels], float("nan")
     history = (
         dict(base=nan, forgetting=nan, transfer=nan)
         if _is_single_step(run)
@@ -302,7 +303,7 @@ def _make_summary_table(group: Group, columns: dict[str, str], title: str, note:
 def make_score_table(group: Group) -> Table:
     "Every convention of mIoU after the last step, forgetting and backward transfer."
     arrival = " | ".join(
-        ", ".join(group.names[c] for c in group.protocol.new_channels(t)) for t in range(group.last + 1)
+        ", ".join(group.names[c] for c in group.protocol[t].new_channels) for t in range(group.last + 1)
     )
     note = (
         "Percent, mean ± standard deviation over seeds. Mean IoU after the last step: old (base classes) and all with the background, old_fg and all_fg without; base step: all after step 0; "
@@ -439,7 +440,7 @@ def make_classes_table(group: Group) -> Table:
         for run in group.runs
         if run.n_steps
         for (t, c), value in np.ndenumerate(run.iou())
-        if c < run.protocol.n_channels(t)
+        if c < run.protocol[t].n_channels
     ]
     return Table(group.title, ["run", "method", "seed", "step", "class", "IoU"], rows)
 
@@ -449,9 +450,9 @@ def make_card_table(runs: Sequence[Run]) -> Table:
 
     def row(run):
         card, took = run.card, [run.metrics(t) for t in range(run.n_steps)]
-        versions = " ".join(f"{k} {v}" for k, v in card["versions"].items() if k in ("mbs", "torch", "timm"))
+        versions = " ".join(f"{k} {v}" for k, v in card.versions.items() if k in ("mbs", "torch", "timm"))
         weights = " ".join(
-            str(v)[:12] if k == "sha256" else str(v) for k, v in card["weights"].items() if k in ("source", "sha256")
+            str(v)[:12] if k == "sha256" else str(v) for k, v in card.weights.items() if k in ("source", "sha256")
         )
         seconds = ", ".join(f"from {m['base_from']}" if "base_from" in m else f"{m['seconds']:.0f}" for m in took)
         memory = ", ".join(f"{m['memory']:.1f}" if "memory" in m else "–" for m in took)
@@ -461,7 +462,7 @@ def make_card_table(runs: Sequence[Run]) -> Table:
             run.folder.name,
             run.settings.method,
             run.settings.seed,
-            card["commit"] or "–",
+            card.commit or "–",
             f"{versions} python {card['python']}",
             data,
             weights,

@@ -135,7 +135,7 @@ class Setup:
         )
         self.recipe = make_recipe(settings.recipe, self.train.dataset, **settings.training)
         self.names = ["background", *(self.train.classes[c - 1] for c in self.protocol.order)]
-        self.positions = [self.protocol.select(self.train.index, t) for t in range(len(self.protocol.steps))]
+        self.positions = [self.protocol[t].select(self.train.index) for t in range(len(self.protocol.steps))]
         self.held_out = [
             _draw_held_out(seen, self.recipe.held_out, settings.seed)
             if self.recipe.selection == "held-out"
@@ -156,7 +156,7 @@ class Setup:
                 )
 
     def new_names(self, step: int) -> list[str]:
-        return [self.names[c] for c in self.protocol.new_channels(step)]
+        return [self.names[c] for c in self.protocol[step].new_channels]
 
     def iterations(self) -> list[int]:
         "Iterations of every step."
@@ -331,15 +331,15 @@ def read_card(file: Path) -> tuple[dict, Settings, Protocol]:
     "A run card with the settings and the protocol that it describes; ValueError when it is of another version, damaged or contradicts itself."
     card = read_json(file)
     try:
-        Card.checked(**card), Recipe.checked(**card["recipe"])
+        Card.checked(**card), Recipe.checked(**card.recipe)
     except (TypeError, ValueError) as e:
         raise ValueError(
             f"{file} is of another version or damaged ({e}): expected what mbs {mbs.__version__} writes"
         ) from None
-    settings, steps = Settings.checked(**card["settings"]), card["steps"]
+    settings, steps = Settings.checked(**card.settings), card.steps
     order = [c for step in steps for c in step]
-    protocol = Protocol(settings.protocol.split("_")[0], card["dataset"], settings.protocol_setting, order)
-    if not len(card["names"]) - 1 == len(order) or protocol.steps != steps or len(card["iterations"]) != len(steps):
+    protocol = Protocol(settings.protocol.split("_")[0], card.dataset, settings.protocol_setting, order)
+    if not len(card.names) - 1 == len(order) or protocol.steps != steps or len(card.iterations) != len(steps):
         raise ValueError(
             f"{file} contradicts itself in names, steps, iterations or protocol: expected what the run wrote; it was changed since"
         )
@@ -429,7 +429,7 @@ class Run:
         if not (self.folder / "run.json").is_file():
             raise ValueError(f"{folder} is no run folder: expected a run.json in it")
         self.card, self.settings, self.protocol = read_card(self.folder / "run.json")
-        self.names, self.iterations = self.card["names"], self.card["iterations"]
+        self.names, self.iterations = self.card.names, self.card.iterations
 
     def __repr__(self):
         return f"Run({self.folder.name!r}: {self.settings.method} on {self.settings.protocol}, {self.n_steps} of {len(self.iterations)} steps)"
@@ -453,7 +453,7 @@ class Run:
         step = range(self.n_steps)[step]
         file, n = (
             self.step(step, f"confusion-{column}.npz" if column else "confusion.npz"),
-            self.protocol.n_channels(step),
+            self.protocol[step].n_channels,
         )
         counts = read_arrays(file).get("counts")
         if (
@@ -488,19 +488,19 @@ class Run:
         return read_samples(
             self.folder,
             [self.step(t) for t in range(self.n_steps)],
-            [self.protocol.n_channels(t) for t in range(len(self.iterations))],
+            [self.protocol[t].n_channels for t in range(len(self.iterations))],
         )
 
     def model(self, step: int = -1) -> Segmenter:
         "The model after `step`, in eval mode on the CPU."
         step = range(self.n_steps)[step]
-        model = build_network(self.settings, "none", self.card["recipe"]["crop"], self.protocol.sizes[: step + 1])
+        model = build_network(self.settings, "none", self.card.recipe.crop, self.protocol.sizes[: step + 1])
         return load_model(model, self.step(step, "model.safetensors"))
 
     def predict(self, image: np.ndarray | Path | str, step: int = -1) -> np.ndarray:
         "(H, W) uint8 channels of a picture of any size: an (H, W, 3) uint8 array or a file."
         image = image if isinstance(image, np.ndarray) else read_image(Path(image))
-        return segment(self.model(step), image, self.card["normalisation"], choose_window(self, image))
+        return segment(self.model(step), image, self.card.normalisation, choose_window(self, image))
 
 # %% ../nbs/51_run.ipynb #a13a8a9b
 def load_run(folder: Path | str) -> Run:
@@ -510,7 +510,7 @@ def load_run(folder: Path | str) -> Run:
 
 def choose_window(run: Run, image: np.ndarray) -> int | None:
     "Side of the windows in which `run` segments an (H, W, 3) picture: if its recipe tests so, or a side is over twice the training crop; else None."
-    recipe = run.card["recipe"]
+    recipe = run.card.recipe
     return recipe["crop"] if recipe["test"] == "window" or max(image.shape[:2]) > 2 * recipe["crop"] else None
 
 

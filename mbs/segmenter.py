@@ -24,12 +24,11 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
+from .folders import hash_file
 from safetensors.torch import load_file
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from .archives import hash_file
 
 # %% ../nbs/20_segmenter.ipynb #1b538e86
 class MaskNorm(nn.Module):

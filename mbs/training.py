@@ -480,7 +480,7 @@ def check_channels(student: Segmenter, teacher: Segmenter | None, view: StepView
     for who, model, step in (("student", student, view.step), ("teacher", teacher, view.step - 1)):
         if model is None:
             continue
-        expected = view.protocol.n_channels(step) if step >= 0 else "no teacher"
+        expected = view.protocol[step].n_channels if step >= 0 else "no teacher"
         if model.n_channels != expected:
             raise ValueError(
                 f"the {who} of step {view.step} of {view.protocol.name} has {model.n_channels} channels: expected {expected}, as after step {step}"

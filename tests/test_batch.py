@@ -12,10 +12,11 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from mbs.folders import find_runs_folder
 
 from mbs.batch import Batch
 from mbs.grid import expand_grid, read_grid
-from mbs.notebooks import RunFailed, find_runs_folder, read_worker
+from mbs.notebooks import RunFailed, read_worker
 from mbs.run import load_run
 
 TINY = dict(
@@ -139,7 +140,7 @@ def on_this_machine(home) -> dict:
     assert again.wait(600) == 0 and "12 done" in again.said(), again.said()
     assert before.items() <= stamps(folder).items()
     trained = [run for run in runs_in(folder) if "base_from" not in run.metrics(0)]
-    assert len(trained) == len({run.card["base"] for run in runs_in(folder)}) == 4, (
+    assert len(trained) == len({run.card.base for run in runs_in(folder)}) == 4, (
         "a base step was trained more than once"
     )
     return result(folder)

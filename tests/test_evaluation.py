@@ -83,7 +83,7 @@ def test_held_out_images_do_not_train():
             setup.held_out[t]
         ) == round(0.25 * len(whole.positions[t]))
     run = Experiment(settings).run()
-    assert run.finished and run.card["images"] == [len(p) for p in setup.positions]
+    assert run.finished and run.card.images == [len(p) for p in setup.positions]
 
 
 @pytest.mark.parametrize("recipe,both", [("paper", True), ("clean", True), ("clean", False)])
@@ -136,7 +136,7 @@ def test_tuning_never_opens_the_test_part():
     with pytest.raises(ValueError, match="cannot be read"):
         setup.__init__(settings.model_copy(update=dict(tuning=0)))
     run = Experiment(settings).run()
-    assert run.finished and run.card["data"]["n_train"] == 28 and run.card["data"]["n_test"] == 12
+    assert run.finished and run.card.data.n_train == 28 and run.card.data.n_test == 12
 
 
 def test_predict_files(home):

@@ -101,7 +101,7 @@ def test_every_pixel_flows_somewhere_once(seed):
 def test_labels_of_a_step_under_a_permuted_order():
     protocol = Protocol("2-1", 4, order=[3, 1, 4, 2])
     truth = np.array([[0, 1, 2, 3, 4, VOID]], np.uint8)
-    assert explore.step_labels(truth, protocol, 1).tolist() == [[0, 0, 0, 3, 0, VOID]]
+    assert explore.step_labels(truth, protocol[1]).tolist() == [[0, 0, 0, 3, 0, VOID]]
 
 
 def test_painting_keeps_to_its_arguments():

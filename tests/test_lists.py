@@ -40,7 +40,7 @@ def voc(tmp_path_factory):
 
 
 def steps(protocol, voc):
-    return [voc[0][protocol.select(voc[1], t)].tolist() for t in range(len(protocol.steps))]
+    return [voc[0][protocol[t].select(voc[1])].tolist() for t in range(len(protocol.steps))]
 
 
 @pytest.mark.parametrize("setting", ["overlapped", "disjoint"])
@@ -84,4 +84,4 @@ def test_real_subset_gives_the_full_lists_restricted_to_it(voc, setting, tmp_pat
     for name in SPLITS["voc"]:
         p = Protocol(name, "voc", setting)
         for t, ids in enumerate(steps(p, voc)):
-            assert [subset.ids[i] for i in p.select(subset.index, t)] == [i for i in ids if i in mine], (name, t)
+            assert [subset.ids[i] for i in p[t].select(subset.index)] == [i for i in ids if i in mine], (name, t)

@@ -46,7 +46,7 @@ def label_maps(rng, n, size=300):
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_scores_and_shift(base, new, seed):
     p = Protocol(f"{base}-{new}", base + new)
-    n = p.n_channels(1)
+    n = p[1].n_channels
     rng = np.random.default_rng(seed)
     truth = rng.choice([*range(n), VOID], size=200).astype(np.uint8)
     predicted = rng.integers(0, n, 200)
@@ -86,7 +86,7 @@ def test_a_forgotten_class_raises_the_released_mean_and_lowers_ours():
 @given(st.integers(1, 6), st.integers(1, 4), SEEDS)
 def test_agrees_with_scikit_learn(base, new, seed):
     p, rng = Protocol(f"{base}-{new}", base + new), np.random.default_rng(seed)
-    n = p.n_channels(1)
+    n = p[1].n_channels
     truth, predicted = label_maps(rng, n)
     c = Confusion(n).update(truth.reshape(10, -1), predicted.reshape(10, -1))
     t, q = truth[truth != VOID], predicted[truth != VOID]
@@ -188,7 +188,7 @@ def test_forgetting_and_transfer_by_their_definition(base, new, steps, seed):
         np.random.default_rng(seed),
     )
     matrix = iou_matrix(
-        [Confusion(p.n_channels(t), rng.integers(0, 50, (p.n_channels(t),) * 2)) for t in range(len(p.sizes))]
+        [Confusion(p[t].n_channels, rng.integers(0, 50, (p[t].n_channels,) * 2)) for t in range(len(p.sizes))]
     )
     falls, transfers, last = [], [], len(p.sizes) - 1
     for c, arrived in enumerate(p.first_step):

@@ -25,6 +25,7 @@ from figures import kept
 from hypothesis import HealthCheck, given
 from hypothesis import settings as plan
 from hypothesis import strategies as some
+from mbs.folders import find_runs_folder
 from mutants import CODE, VALUES, Mutants, inside_png, inside_safetensors, joined, pieces
 from PIL import Image
 from test_archives import FILES, tar, zipped
@@ -43,7 +44,7 @@ from mbs.files import write_arrays
 from mbs.grid import expand_grid, read_grid
 from mbs.layouts import describe_folder, find_layout
 from mbs.methods import Method
-from mbs.notebooks import execute_notebook, find_runs_folder, read_failure, read_worker
+from mbs.notebooks import execute_notebook, read_failure, read_worker
 from mbs.parameters import read_yaml
 from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
@@ -840,7 +841,7 @@ def read_all(folder, models=False):
     collect_scalars(run)
     for t in steps:
         counts = run.confusion(t).counts
-        assert counts.shape == (run.protocol.n_channels(t),) * 2 and (counts >= 0).all() and counts.sum() < 2**60
+        assert counts.shape == (run.protocol[t].n_channels,) * 2 and (counts >= 0).all() and counts.sum() < 2**60
         for name in run.metrics(t).get("columns", {}):
             assert run.confusion(t, name).counts.shape == counts.shape
     if steps:
@@ -850,7 +851,7 @@ def read_all(folder, models=False):
             image.shape == (*truth.shape, 3)
             and ((truth < n) | (truth == VOID)).all()
             and len(maps) == len(steps)
-            and all((m < run.protocol.n_channels(t)).all() for t, m in zip(steps, maps))
+            and all((m < run.protocol[t].n_channels).all() for t, m in zip(steps, maps))
         )
     if run.finished:
         summarise_runs([run])

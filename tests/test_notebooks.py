@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith(("_", ".")) for s in p.relative_to(ROOT).parts)
 )
-MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
+MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]
 TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
 TOGETHER = 6_000_000  # bytes of all notebooks
 IDENTICAL = (

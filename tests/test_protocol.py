@@ -24,7 +24,7 @@ def protocols(draw, settings=SETTINGS):
 def test_every_class_arrives_once(p):
     arrived = [c for step in p.steps for c in step]
     assert arrived == p.order and all(p.steps) and p.first_step == sorted(p.first_step)
-    assert [c for t in range(len(p.steps)) for c in p.new_channels(t)] == list(range(1, p.n_channels(len(p.steps) - 1)))
+    assert [c for t in range(len(p.steps)) for c in p[t].new_channels] == list(range(1, p[len(p.steps) - 1].n_channels))
 
 
 @settings(max_examples=200, deadline=None)
@@ -35,7 +35,7 @@ def test_what_a_step_shows(p, seed):
     mask = rng.choice([*range(p.n_classes + 1), VOID], size=(6, 7)).astype(np.uint8)
     channel = {0: 0, VOID: VOID, **{c: k for k, c in enumerate(p.order, 1)}}
     for t in range(len(p.steps)):
-        train, test, truth = (p.to_channels(mask, t, part) for part in ("train", "test", "truth"))
+        train, test, truth = (p[t].to_channels(mask, part) for part in ("train", "test", "truth"))
         new, seen = set(p.steps[t]), {c for step in p.steps[: t + 1] for c in step}
         shown = seen if p.setting == "sequential" else new
         for id_, a, b, c in zip(
@@ -57,14 +57,14 @@ def test_which_images_a_step_sees(p, seed):
             for i, row in enumerate(index)
             if row[new].any() and (p.setting == "overlapped" or not row[list(future)].any())
         ]
-        assert p.select(index, t).tolist() == want
+        assert p[t].select(index).tolist() == want
 
 
 @settings(max_examples=200, deadline=None)
 @given(protocols(settings=("partitioned",)), st.integers(0, 2**32 - 1))
 def test_partitioned_gives_every_image_to_one_step(p, seed):
     index = np.random.default_rng(seed).random((20, p.n_classes + 1)) < 0.2
-    steps = [p.select(index, t).tolist() for t in range(len(p.steps))]
+    steps = [p[t].select(index).tolist() for t in range(len(p.steps))]
     assert sorted(i for seen in steps for i in seen) == np.flatnonzero(index[:, p.order].any(1)).tolist()
     assert all(index[i, new].any() for seen, new in zip(steps, p.steps) for i in seen)
 
@@ -72,9 +72,9 @@ def test_partitioned_gives_every_image_to_one_step(p, seed):
 def test_partitioned_draws_fairly_and_knows_no_split():
     "Each class of an image is as likely as another; the same image is given to the same class in every split."
     index = np.ones((3000, 4), bool)
-    counts = [len(Protocol("1-1", 3, "partitioned").select(index, t)) for t in range(3)]
+    counts = [len(Protocol("1-1", 3, "partitioned")[t].select(index)) for t in range(3)]
     assert sum(counts) == 3000 and min(counts) > 900
-    assert counts[0] + counts[1] == len(Protocol("2-1", 3, "partitioned").select(index, 0))
+    assert counts[0] + counts[1] == len(Protocol("2-1", 3, "partitioned")[0].select(index))
 
 
 TOY = np.array(
@@ -94,8 +94,8 @@ def test_known_answers_on_tiny_masks(setting, seen, shown):
     "Images of every step, and the labels of step 1, worked out by hand."
     p = Protocol("1-1", 3, setting)
     index = np.array([[(mask == c).any() for c in range(4)] for mask in TOY])
-    assert [p.select(index, t).tolist() for t in range(3)] == seen
-    assert [p.to_channels(TOY[i], 1).ravel().tolist() for i in seen[1]] == shown
+    assert [p[t].select(index).tolist() for t in range(3)] == seen
+    assert [p[1].to_channels(TOY[i]).ravel().tolist() for i in seen[1]] == shown
 
 
 @needs_golden
@@ -111,7 +111,7 @@ def test_named_splits_are_those_of_the_released_program():
 def test_ade_leaves_unlabelled_pixels_out_of_the_test():
     p = Protocol("100-50", "ade")
     mask = np.array([[0, 5, 120]], np.uint8)
-    assert p.to_channels(mask, 0, "test").tolist() == [[VOID, 5, VOID]] and p.to_channels(mask, 0).tolist() == [
+    assert p[0].to_channels(mask, "test").tolist() == [[VOID, 5, VOID]] and p[0].to_channels(mask).tolist() == [
         [0, 5, 0]
     ]
 
@@ -143,10 +143,10 @@ def test_hidden_shares_are_those_of_the_pixels(p, seed):
         [np.append(np.bincount(m.ravel(), minlength=256)[: p.n_classes + 1], (m == VOID).sum()) for m in masks]
     )
     for t in range(len(p.steps)):
-        truth, labels = (np.array([p.to_channels(m, t, part) for m in masks]) for part in ("truth", "train"))
+        truth, labels = (np.array([p[t].to_channels(m, part) for m in masks]) for part in ("truth", "train"))
         first, pixels = np.array(p.first_step)[np.where(truth == VOID, 0, truth)], (truth != VOID).sum()
         lost = (labels == 0) & (truth != 0)
-        got = measure_hidden_shares(counts, p, t)
+        got = measure_hidden_shares(counts, p[t])
         assert np.isclose(got["hidden_old"] * pixels, (lost & (first < t)).sum()) and np.isclose(
             got["hidden_future"] * pixels, (lost & (first > t)).sum()
         )

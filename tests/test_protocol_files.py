@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mbs.folders import find_runs_folder
 from PIL import Image
 
 from mbs.batch import prepare_experiment, run_notebook
 from mbs.experiment import Experiment
-from mbs.notebooks import find_runs_folder, read_parameters
+from mbs.notebooks import read_parameters
 from mbs.protocol import SETTINGS, SPLITS
 from mbs.run import Settings, load_run
 
@@ -92,9 +93,9 @@ def test_protocol_file(name, home):
     run = Experiment(Settings.checked(**values | SMALL | dict(training=ONE, share_base=False)), home / "outputs").run()
     n = 20 if values["data"] == "voc" else 150
     assert run.finished and run.protocol.dataset == values["data"] and run.confusion().n == n + 1
-    recipe = run.card["recipe"]
+    recipe = run.card.recipe
     assert recipe["epochs"], recipe["lr_factor"] == ((32, 0.1) if n == 20 else (64, 0.5))
-    assert run.card["parts"]["output_weight"] == (25 if n == 20 else 50)
+    assert run.card.parts.output_weight == (25 if n == 20 else 50)
     assert (
         run.confusion().counts[0].sum() == 0 if n == 150 else run.confusion().counts[0].sum() > 0
     )  # ADE20K's test leaves unlabelled pixels out

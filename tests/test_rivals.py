@@ -447,9 +447,9 @@ def test_only_who_asks_looks_at_the_step_first(tmp_path, monkeypatch):
             seen.append(sum(len(images) for images, _ in batches))
 
     plain = Experiment(Settings(name="plain", method="kd", **SHORT), tmp_path).run()
-    assert loaded.count(("train", 1)) == 3 * min(8, plain.card["images"][1])  # three iterations, nothing else
+    assert loaded.count(("train", 1)) == 3 * min(8, plain.card.images[1])  # three iterations, nothing else
     Experiment(Settings(name="curious", method="kd", **SHORT), tmp_path, Curious).run()
-    assert seen == plain.card["images"][1:]
+    assert seen == plain.card.images[1:]
 
 
 def test_a_method_of_ones_own(tmp_path, monkeypatch):
@@ -469,8 +469,8 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch):
     run = Experiment(
         Settings(name="tired", method="tired", parts=dict(output_weight=3), **SHORT), tmp_path, Tired
     ).run()
-    assert run.finished and {"rest", "output"} <= set(run.log()[-1]) and run.card["parts"]["output_weight"] == 3
-    assert run.metrics(1)["pictures"] == [run.card["images"][1]]
+    assert run.finished and {"rest", "output"} <= set(run.log()[-1]) and run.card.parts.output_weight == 3
+    assert run.metrics(1)["pictures"] == [run.card.images[1]]
     assert json.loads(run.step(1, "metrics.json").read_text())["pictures"]
     with pytest.raises(ValueError, match="'nobody' is not known"):
         Experiment(Settings(name="n", method="nobody", **SHORT), tmp_path, Tired)

@@ -27,14 +27,14 @@ def test_paper_recipe_selects_on_the_test_images(tmp_path):
     "The quirks of the released recipe are really used: selection, centre crops, ImageNet statistics."
     short = dict(crop=48, batch=8, iterations=4)
     run = Experiment(Settings(name="paper", recipe="paper", protocol="6-2", training=short), tmp_path).run()
-    recipe = run.card["recipe"]
+    recipe = run.card.recipe
     assert (recipe["selection"], recipe["test"], recipe["normalisation"], recipe["lr_factor"]) == (
         "test",
         "crop",
         "imagenet",
         0.1,
     )
-    assert run.card["normalisation"][0][0] == 0.485 and run.finished
+    assert run.card.normalisation[0][0] == 0.485 and run.finished
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason=f"no real VOC part at {VOC}; set MBS_VOC to a VOC2012 folder")
@@ -62,7 +62,7 @@ def test_voc_from_the_command_line(tmp_path):
     )
     run = load_run(tmp_path / "outputs" / "voc")
     assert run.finished and run.names == ["background", "cat", "dog", "person", "horse", "sheep", "cow"]
-    assert run.card["weights"]["sha256"].startswith("57934424") and run.card["normalisation"] == [[0.5] * 3, [0.5] * 3]
+    assert run.card.weights.sha256.startswith("57934424") and run.card.normalisation == [[0.5] * 3, [0.5] * 3]
     assert run.confusion().counts[4:].sum() > 0 and (tmp_path / "outputs/voc/train.ipynb").is_file()
     image = run.samples()[0][0]
     assert run.predict(image).shape == image.shape[:2]

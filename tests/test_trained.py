@@ -31,7 +31,7 @@ def test_are_small():
 def test_are_runs_of_the_same_steps(method):
     run, first = trained_run(method), trained_run(METHODS[0])
     assert run.finished and run.settings.method == method and [r["step"] for r in run.log()][-1] == 3
-    assert run.card["base"] == first.card["base"] and run.card["data"] == first.card["data"]
+    assert run.card.base == first.card.base and run.card.data == first.card.data
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(run.samples(), first.samples()))
 
 
