@@ -43,7 +43,7 @@ from .data import read_image
 from .feature_distillation import reliability
 from .files import read_json, write_text
 from .orthogonality import orthogonality
-from .protocol import VOID
+from .protocol import VOID, Step
 from .run import Run, to_batch
 from .segmenter import Segmenter
 from mbs.viz import (

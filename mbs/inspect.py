@@ -13,6 +13,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from .protocol import Step
 from .run import Setup
 from .training import make_accelerator, make_optimizer, step_iterations, train_iterations
 
