@@ -782,6 +782,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.training.step_iterations': ('training.html#step_iterations', 'mbs/training.py'),
                               'mbs.training.train_iterations': ('training.html#train_iterations', 'mbs/training.py'),
                               'mbs.training.train_step': ('training.html#train_step', 'mbs/training.py')},
+            'mbs.value_table': { 'mbs.value_table.join_few': ('value_table.html#join_few', 'mbs/value_table.py'),
+                                 'mbs.value_table.render_values': ('value_table.html#render_values', 'mbs/value_table.py')},
             'mbs.viz': { 'mbs.viz._draw_curve': ('viz.html#_draw_curve', 'mbs/viz.py'),
                          'mbs.viz._draw_flow': ('viz.html#_draw_flow', 'mbs/viz.py'),
                          'mbs.viz._draw_method_legend': ('viz.html#_draw_method_legend', 'mbs/viz.py'),
