@@ -159,10 +159,10 @@ def _write_step(
             temporary / "metrics.json",
             dict(
                 step=step,
-                scores=scores(confusion, p, step),
-                step_scores=scores(confusion, p, step, "step"),
-                shift=background_shift(confusion, p, step),
-                columns={name: scores(other, p, step) for name, other in columns.items()},
+                scores=scores(confusion, p[step]),
+                step_scores=scores(confusion, p[step], "step"),
+                shift=background_shift(confusion, p[step]),
+                columns={name: scores(other, p[step]) for name, other in columns.items()},
                 **facts,
             ),
         )
