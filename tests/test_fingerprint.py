@@ -34,7 +34,8 @@ def test_a_reformatted_package_has_the_same_fingerprint(package):
     "Other line lengths, comments and docstrings."
     for file in package.glob("*.py"):
         text = re.sub(r"^(\s+)return ", r"\1# a comment\n\1return ", file.read_text(encoding="utf-8"), flags=re.M)
-        file.write_text(re.sub(r'^(    )"[^"\n]+"$', r'\1"Another docstring."', text, flags=re.M), encoding="utf-8")
+        text = re.sub(r'(:\n\s+)"[^"\n]+"\n', r'\1"Another docstring."\n', text)
+        file.write_text(text, encoding="utf-8")
     ruff = Path(sys.executable).with_name("ruff")
     subprocess.run([ruff, "format", "--isolated", "--line-length", "70", "-q", package], check=True)
     changed = [f.name for f in package.glob("*.py") if f.read_bytes() != (PACKAGE / f.name).read_bytes()]
