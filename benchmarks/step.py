@@ -7,8 +7,9 @@ import torch
 from interleaved import peak, rounds, row, same
 
 from mbs.methods import Method
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.segmenter import Segmenter
 from mbs.training import compile_networks, make_accelerator, make_optimizer, make_recipe, train_iterations
+from mbs.weights import make_encoder
 
 VITB = "vit_base_patch16_384"
 WAYS = {

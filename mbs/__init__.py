@@ -11,7 +11,7 @@ _HOME = {
     "draw_scene": "scenes", "write_scenes": "scenes",
     "describe_folder": "layouts",
     "SegmentationFolder": "data", "StepView": "data", "open_data": "data",
-    "Segmenter": "segmenter", "SegmenterOutput": "segmenter", "MaskTransformer": "segmenter", "MaskNorm": "segmenter", "make_encoder": "segmenter",
+    "Segmenter": "segmenter", "SegmenterOutput": "segmenter", "MaskTransformer": "segmenter", "MaskNorm": "segmenter", "make_encoder": "weights",
     "selective_pseudo_labels": "pseudo_labels", "entropy_pseudo_labels": "pseudo_labels", "entropy_thresholds": "pseudo_labels",
     "reliability": "feature_distillation", "adaptive_feature_distillation": "feature_distillation", "local_pod": "feature_distillation",
     "label_guided_distillation": "output_distillation", "unbiased_distillation": "output_distillation",

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .files import replace_atomically
 from .processes import broadcast_from_main, get_processes
-from .segmenter import Segmenter, view_as_bytes
+from .segmenter import Segmenter
+from .weights import view_as_bytes
 
 # %% ../nbs/45_checkpoint.ipynb #0191ab49
 def _hash_tensors(tensors: dict[str, Tensor], facts: str = "") -> str:

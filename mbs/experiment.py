@@ -18,20 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from .folders import home
 
 from .cache import cache_pictures
 from .checkpoint import StepCheckpoints, load_model, save_model
 from .data import SegmentationFolder, StepView
 from .evaluation import evaluate, score_new_classes
 from .files import lock_folder, replace_folder_atomically, write_arrays, write_json, write_text
+from .folders import home
+from .inference import segment, to_batch
 from .lifeline import interrupt_on_signals
 from .methods import Method
 from .metrics import Confusion, PseudoLabelCounts, background_shift, pseudo_label_quality, scores
 from .objective import Parts, make_training_labels
 from .processes import broadcast_from_main, get_processes
 from .protocol import Protocol
-from .run import Run, Settings, Setup, hash_base_step, load_run, make_card, segment, to_batch
+from .run import Run, Settings, Setup, hash_base_step, load_run, make_card
 from .segmenter import Segmenter
 from mbs.training import (
     Recipe,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IPYTHON', 'BASE_MODULES', 'Settings', 'settings_from_notebook', 'Setup', 'build_network', 'hash_base_step',
            'make_card', 'Data', 'Receipt', 'Card', 'read_card', 'read_log', 'Metrics', 'read_metrics', 'read_samples',
-           'Run', 'load_run', 'choose_window', 'to_batch', 'segment', 'trained_run']
+           'Run', 'load_run', 'trained_run']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import hashlib
@@ -27,19 +27,20 @@ from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 import mbs
-from .augment import IMAGENET, normalise
+from .augment import IMAGENET
 from .checkpoint import load_model
 from .data import open_data
-from .evaluation import predict_labels
 from .files import read_arrays, read_json
+from .inference import choose_window, segment
 from .methods import Method
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
 from .pictures import read_image
 from .protocol import VOID, Protocol
 from .scenes import write_scenes
-from .segmenter import Segmenter, make_encoder
+from .segmenter import Segmenter
 from .training import Recipe, make_accelerator, make_recipe, step_iterations
+from .weights import make_encoder
 
 # %% ../nbs/51_run.ipynb #f7ba288c
 class Settings(Parameters):
@@ -207,7 +208,19 @@ def _find_class_ids(names: list[str] | None, classes: tuple[str, ...]) -> list[i
     return [classes.index(n) + 1 for n in names]
 
 # %% ../nbs/51_run.ipynb #7f569126
-BASE_MODULES = ("protocol", "pictures", "data", "augment", "draws", "cache", "segmenter", "evaluation", "training")
+BASE_MODULES = (
+    "protocol",
+    "pictures",
+    "data",
+    "augment",
+    "draws",
+    "cache",
+    "segmenter",
+    "weights",
+    "inference",
+    "evaluation",
+    "training",
+)
 
 
 def hash_base_step(setup: Setup, model: Segmenter) -> str:
@@ -500,30 +513,12 @@ class Run:
     def predict(self, image: np.ndarray | Path | str, step: int = -1) -> np.ndarray:
         "(H, W) uint8 channels of a picture of any size: an (H, W, 3) uint8 array or a file."
         image = image if isinstance(image, np.ndarray) else read_image(Path(image))
-        return segment(self.model(step), image, self.card.normalisation, choose_window(self, image))
+        return segment(self.model(step), image, self.card.normalisation, choose_window(self.card.recipe, image))
 
 # %% ../nbs/51_run.ipynb #a13a8a9b
 def load_run(folder: Path | str) -> Run:
     "The run in `folder`; ValueError when there is none."
     return Run(folder)
-
-
-def choose_window(run: Run, image: np.ndarray) -> int | None:
-    "Side of the windows in which `run` segments an (H, W, 3) picture: if its recipe tests so, or a side is over twice the training crop; else None."
-    recipe = run.card.recipe
-    return recipe["crop"] if recipe["test"] == "window" or max(image.shape[:2]) > 2 * recipe["crop"] else None
-
-
-def to_batch(image: np.ndarray, statistics: tuple) -> torch.Tensor:
-    "(1, 3, H, W) network input from an (H, W, 3) uint8 picture; `statistics` are the mean and std to normalise with."
-    return normalise(torch.from_numpy(image.copy()).permute(2, 0, 1), *statistics)[None]
-
-
-@torch.inference_mode()
-def segment(model: Segmenter, image: np.ndarray, statistics: tuple, window: int | None = None) -> np.ndarray:
-    "(H, W) uint8 channels of one (H, W, 3) uint8 picture at its full size, in sliding windows if `window` (pixels) is given."
-    x, model = to_batch(image, statistics).to(next(model.parameters()).device), model.eval()
-    return predict_labels(model, x, window)[0].cpu().numpy().astype(np.uint8)
 
 # %% ../nbs/51_run.ipynb #aaab2a14
 def trained_run(

@@ -205,7 +205,7 @@ def _gradient_norm(model: nn.Module) -> Tensor:
 def _shares_encoder(student: Segmenter, teacher: Segmenter) -> bool:
     "Whether the student's encoder does not learn and is the teacher's: then pictures are encoded once for both."
     mine, theirs = (list(model.encoder.state_dict().values()) for model in (student, teacher))
-    return not student.encoder_learns and len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+    return not student.has_trainable_encoder and len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
 
 def _teacher_autocast(recipe: Recipe, accelerator: Accelerator) -> AbstractContextManager:

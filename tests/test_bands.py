@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from mbs.methods import ABLATIONS, METHODS, Method
 from mbs.objective import can_use_bands, step_loss
 from mbs.protocol import VOID
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.segmenter import Segmenter
+from mbs.weights import make_encoder
 
 CHOICES = {**{name: dict(method=name, parts={}) for name in METHODS}, **ABLATIONS}
 

@@ -13,7 +13,7 @@ from mbs.methods import METHODS, Method
 from mbs.metrics import iou_matrix
 from mbs.objective import reference_pixel_terms
 from mbs.run import Settings, Setup, trained_run
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.segmenter import Segmenter
 from mbs.training import (
     compile_networks,
     make_accelerator,
@@ -25,6 +25,7 @@ from mbs.training import (
     train_iterations,
     train_step,
 )
+from mbs.weights import make_encoder
 
 TINY = dict(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
 RUN = dict(protocol="6-2", samples=0, share_base=False, scenes=dict(n_train=40, n_test=12, size=48))
