@@ -11,8 +11,9 @@ from interleaved import peak, rounds, row, same
 
 from mbs.methods import Method
 from mbs.protocol import Protocol
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.segmenter import Segmenter
 from mbs.training import compile_networks, make_accelerator, make_optimizer, make_recipe, train_iterations
+from mbs.weights import make_encoder
 
 VITB = "vit_base_patch16_384"
 WAYS = {

@@ -1,4 +1,9 @@
-"Class-incremental semantic segmentation: run, look, compare."
+"""A notebook-driven workbench for class-incremental semantic segmentation
+
+Modules:
+
+- `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
+- `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test."""
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,8 @@ from mbs.objective import can_use_bands, step_loss
 from mbs.output_distillation import guide_targets, label_guided_targets
 from mbs.protocol import VOID
 from mbs.pseudo_labels import ignore_doubtful, relabel_confident, select_labels, selective_pseudo_labels
-from mbs.segmenter import Segmenter, SegmenterOutput, make_encoder
+from mbs.segmenter import Segmenter, SegmenterOutput
+from mbs.weights import make_encoder
 
 CHOICES = {**{name: dict(method=name, parts={}) for name in METHODS}, **ABLATIONS}
 

@@ -7,7 +7,8 @@ from steps import make_step
 from mbs.augment import TestTransform, TrainTransform
 from mbs.methods import METHODS, Method
 from mbs.protocol import VOID
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.segmenter import Segmenter
+from mbs.weights import make_encoder
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -11,7 +11,7 @@ from steps import make_step
 from torch import nn
 
 from mbs.methods import Method
-from mbs.segmenter import MaskTransformer, Segmenter, ViTEncoder, resize_positions
+from mbs.segmenter import MaskTransformer, Segmenter, ViTEncoder, _resize_positions
 
 pytestmark = needs_golden
 GOLDEN = load()
@@ -58,7 +58,7 @@ def test_encoder(dtype):
     x, net = tensors(GOLDEN, "encoder/", dtype), encoder("encoder/sd/", dtype).eval()
     close(net(x["im"]), x["out"][:, 1:], dtype)
     close(net(x["im_resize"]), x["out_resize"][:, -15:], dtype)
-    close(resize_positions(net.vit.pos_embed, (4, 4), (5, 3)), x["pos_embed_resized"], dtype)
+    close(_resize_positions(net.vit.pos_embed, (4, 4), (5, 3)), x["pos_embed_resized"], dtype)
     grid = net.vit.patch_embed(x["im"]) + net.vit.pos_embed[:, 1:]
     grid = torch.cat([(net.vit.cls_token + net.vit.pos_embed[:, :1]).expand(2, -1, -1), grid], 1)
     features = []
@@ -69,7 +69,7 @@ def test_encoder(dtype):
 
 def test_loaded_positions():
     "Positions of pretrained weights are resized as the released program's loader did (bicubic; float32 values)."
-    mine = resize_positions(torch.from_numpy(GOLDEN["encoder/timm_posembed_in"]), (24, 24), (32, 32), mode="bicubic")
+    mine = _resize_positions(torch.from_numpy(GOLDEN["encoder/timm_posembed_in"]), (24, 24), (32, 32), mode="bicubic")
     close(mine, torch.from_numpy(GOLDEN["encoder/timm_posembed_bicubic_32x32"]), torch.float32)
 
 

@@ -23,7 +23,8 @@ from mbs.parts import Parts
 from mbs.protocol import VOID
 from mbs.pseudo_labels import confident_share, entropy_pseudo_labels, entropy_thresholds, teacher_uncertainty
 from mbs.run import Settings
-from mbs.segmenter import Segmenter, SegmenterOutput, make_encoder
+from mbs.segmenter import Segmenter, SegmenterOutput
+from mbs.weights import make_encoder
 
 seeds = st.integers(0, 2**31)
 SIZES = dict(n_old=st.integers(2, 5), n_new=st.integers(1, 3), seed=seeds)
