@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from golden import close, load, needs_golden, tensors
+from steps import make_step
 from torch import nn
 
 from mbs.methods import Method
@@ -115,7 +116,7 @@ def test_full_step(dtype):
     x, want = tensors(GOLDEN, "fullstep/", dtype), tensors(GOLDEN, "fullstep/s1/", torch.float64)
     student = segmenter("encoder/sd/", "decoder/sd/", [1, 3, 2], dtype)
     teacher = segmenter("fullstep/prev_encoder_sd/", "fullstep/prev_decoder_sd/", [1, 3], dtype).frozen()
-    terms = Method("mbs").loss(student(x["im"]), teacher(x["im"]), x["labels"], n_new=2)
+    terms = Method("mbs").loss(student(x["im"]), teacher(x["im"]), x["labels"], make_step(4, 2))
     for mine, theirs in (("cross_entropy", "seg_loss"), ("patch_features", "lfd_patches"), ("loss", "loss_total")):
         close(terms[mine], want[theirs], dtype)
     close(terms["output"] + terms["orthogonality"], want["lod"], dtype)
@@ -146,7 +147,7 @@ def own_prefix(name):
 def test_base_step(dtype):
     x, want = tensors(GOLDEN, "fullstep/", dtype), tensors(GOLDEN, "fullstep/s0/", torch.float64)
     student = segmenter("encoder/sd/", "decoder/sd/", [1, 3, 2], dtype)
-    terms = Method("mbs").loss(student(x["im"]), None, x["labels"], n_new=5)
+    terms = Method("mbs").loss(student(x["im"]), None, x["labels"], make_step(1, 5))
     assert np.array_equal(GOLDEN["fullstep/s0/labels_out"], GOLDEN["fullstep/labels"])
     close(terms["cross_entropy"], want["seg_loss"], dtype)
     close(terms["loss"], want["loss_total"], torch.float32)  # the reference itself is float32 here
