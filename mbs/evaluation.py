@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .data import StepView
 from .inference import predict_labels
 from .metrics import Confusion, class_iou, nan_mean
 from .processes import sum_over_processes, take_own_turns
 from .segmenter import Segmenter
+from .views import StepView, move_to_device
 
 # %% ../nbs/41_evaluation.ipynb #560143d2
 def _batch_by_size(
@@ -40,13 +40,13 @@ def count_pairs(
     pairs = torch.where(truth < n, truth * n + predicted, n * n)
     return torch.bincount(pairs.flatten(), minlength=n * n + 1)[:-1].unflatten(0, (n, n))
 
-# %% ../nbs/41_evaluation.ipynb #1c06f0fb
+# %% ../nbs/41_evaluation.ipynb #1cc90d41
 def _find_sizes(view: StepView) -> np.ndarray:  # (N, 2) height, width
     "Find the sizes of the pictures that `view` yields; zeros if all are crops of one size."
     sizes = view.data.sizes[view.positions]
     return sizes if view.transform.crop is None else np.zeros_like(sizes)
 
-# %% ../nbs/41_evaluation.ipynb #3f080daa
+# %% ../nbs/41_evaluation.ipynb #57428dcd
 @torch.inference_mode()
 def evaluate(
     model: Segmenter,  # left in eval mode
@@ -63,9 +63,7 @@ def evaluate(
     batches = take_own_turns(_batch_by_size(_find_sizes(view), batch))
     generator = torch.Generator()  # a random stream apart from that of training, which evaluation must not change
     loader = DataLoader(view, batch_sampler=batches, num_workers=workers, generator=generator)
-    for images, labels in loader:
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+    for images, labels in move_to_device(loader, view.normalisation, device):
         counts += count_pairs(labels, predict_labels(model, images, window), n)
     return Confusion(n, sum_over_processes(counts.cpu().numpy()))
 
@@ -79,6 +77,5 @@ def score_new_classes(
 ) -> float:
     "Compute the mean IoU of the classes that arrive in the view's step; 0 if none of them is in the pictures."
     iou = class_iou(evaluate(model, view, batch, device=device, window=window).counts)
-    new_channels = list(view.protocol[view.step].new_channels)
-    score = nan_mean(iou[new_channels])
+    score = nan_mean(iou[list(view.step.new_channels)])
     return 0.0 if math.isnan(score) else score

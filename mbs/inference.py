@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['to_batch', 'predict_in_windows', 'predict_labels', 'choose_window', 'segment']
 
-# %% ../nbs/38_inference.ipynb #41371fd4
+# %% ../nbs/38_inference.ipynb #ca134092
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .augment import normalise
+from .augment import Normalisation, normalise
 from .bands import argmax_in_bands
 from .segmenter import Segmenter
 
-# %% ../nbs/38_inference.ipynb #784b3b46
+# %% ../nbs/38_inference.ipynb #d9c8bb15
 def to_batch(
     image: np.ndarray,  # (H, W, 3) uint8
-    normalisation: tuple,  # mean and standard deviation of red, green, blue, for values in 0..1
+    normalisation: Normalisation,  # that the model was trained with
 ) -> Tensor:  # (1, 3, H, W) float32
     "Turn one picture into a normalised batch for the network."
-    return normalise(torch.from_numpy(image.copy()).permute(2, 0, 1), *normalisation)[None]
+    return normalise(torch.from_numpy(image.copy()).permute(2, 0, 1), normalisation)[None]
 
 # %% ../nbs/38_inference.ipynb #07056700
 def _window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -73,12 +73,12 @@ def choose_window(
     is_large = max(image.shape[:2]) > 2 * recipe.crop
     return recipe.crop if recipe.test == "window" or is_large else None
 
-# %% ../nbs/38_inference.ipynb #0b753ef0
+# %% ../nbs/38_inference.ipynb #32d3287a
 @torch.inference_mode()
 def segment(
     model: Segmenter,  # put into eval mode
     image: np.ndarray,  # (H, W, 3) uint8
-    normalisation: tuple,  # mean and standard deviation, see `to_batch`
+    normalisation: Normalisation,  # that the model was trained with
     window: int | None = None,  # side of sliding windows, pixels; None: the whole picture
 ) -> np.ndarray:  # (H, W) uint8 channels
     "Segment one picture at its full size, on the model's device."

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from .inference import choose_window, segment, to_batch
+from .inference import choose_window, segment
 from .parts import Parts
 from pydantic import AfterValidator, ConfigDict, Field
 
