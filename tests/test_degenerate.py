@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from steps import make_step
 
 from mbs.augment import TestTransform, TrainTransform
 from mbs.methods import METHODS, Method
 from mbs.protocol import VOID
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.segmenter import Segmenter
+from mbs.weights import make_encoder
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -15,7 +17,7 @@ def networks(method, n_new, encoder="vit_tiny_patch16_224", **options):
     "A teacher of 1 + 2 channels and a student grown by `n_new`."
     torch.manual_seed(0)
     old = Segmenter(make_encoder(encoder, image_size=32, **options), [1, 2], dim=32, heads=2)
-    return old.frozen(), method.grow(old, n_new).train()
+    return old.frozen(), method.grow(old, make_step(3, n_new)).train()
 
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
@@ -35,7 +37,7 @@ def test_loss_is_finite(name, target, n_new):
     teacher, student = networks(method, n_new, **TINY)
     images = torch.randn(2, 3, 30, 37)
     method.prepare(teacher, [(images, target)])
-    terms = method.loss(student(images), teacher(images), target, n_new)
+    terms = method.loss(student(images), teacher(images), target, make_step(3, n_new))
     assert all(torch.isfinite(v) for v in terms.values())
     terms["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
@@ -88,9 +90,9 @@ def test_a_loss_that_is_not_finite_names_its_pictures(tmp_path, monkeypatch):
     class Exploding(Method):
         seen = 0
 
-        def loss(self, student, teacher, target, n_new):
+        def loss(self, student, teacher, target, step):
             Exploding.seen += 1
-            terms = super().loss(student, teacher, target, n_new)
+            terms = super().loss(student, teacher, target, step)
             return {k: v * float("nan") for k, v in terms.items()} if Exploding.seen == 14 else terms
 
     settings = Settings(name="run", samples=0)

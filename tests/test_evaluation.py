@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 from mbs.cli import app
 from mbs.data import open_data
-from mbs.evaluation import predict_in_windows
 from mbs.experiment import Experiment
+from mbs.inference import predict_in_windows
 from mbs.metrics import scores
 from mbs.run import Settings, Setup, load_run
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.segmenter import Segmenter
+from mbs.weights import make_encoder
 
 SHORT = dict(
     protocol="6-2",

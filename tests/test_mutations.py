@@ -25,7 +25,6 @@ from figures import kept
 from hypothesis import HealthCheck, given
 from hypothesis import settings as plan
 from hypothesis import strategies as some
-from mbs.folders import find_runs_folder
 from mutants import CODE, VALUES, Mutants, inside_png, inside_safetensors, joined, pieces
 from PIL import Image
 from test_archives import FILES, tar, zipped
@@ -41,6 +40,7 @@ from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
 from mbs.explore import write_tour
 from mbs.files import write_arrays
+from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
 from mbs.layouts import describe_folder, find_layout
 from mbs.methods import Method
@@ -52,8 +52,8 @@ from mbs.protocol import VOID, Protocol
 from mbs.report import find_runs, make_card_table, make_steps_table, summarise_runs
 from mbs.run import Settings, load_run
 from mbs.scenes import write_scenes
-from mbs.segmenter import make_encoder
 from mbs.training import make_recipe
+from mbs.weights import make_encoder
 
 MANY = int(os.environ.get("MBS_MUTATIONS", 60))  # inputs of each kind; 250 with make stress
 SECONDS = 20  # of computation that one input may take; if it waits, thirty times as many
