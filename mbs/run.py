@@ -400,8 +400,7 @@ def trained_run(
     return load_run(folder / method)
 
 # %% ../nbs/51_run.ipynb #5e9a1c02
-from typing import NamedTuple
-
+from .inference import to_batch
 from .scenes import draw_scene
 
 
