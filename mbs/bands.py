@@ -1,4 +1,4 @@
-"""Cross-entropy, pseudo-labels and distillation of full-size outputs, computed from patch logits in bands of rows.
+"""Compute the pixel losses of a step from patch logits, in bands of rows.
 
 The fast twin of the pixel terms in `mbs.objective`, which are the reference: the same rules (4), (5) and (10), by the
 same functions, and the same losses (6), (11) and (14), with gradients written out, in a fraction of the memory.
@@ -123,7 +123,7 @@ def compile_bands() -> Iterator[None]:
 # %% ../nbs/33a_bands.ipynb #73cd1bd0
 _BAND_CELLS = {"cpu": 2**18, "cuda": 2**26}  # numbers in a band: what fits a core's cache, or keeps a GPU busy
 
-
+# %% ../nbs/33a_bands.ipynb #504d74ab
 def _sum_bands(
     student: UpsampledBands, teacher: UpsampledBands | None, target: Tensor, parts: Parts, height: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
@@ -190,7 +190,7 @@ def _count_alone(n: Tensor) -> Tensor:
     "Return the pixel count of a single process as it is."
     return n
 
-
+# %% ../nbs/33a_bands.ipynb #ab288779
 def compute_band_loss(
     z: Tensor,  # (B, C, h, w) patch logits of the student
     teacher_z: Tensor | None,  # (B, C_old, h, w) of the teacher; None: no rule and no term reads the teacher
@@ -212,7 +212,7 @@ def _find_contenders(near: Tensor) -> Tensor:  # (k, C, W) rows of patches that 
     "Find the channels that can be the largest anywhere in the band."
     return (near.amax(0) >= near.amin(0).amax(0)).any(1)
 
-
+# %% ../nbs/33a_bands.ipynb #0ae78a1a
 def _argmax_band(
     near: Tensor,  # (k, C, W)
     rows: Tensor,  # (r, k) weights

@@ -1,4 +1,4 @@
-"""Hold the student's features to the teacher's where the teacher can be trusted, and only there.
+"""Hold the student's features to the teacher's, but only where the teacher can be trusted.
 
 Adaptive feature distillation of MBS (Park, Moon, Lee, Kim, Heo; ECCV 2024; https://arxiv.org/abs/2407.11859),
 on patch features p of the student and p' of the teacher:

@@ -32,7 +32,7 @@ from .bands import compute_band_loss
 from .feature_distillation import adaptive_feature_distillation, local_pod, reliability
 from .orthogonality import orthogonality
 from mbs.output_distillation import (
-    joined_background,
+    join_channels,
     label_guided_distillation,
     output_distillation,
     unbiased_distillation,
@@ -55,7 +55,7 @@ def cross_entropy(
     With `factor` each picture is scaled and the sum divided by the number of all pixels: (21).
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
-    log_p = joined_background(logits, slice(1, n_old)) if n_old > 1 else logits.log_softmax(1, dtype=exact)
+    log_p = join_channels(logits, slice(1, n_old)) if n_old > 1 else logits.log_softmax(1, dtype=exact)
     pixels = F.nll_loss(log_p, target.long(), ignore_index=VOID, reduction="none")  # (B, H, W)
     if factor is not None:
         return (factor[:, None, None] * pixels).mean()
@@ -136,7 +136,7 @@ def can_use_bands(student: SegmenterOutput, parts: Parts) -> bool:
     )
     return student.full is None and not is_rival
 
-
+# %% ../nbs/34_objective.ipynb #e53e2413
 def _band_pixel_terms(
     student: SegmenterOutput, teacher: SegmenterOutput | None, target: Tensor, parts: Parts
 ) -> tuple[dict[str, Tensor], Tensor]:  # terms, training labels

@@ -1,4 +1,4 @@
-"""Push the tokens of new classes away from all others, so that no new class settles on an old one or on the background.
+"""Push the tokens of new classes away from all others, the background's included.
 
 The orthogonal objective of MBS (Park, Moon, Lee, Kim, Heo; ECCV 2024; https://arxiv.org/abs/2407.11859), on the
 L2-normalised class tokens e:

@@ -1,4 +1,4 @@
-"""Give old objects their labels back where the old model is sure, and ignore background that it doubts.
+"""Restore old labels where the old model is sure, and ignore background that it doubts.
 
 Selective pseudo-labels of MBS (Park, Moon, Lee, Kim, Heo; ECCV 2024; https://arxiv.org/abs/2407.11859),
 from the step's labels y and the teacher's probabilities q, with b the background:

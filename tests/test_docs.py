@@ -123,7 +123,7 @@ def test_reference_says_what_the_source_says(pages, site):
     assert {"mbs.run.Run.confusion", "mbs.protocol.Protocol.to_channels"} <= {
         a for page in pages.values() for a in page.anchors
     }
-    assert "reference/protocol.html#mbs.protocol.channel_map" in pages[site / "equations.html"].links
+    assert "reference/protocol.html#mbs.protocol.Step.to_channels" in pages[site / "equations.html"].links
     assert "#| " not in text and "nbdev_export" not in text
 
 
