@@ -21,7 +21,8 @@ from mbs.folders import home
 from PIL import Image
 
 from mbs import ABLATIONS, METHODS, Experiment, Settings, load_run
-from mbs.report import average_seeds, collect_outcome, collect_series, draw_flows
+from mbs.comparison import average_seeds, collect_outcome, collect_series
+from mbs.report import draw_flows
 from mbs.tables import Table, summarise_seeds, to_markdown
 from mbs.viz import show_curves, show_iou_matrix
 
