@@ -34,7 +34,7 @@ _HOME = {
     "Experiment": "experiment",
     "Batch": "batch", "Local": "executors", "OnRay": "executors",
     "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
-    "find_runs": "report", "write_report": "report",
+    "find_runs": "comparison", "write_report": "report",
 }
 __all__ = sorted(_HOME)
 

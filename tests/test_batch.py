@@ -319,13 +319,13 @@ def test_the_table_in_a_notebook_and_in_a_terminal(monkeypatch, capsys):
 
     table = Table("toy: 1 running", ("run", "state", "loss"), [("[red]<b>-s0", "running", "0.1")])
     shown = []
-    monkeypatch.setattr(live, "in_notebook", lambda: True)
+    monkeypatch.setattr(live, "_is_in_notebook", lambda: True)
     monkeypatch.setattr(IPython.display, "display", shown.append)
     with live.show_live() as show:
         for k in range(2):
             show(table._replace(title=f"{k}"))
     assert len(shown) == 1 and "<h3>1</h3>" in shown[0].value and "&lt;b&gt;-s0" in shown[0].value
-    monkeypatch.setattr(live, "in_notebook", lambda: False)
+    monkeypatch.setattr(live, "_is_in_notebook", lambda: False)
     Console(force_terminal=True, width=80).print(live.render_console_table(table))
     assert "[red]<b>-s0" in capsys.readouterr().out
 

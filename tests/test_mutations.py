@@ -35,6 +35,7 @@ import mbs.batch
 from mbs.archives import read_archive
 from mbs.checkpoint import StepCheckpoints, save_tensors
 from mbs.cli import app
+from mbs.comparison import find_runs, group_runs, summarise_runs
 from mbs.curves import collect_scalars
 from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
@@ -49,7 +50,7 @@ from mbs.parameter_files import parse_words, read_yaml
 from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
 from mbs.protocol import VOID, Protocol
-from mbs.report import find_runs, make_card_table, make_steps_table, summarise_runs
+from mbs.report_tables import make_card_table, make_steps_table
 from mbs.run import Settings, load_run
 from mbs.scenes import write_scenes
 from mbs.training import make_recipe
@@ -856,7 +857,7 @@ def read_all(folder, models=False):
     if run.finished:
         summarise_runs([run])
         make_card_table([run])
-        [make_steps_table(group) for group in mbs.report.group_runs([run])]
+        [make_steps_table(group) for group in group_runs([run])]
     mbs.batch._read_status(folder)
     read_failure(folder / "train.ipynb"), read_worker(folder)
     for t in steps if models else ():
