@@ -43,17 +43,19 @@ MODULES = find_modules(ROOT / "nbs")
 
 
 def find_module(name):
-    "Return the module that holds a dotted name of `mbs`, or None for the package itself."
+    "Return the module that holds a dotted name of `mbs`, None for the package itself; LookupError for other names."
     if name in MODULES:
         return name
+    inside = [module for module in MODULES if module.startswith(f"{name}.")]
+    if name != "mbs" and inside:  # a package without a notebook may import all of its modules
+        return max(inside, key=lambda module: number(MODULES[module]))
     package, _, last = name.rpartition(".")
-    if not package:
-        return None
     if package == "mbs" and last in mbs._HOME:  # a public name: `from mbs import Protocol`
         return f"mbs.{mbs._HOME[last]}"
-    inside = [module for module in MODULES if module.startswith(f"{name}.")]
-    if inside:  # a package without a notebook of its own may import all of its modules
-        return max(inside, key=lambda module: number(MODULES[module]))
+    if name == "mbs" or (package == "mbs" and hasattr(mbs, last)):  # `import mbs`, `from mbs import __version__`
+        return None
+    if package in ("", "mbs"):
+        raise LookupError(f"{name} is exported by no notebook")
     return find_module(package)
 
 
@@ -103,3 +105,10 @@ def test_a_low_notebook_imports_what_its_cells_say(tmp_path):
     notebook = tmp_path / "08_x.ipynb"
     notebook.write_text(json.dumps(dict(cells=[dict(cell_type="code", source=source) for source in cells])))
     assert list_imports(notebook) == ["mbs.files", "mbs.layouts", "mbs.pictures", "mbs.protocol"]
+
+
+def test_an_import_of_an_unknown_module_is_an_error():
+    assert find_module("mbs.files.read_json") == "mbs.files"
+    assert find_module("mbs.__version__") is None
+    with pytest.raises(LookupError, match=r"mbs\.nosuch is exported by no notebook"):
+        find_module("mbs.nosuch.f")

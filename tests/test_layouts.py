@@ -15,8 +15,9 @@ def make_part(n):
 
 @pytest.fixture
 def layout():
-    classes = tuple(f"class {k}" for k in range(1, 150)) + ("<b>cat</b>",)
-    return Layout(Path("/somewhere/pets & more"), 150, classes, make_part(10_000), make_part(500))
+    classes = [f"class {k}" for k in range(1, 150)]
+    classes.append("<b>cat</b>")
+    return Layout(Path("/somewhere/pets & more"), 150, tuple(classes), make_part(10_000), make_part(500))
 
 
 def test_layout_is_one_line(layout):
