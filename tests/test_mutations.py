@@ -379,7 +379,7 @@ def test_data_sets(home, name):
     "change,says",
     [
         (dict(classes=["background", "cat", "dog", "cow"]), "has a class 'background'"),
-        (dict(classes=["cat", "cat", "dog"]), "hold a name twice"),
+        (dict(classes=["cat", "cat", "dog"]), "contain a name twice"),
         (dict(classes=[]), "names 0 classes"),
         (dict(classes=[f"c{k}" for k in range(255)]), "names 255 classes"),
         (dict(classes=["cat", " ", "dog"]), "has a class ' '"),
@@ -513,8 +513,8 @@ def test_coco(home):
         (dict(segmentation=dict(size=[20, 30], counts=[0, 10**9])), "do not fill"),
         (dict(segmentation=dict(size=[20, 30], counts=[700, -100])), "do not fill"),
         (dict(segmentation=dict(size=[200, 300], counts=[60000])), "do not fill"),
-        (dict(segmentation=dict(size=[20, 30], counts="oooooooooooooooooo")), "no text of COCO's"),
-        (dict(category_id=3), "category 3, which is none"),
+        (dict(segmentation=dict(size=[20, 30], counts="oooooooooooooooooo")), "not in COCO's text format"),
+        (dict(category_id=3), "unknown category 3: expected the ids"),
         (dict(area=float("nan")), "area"),
     ],
 )
@@ -532,14 +532,14 @@ def test_coco_shapes_that_are_none(home, change, says):
 def test_coco_run_lengths_as_the_library_has_them():
     from pycocotools import mask
 
-    from mbs.prepare import CocoRuns, draw_coco_object
+    from mbs.prepare import _CocoRuns, _draw_coco_object
 
     for seed in range(30):
         r = np.random.default_rng(seed)
         truth = np.asfortranarray((r.random((r.integers(1, 90), r.integers(1, 90))) < r.random()).astype(np.uint8))
         packed = mask.encode(truth)
         assert (
-            draw_coco_object(CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
+            _draw_coco_object(_CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
         ).all()
 
 
