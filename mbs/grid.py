@@ -19,7 +19,7 @@ from pydantic import Field
 
 from .parameter_files import find_parameter_file, flatten_parameters, merge_parameters, read_parameters
 from .parameters import Parameters
-from .run import Settings
+from .settings import Settings
 
 # %% ../nbs/65_grid.ipynb #c1af967f
 MOST_RUNS = 10_000  # in a batch

@@ -46,7 +46,7 @@ def _explain_failure(error: Exception, is_asked: bool, output: Path) -> BaseExce
         return RunFailed(f"{reason}; its notebook {output} shows where; {_RESUME}")
     if isinstance(error, OSError):
         reason = f"notebook {output} cannot be written ({error.strerror or error})"
-        return RunFailed(f"{reason}: expected free space and write permission; {_RESUME}")
+        return RunFailed(f"{reason}: expected space and write permission; {_RESUME}")
     return None
 
 # %% ../nbs/64_notebooks.ipynb #3ffcd74f
@@ -166,7 +166,7 @@ def main(
     output: str,
     parameters: str,  # JSON
 ):
-    "Execute a notebook and print its output; exit with 1 and one sentence if it fails, with `EXIT_RESUME` after a stop."
+    "Execute a notebook and print its output; exit with 1 and a sentence if it fails, with `EXIT_RESUME` after a stop."
     exit_with_parent()
     folder = Path(output).parent
     try:
@@ -178,7 +178,7 @@ def main(
         sys.exit(str(e))
     except OSError as e:
         reason = e.strerror or e
-        sys.exit(f"run folder {folder} cannot be written ({reason}): expected free space and write permission")
+        sys.exit(f"run folder {folder} cannot be written ({reason}): expected space and write permission")
     except Interrupted as e:
         print(e, flush=True)
         sys.exit(EXIT_RESUME)
