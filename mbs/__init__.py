@@ -2,8 +2,14 @@
 
 Modules:
 
+- `mbs.archives`: Download the archives of PASCAL VOC 2012, SBD and ADE20K with resume, verify them, and read them safely.
 - `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
-- `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test."""
+- `mbs.inspect`: Show what each step of a protocol sees, how much of it is hidden in the background, and how long the training takes, before anything is trained.
+- `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
+- `mbs.metrics`: Counts first, convention second: one confusion matrix a step, from which every number of the field is derived.
+- `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test.
+- `mbs.scenes`: Draw seeded pictures of eight kinds of objects on cluttered ground: the embedded data set, made in seconds.
+- `mbs.viz`: Draw static figures from numpy arrays: labels over a photo, what a step sees, pseudo-labels, the flow of the background shift, forgetting, and methods compared."""
 
 __version__ = "0.1.0"
 

@@ -180,7 +180,7 @@ class TestTransform:
 
     def __call__(self, image: np.ndarray, labels: np.ndarray) -> Pair:
         if self.crop is None:
-            return image, labels
+            return np.require(image, requirements="W"), labels  # PyTorch warns of arrays that cannot be written
         short = _fit_short_side(*labels.shape, self.crop)
         top, left = (round((s - self.crop) / 2) for s in short)
         return _crop_square(*resize_with_pillow(image, labels, short), top, left, self.crop)

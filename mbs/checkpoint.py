@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .files import replace_atomically
 from .processes import broadcast_from_main, get_processes
-from .segmenter import Segmenter, view_as_bytes
+from .segmenter import Segmenter
+from .weights import view_as_bytes
 
 # %% ../nbs/45_checkpoint.ipynb #0191ab49
 def _hash_tensors(tensors: dict[str, Tensor], facts: str = "") -> str:
@@ -131,7 +132,7 @@ def get_optimiser_tensors(optimiser) -> dict[str, Tensor]:
 
 # %% ../nbs/45_checkpoint.ipynb #836470ea
 def load_optimiser(optimiser, tensors: dict[str, Tensor]):
-    "Restore the state that `get_optimiser_tensors` returned; ValueError, KeyError or IndexError for another optimiser's."
+    "Restore the state that `get_optimiser_tensors` returned; ValueError, KeyError or IndexError for another's."
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state = {}
     for full_name, tensor in tensors.items():

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
-from .run_folder import RunWriter, create_run_folder, explain_write_errors, find_shared_base
-from .settings import Settings, Setup, hash_base_step
 from torch import Tensor
 
 from .augment import Normalisation
@@ -28,10 +26,12 @@ from .methods import Method
 from .metrics import Confusion
 from .processes import broadcast_from_main, get_processes
 from .protocol import Step
-from .recipe import Recipe, make_test_view, make_train_view
+from .recipe import Recipe, make_accelerator, make_test_view, make_train_view
 from .run import Run, load_run
+from .run_folder import RunWriter, create_run_folder, explain_write_errors, find_shared_base
 from .segmenter import Segmenter
-from .training import Validator, make_accelerator, measure_peak_memory, train_step
+from .settings import Settings, Setup, hash_base_step
+from .training import Validator, measure_peak_memory, train_step
 from .views import StepView
 
 # %% ../nbs/52_experiment.ipynb #f6f1c27d

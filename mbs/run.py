@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from .inference import choose_window, segment
 from .parts import Parts
-from .settings import Settings, Setup, build_network, hash_base_step
-from .value_table import render_values
 from pydantic import AfterValidator, ConfigDict, Field
 
 import mbs
@@ -30,9 +28,10 @@ from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
 from .pictures import read_image
 from .protocol import VOID, Protocol
-from .recipe import Recipe
+from .recipe import Recipe, make_accelerator
 from .segmenter import Segmenter
-from .training import make_accelerator
+from .settings import Settings, Setup, build_network, hash_base_step
+from .value_table import render_values
 
 # %% ../nbs/51_run.ipynb #f7ba288c
 class _Open(Parameters):

@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from .fingerprint import hash_class, hash_code
+from .weights import make_encoder
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from .augment import IMAGENET, Normalisation
 from .data import open_data
+from .fingerprint import hash_class, hash_code
 from .methods import Method
 from .parameters import Parameters
 from .protocol import Protocol, Step
-from .recipe import count_iterations, make_recipe
+from .recipe import count_iterations, make_accelerator, make_recipe
 from .scenes import write_scenes
-from .segmenter import Segmenter, make_encoder
-from .training import make_accelerator
+from .segmenter import Segmenter
 
 # %% ../nbs/48_settings.ipynb #affb5e6c
 _NAME = r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$"
