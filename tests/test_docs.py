@@ -291,6 +291,14 @@ def test_a_link_out_of_the_site_is_refused(tmp_path):
     )
 
 
+def test_a_role_and_a_common_word_stay_as_they_are(tmp_path):
+    "Code behind a role is still linked; `train` in a text is a word, not the notebook of that name."
+    from build import Site
+
+    linked = Site(tmp_path).add_links("{term}`step`, as in `Protocol` and `train`", "docs/data.md")
+    assert linked == "{term}`step`, as in {py:obj}`Protocol <mbs.protocol.Protocol>` and `train`"
+
+
 @pytest.fixture(scope="module")
 def browser():
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
