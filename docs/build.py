@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 DIRECTIVE = re.compile(r"(?m)^#\|\s*(\w+).*\n?")
 CODE = re.compile(
-    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$|</?[a-zA-Z][^>\n]*>|\{[\w:]+\}`[^`\n]+`)"  # stays: fences, links, roles, …
+    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$"  # fences, formulas, links, titles stay as they are,
+    r"|</?[a-zA-Z][^>\n]*>|\{[\w:]+\}`[^`\n]+`)"  # and so do HTML and roles
     r"|(?<![`\\}])`([^`\n]+)`(?!`)",  # code in the text
     re.M | re.S,
 )
