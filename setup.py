@@ -1,4 +1,7 @@
-"Requirements from settings.ini; run notebooks, published rows, tutorials and trained runs from nbs as the package data of mbs.runs, mbs.tutorials and mbs.trained. All else is in pyproject.toml."
+"""Read the requirements from settings.ini and declare the package data that lie in nbs/.
+
+Run notebooks, published rows, tutorials and trained runs become mbs.runs, mbs.tutorials and mbs.trained.
+All other facts about the package are in pyproject.toml."""
 
 from configparser import ConfigParser
 from pathlib import Path

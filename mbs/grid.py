@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
-from .notebooks import find_parameter_file, merge_parameters, read_parameters
+from .parameter_files import find_parameter_file, flatten_parameters, merge_parameters, read_parameters
 from .parameters import Parameters
 from .run import Settings
 
@@ -43,23 +43,8 @@ class Grid(Parameters):
             raise ValueError("the batch has no runs: expected lists of values under grid, or parameters under runs")
         if (n := len(self.runs) * prod(map(len, self.grid.values()))) > MOST_RUNS:
             raise ValueError(f"the batch has {n:,} runs: expected at most {MOST_RUNS:,}")
-        every = [_flatten(dict(zip(self.grid, values))) for values in product(*self.grid.values())]
-        return [(_flatten(own), point) for own in self.runs for point in every]
-
-# %% ../nbs/65_grid.ipynb #3a4e71f4
-def _flatten(values: dict, prefix: str = "") -> dict:
-    "Parameters with dots instead of dictionaries."
-    out = {}
-    for k, v in values.items():
-        out |= _flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": _parse_number(v)}
-    return out
-
-
-def _parse_number(value: Any) -> Any:
-    "The value; text like 1e-3, which YAML does not take for a number, as a number."
-    if isinstance(value, list):
-        return [_parse_number(v) for v in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+        every = [flatten_parameters(dict(zip(self.grid, values))) for values in product(*self.grid.values())]
+        return [(flatten_parameters(own), point) for own in self.runs for point in every]
 
 # %% ../nbs/65_grid.ipynb #b79c6584
 def _make_run_name(
@@ -96,7 +81,7 @@ def expand_grid(grid: Grid) -> list[Settings]:
             raise ValueError(
                 f"two runs of batch {grid.name!r} have the name {name!r}: expected runs that differ; give them names under runs"
             )
-        chosen = _flatten(grid.parameters) | own | point
+        chosen = flatten_parameters(grid.parameters) | own | point
         base = chosen.pop("base", grid.base)
         out[name] = Settings.checked(
             **merge_parameters(read_parameters(base) if base else {}, chosen) | dict(name=f"{grid.name}/{name}")

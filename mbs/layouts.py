@@ -16,7 +16,8 @@ import yaml
 from pydantic import Field
 
 from .files import write_text
-from .parameters import Parameters, read_yaml
+from .parameter_files import read_yaml
+from .parameters import Parameters
 from .pictures import Colours
 from .protocol import N_CLASSES, VOC_CLASSES, VOID
 

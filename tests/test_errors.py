@@ -53,7 +53,7 @@ def refused(*words):
         (["data=nowhere"], "expected 'scenes', 'voc', 'ade' or a folder"),
         (["name=../outside"], "'name' cannot be"),
         (["seed"], "parameter file seed does not exist"),
-        (["seed=1", "method"], "'method' is no parameter: expected name=value"),
+        (["seed=1", "method"], "'method' is not a parameter: expected name=value"),
     ],
 )
 def test_parameters(home, words, says):

@@ -103,7 +103,7 @@ def test_two_columns(recipe, both):
         published, clean = (run.confusion(t, name) for name in ("published", "clean"))
         assert (mine == (published if recipe == "paper" else clean).counts).all()
         assert clean.counts.sum() > published.counts.sum() == 8 * 24 * 24 - (0 if t else published_void(run, t))
-        assert columns["clean"] == pytest.approx(scores(clean, run.protocol, t), nan_ok=True)
+        assert columns["clean"] == pytest.approx(scores(clean, run.protocol[t]), nan_ok=True)
 
 
 def published_void(run, step):
@@ -202,7 +202,7 @@ def test_the_report_shows_both_columns():
     ]
     assert make_columns_table(group_runs([Experiment(Settings(name="one", **SHORT, training=BRIEF)).run()])[0]) is None
     (row,), ways = make_columns_table(group_runs(both)[0]).rows, ("published", "clean")
-    found = {way: [scores(run.confusion(1, way), run.protocol, 1)["all"] for run in both] for way in ways}
+    found = {way: [scores(run.confusion(1, way), run.protocol[1])["all"] for run in both] for way in ways}
     assert row[1] == 2 and [row[4].mean, row[7].mean] == pytest.approx([np.mean(found[way]) for way in ways])
     assert row[10].mean == pytest.approx(np.mean(found["published"]) - np.mean(found["clean"]))
 

@@ -136,7 +136,7 @@ def test_metrics(group):
     counts = GOLDEN[f"{group}/confusion"]
     n = len(counts)
     protocol = Protocol("15-1" if n == 21 else f"{n - 1}-0", n - 1)
-    s = scores(Confusion(n, counts), protocol, len(protocol.steps) - 1)
+    s = scores(Confusion(n, counts), protocol[len(protocol) - 1])
     true, union = counts.sum(1), counts.sum(0) + counts.sum(1) - np.diag(counts)
     iou = np.nan_to_num(class_iou(counts)) * union / (union + 1e-6)
     accuracy = np.nan_to_num(class_accuracy(counts)) * true / (true + 1e-6)

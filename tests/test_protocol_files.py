@@ -10,7 +10,7 @@ from PIL import Image
 
 from mbs.batch import prepare_experiment, run_notebook
 from mbs.experiment import Experiment
-from mbs.notebooks import read_parameters
+from mbs.parameter_files import read_parameters
 from mbs.protocol import SETTINGS, SPLITS
 from mbs.run import Settings, load_run
 

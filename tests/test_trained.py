@@ -45,7 +45,7 @@ def test_receipt_is_theirs(train):
 
 
 def test_settings_are_theirs(train):
-    from mbs.notebooks import read_parameters
+    from mbs.parameter_files import read_parameters
     from mbs.run import Settings
 
     for method in METHODS:

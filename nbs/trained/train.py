@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from mbs import Experiment, Settings
 from mbs.checkpoint import save_tensors
-from mbs.notebooks import read_parameters
+from mbs.parameter_files import read_parameters
 
 HERE = Path(__file__).parent
 METHODS = "finetune", "kd", "mbs"
