@@ -18,6 +18,7 @@ import torch
 from ..augment import Normalisation
 from ..inference import to_batch
 from ..protocol import VOID, Step
+from ..pseudo_labels import ignore_doubtful, relabel_confident
 from ..segmenter import Segmenter
 from ..viz import GREY, SHIFT_COLOURS, UNCOUNTED, VERMILLION, classify_shift
 
@@ -128,11 +129,11 @@ def relabel_background(
     ignore_uncertain: bool = True,  # rule 2
 ) -> np.ndarray:  # (H, W) uint8: old, new, 0, 255 ignored
     "Make selective pseudo-labels from stored evidence; equal to `selective_pseudo_labels` of the teacher's logits."
-    is_sure = (step_labels == 0) & (teacher.best > 0) & (teacher.confidence >= threshold)
-    labels = np.where(is_sure, teacher.best, step_labels)
+    target, confidence, best = map(torch.from_numpy, (step_labels, teacher.confidence, teacher.best))
+    labels = relabel_confident(target, confidence, best, threshold)
     if ignore_uncertain:
-        labels = np.where((labels == 0) & teacher.doubt, VOID, labels)
-    return labels.astype(np.uint8)
+        labels = ignore_doubtful(labels, torch.from_numpy(teacher.doubt))
+    return labels.numpy()
 
 # %% ../../nbs/61a_evidence.ipynb #eb4d23f4
 FLOWS = {

@@ -17,7 +17,6 @@ import torch
 import traitlets as T
 from PIL import Image
 
-from ..data import read_image
 from mbs.explore.evidence import (
     FLOWS,
     LEVELS,
@@ -40,6 +39,7 @@ from mbs.explore.evidence import (
 )
 from ..feature_distillation import reliability
 from ..orthogonality import orthogonality
+from ..pictures import read_image
 from ..protocol import VOID
 from ..run import Run, Sample
 from ..viz import FATES, classify_fate
