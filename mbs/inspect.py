@@ -24,8 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .protocol import Step
-from .run import Setup
-from .training import make_accelerator, make_optimizer, step_iterations, train_iterations
+from .recipe import make_accelerator
+from .settings import Setup
+from .training import make_optimizer, step_iterations, train_iterations
 
 # %% ../nbs/53_inspect.ipynb #adf797c1
 def measure_hidden_shares(

@@ -12,9 +12,9 @@ import nbformat
 import psutil
 import pytest
 import yaml
-from mbs.folders import find_runs_folder
 
 from mbs.batch import Batch
+from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
 from mbs.notebooks import RunFailed, read_worker
 from mbs.run import load_run

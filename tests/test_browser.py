@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from browser import DEMANDED, browser, canvas_pixels, jupyter_lab, kernel, missing, open_notebook, page_of, voila
 
-from mbs.explore import explore_class_tokens, explore_features, explore_pseudo_labels, write_tour
+from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels, write_tour
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")

@@ -18,10 +18,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mbs.experiment import Experiment
-from mbs.explore import explore_class_tokens, explore_features, explore_pseudo_labels
 from mbs.explore.evidence import (
     FLOWS,
     IGNORED_OLD,
+    LEVELS,
     THRESHOLDS,
     Evidence,
     classify_flow,
@@ -33,10 +33,11 @@ from mbs.explore.evidence import (
     relabel_background,
     trace_thresholds,
 )
+from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
 from mbs.explore.figures import SHIFT_PANELS
 from mbs.explore.page import Display, describe_shift_panels, describe_shift_picture, describe_shift_pixel, encode_script
 from mbs.explore.paint import FATE_STYLE, FLOW_STYLE, make_class_style, make_group_style, paint, quantise
-from mbs.explore.states import COLOURS, LEVELS, ORDERS, SOURCES, FeatureState, Pictures, ShiftState
+from mbs.explore.states import COLOURS, ORDERS, SOURCES, FeatureState, Pictures, ShiftState
 from mbs.explore.widgets import make_control
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels

@@ -14,11 +14,11 @@ import psutil
 import pytest
 import yaml
 from figures import kept
-from mbs.folders import find_runs_folder
 from test_interruption import PARAMETERS, same
 
 from mbs.batch import Batch
 from mbs.experiment import Experiment
+from mbs.folders import find_runs_folder
 from mbs.lifeline import EXIT_RESUME, Interrupted
 from mbs.notebooks import read_failure
 from mbs.run import load_run
