@@ -4,7 +4,6 @@ Modules:
 
 - `mbs.archives`: Download the archives of PASCAL VOC 2012, SBD and ADE20K with resume, verify them, and read them safely.
 - `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
-- `mbs.inspect`: Show what each step of a protocol sees, how much of it is hidden in the background, and how long the training takes, before anything is trained.
 - `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
 - `mbs.metrics`: Counts first, convention second: one confusion matrix a step, from which every number of the field is derived.
 - `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test.
@@ -35,7 +34,7 @@ _HOME = {
     "Experiment": "experiment",
     "Batch": "batch", "Local": "executors", "OnRay": "executors",
     "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
-    "find_runs": "report", "write_report": "report",
+    "find_runs": "comparison", "write_report": "report",
 }
 __all__ = sorted(_HOME)
 

@@ -229,7 +229,7 @@ def print_summary(runs: list):
     from rich.console import Console
     from rich.table import Table
 
-    from mbs.report import summarise_runs
+    from mbs.comparison import summarise_runs
     from mbs.tables import format_cell
 
     for title, rows in groupby(summarise_runs(runs), key=lambda row: row["table"]):
@@ -263,9 +263,9 @@ def report(
 ):
     "Runs compared: an executed notebook, a self-contained HTML page, CSV, LaTeX and Markdown tables, published numbers beside yours."
     with explain_errors():
+        from mbs.comparison import find_runs
         from mbs.folders import home
-
-        from mbs.report import find_runs, report_notebook
+        from mbs.report import report_notebook
 
         runs, left_out = find_runs(paths or [home("outputs")])
         folder = report_notebook(runs, out or home("outputs", "report"))

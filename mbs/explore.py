@@ -42,9 +42,10 @@ from PIL import Image
 from .data import read_image
 from .feature_distillation import reliability
 from .files import read_json, write_text
+from .inference import to_batch
 from .orthogonality import orthogonality
 from .protocol import VOID, Step
-from .run import Run, to_batch
+from .run import Run
 from .segmenter import Segmenter
 from mbs.viz import (
     AGREE,

@@ -420,7 +420,7 @@ def test_what_is_not_measured_alike_is_said(home):
         go(home / "o", name="b", seed=1, samples=0, training=TINY["training"] | dict(test="window")),
     )
     with pytest.warns(
-        UserWarning, match=r"not all runs of this table are measured alike.*test is whole in a, window in b"
+        UserWarning, match=r"not all runs of this table are measured in the same way.*test is whole in a, window in b"
     ):
         write_report([a, b], home / "report")
     assert "CAUTION: not all runs" in (home / "report/report.html").read_text()
@@ -428,7 +428,7 @@ def test_what_is_not_measured_alike_is_said(home):
     (home / "o/c/run.json").write_text(
         json.dumps(read_json(home / "o/c/run.json") | dict(settings=a.card["settings"] | dict(name="c")))
     )
-    with pytest.warns(UserWarning, match=r"stand on different data \(.*n_test 10 and 12"):
+    with pytest.warns(UserWarning, match=r"use different data \(.*n_test 10 and 12"):
         write_report([a, load_run(c.folder)], home / "report")
 
 
