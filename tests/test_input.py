@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader
 from mbs import Experiment, Settings, load_run
 from mbs.augment import IMAGENET, ReleasedTransform, TestTransform, TrainTransform, resize_fast, resize_with_pillow
 from mbs.cache import _list_cache_paths, _open_cache, cache_pictures
-from mbs.data import SegmentationFolder, StepView, split_for_tuning
-from mbs.draws import Draws, iterate_batches, move_to_device
+from mbs.data import SegmentationFolder, split_for_tuning
+from mbs.draws import Draws, iterate_batches
 from mbs.protocol import VOID, Protocol
+from mbs.recipe import make_recipe, make_train_view
 from mbs.scenes import write_scenes
-from mbs.training import make_recipe, make_train_view
+from mbs.views import StepView, move_to_device
 
 GOLDEN = load()
 NETWORK = dict(encoder_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2))

@@ -25,7 +25,6 @@ from figures import kept
 from hypothesis import HealthCheck, given
 from hypothesis import settings as plan
 from hypothesis import strategies as some
-from mbs.folders import find_runs_folder
 from mutants import CODE, VALUES, Mutants, inside_png, inside_safetensors, joined, pieces
 from PIL import Image
 from test_archives import FILES, tar, zipped
@@ -36,11 +35,13 @@ import mbs.batch
 from mbs.archives import read_archive
 from mbs.checkpoint import StepCheckpoints, save_tensors
 from mbs.cli import app
+from mbs.comparison import find_runs, group_runs, summarise_runs
 from mbs.curves import collect_scalars
 from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
-from mbs.explore import write_tour
+from mbs.explore.explorers import write_tour
 from mbs.files import write_arrays
+from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
 from mbs.layouts import describe_folder, find_layout
 from mbs.methods import Method
@@ -49,11 +50,12 @@ from mbs.parameter_files import parse_words, read_yaml
 from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
 from mbs.protocol import VOID, Protocol
-from mbs.report import find_runs, make_card_table, make_steps_table, summarise_runs
-from mbs.run import Settings, load_run
+from mbs.recipe import make_recipe
+from mbs.report_tables import make_card_table, make_steps_table
+from mbs.run import load_run
 from mbs.scenes import write_scenes
-from mbs.segmenter import make_encoder
-from mbs.training import make_recipe
+from mbs.settings import Settings
+from mbs.weights import make_encoder
 
 MANY = int(os.environ.get("MBS_MUTATIONS", 60))  # inputs of each kind; 250 with make stress
 SECONDS = 20  # of computation that one input may take; if it waits, thirty times as many
@@ -856,7 +858,7 @@ def read_all(folder, models=False):
     if run.finished:
         summarise_runs([run])
         make_card_table([run])
-        [make_steps_table(group) for group in mbs.report.group_runs([run])]
+        [make_steps_table(group) for group in group_runs([run])]
     mbs.batch._read_status(folder)
     read_failure(folder / "train.ipynb"), read_worker(folder)
     for t in steps if models else ():
