@@ -596,6 +596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mbs.inference.to_batch': ('inference.html#to_batch', 'mbs/inference.py')},
             'mbs.inspect': { 'mbs.inspect._draw_stack': ('inspect.html#_draw_stack', 'mbs/inspect.py'),
                              'mbs.inspect._label_panel': ('inspect.html#_label_panel', 'mbs/inspect.py'),
+                             'mbs.inspect._make_random_batch': ('inspect.html#_make_random_batch', 'mbs/inspect.py'),
                              'mbs.inspect.count_views': ('inspect.html#count_views', 'mbs/inspect.py'),
                              'mbs.inspect.inspect_steps': ('inspect.html#inspect_steps', 'mbs/inspect.py'),
                              'mbs.inspect.measure_hidden_shares': ('inspect.html#measure_hidden_shares', 'mbs/inspect.py'),

@@ -60,7 +60,7 @@ def same(run, whole, left=frozenset([".lock"])):
     assert run.finished and run.log() == whole.log()
     assert [(r["step"], r["iteration"]) for r in run.log()] == [(t, i) for t in range(3) for i in range(10, 61, 10)]
     for t in range(3):
-        mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (run, whole))
+        mine, theirs = (load_file(r.step_path(t, "model.safetensors")) for r in (run, whole))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
         assert (run.confusion(t).counts == whole.confusion(t).counts).all()
         mine, theirs = ({k: v for k, v in r.metrics(t).items() if k not in ("seconds", "memory")} for r in (run, whole))
