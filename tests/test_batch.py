@@ -114,7 +114,7 @@ def result(folder: Path) -> dict:
 
 
 def on_this_machine(home) -> dict:
-    "Kill a worker, then the driver: nothing is left running, no finished work is lost or repeated, the next call completes it."
+    "Kill a worker, then the driver: nothing is left running, and the next call completes the rest, repeating nothing."
     grid, folder = write_batch(home), home / "outputs" / "twelve"
     (home / "trouble").touch()
     driver = Driver("batch", grid, "--workers", 2)

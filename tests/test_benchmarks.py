@@ -76,4 +76,4 @@ def test_results_are_written(tmp_path, monkeypatch):
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| attention, 33 tokens |" in text and torch.__version__ in text and str(FOLDER) not in text
     if not torch.cuda.is_available():
-        assert "No GPU was at hand" in text and text.count("| 16 | yes |  |  |  |  |  |") == 4
+        assert "No GPU was available" in text and text.count("| 16 | yes |  |  |  |  |  |") == 4

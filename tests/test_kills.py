@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_interruption
 import torch
 from figures import kept
 from test_faults import TINY, same_end
-from test_interruption import forked  # noqa: F401 - a fixture
 from test_stopping import plain
 
 import mbs.checkpoint
@@ -28,6 +28,7 @@ from mbs.notebooks import read_failure
 from mbs.run import load_run
 from mbs.settings import Settings
 
+forked = test_interruption.forked  # a fixture
 EVERY = int(os.environ.get("MBS_EVERY_KILL", 25))  # kill at every n-th moment; 1 with make stress
 SAVES = int(os.environ.get("MBS_NOTEBOOK_SAVES", 1))  # number of kills while papermill saves; more with make stress
 SHORT = TINY | dict(samples=1, training=TINY["training"] | dict(iterations=12, both=True))
