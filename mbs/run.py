@@ -16,16 +16,16 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from .inference import choose_window, segment
-from .parts import Parts
 from pydantic import AfterValidator, ConfigDict, Field
 
 import mbs
 from .augment import Normalisation
 from .checkpoint import load_model
 from .files import read_arrays, read_json
+from .inference import choose_window, segment
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
+from .parts import Parts
 from .pictures import read_image
 from .protocol import VOID, Protocol
 from .recipe import Recipe, make_accelerator
