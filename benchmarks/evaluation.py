@@ -4,8 +4,10 @@ import plain
 import torch
 from interleaved import peak, rounds, row
 
-from mbs.evaluation import count_pairs, predict_labels
-from mbs.segmenter import Segmenter, SegmenterOutput, make_encoder
+from mbs.evaluation import count_pairs
+from mbs.inference import predict_labels
+from mbs.segmenter import Segmenter, SegmenterOutput
+from mbs.weights import make_encoder
 
 
 class Seen:

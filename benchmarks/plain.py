@@ -1,4 +1,7 @@
-"""What everything is compared with: METHOD.md's formulas written down one by one in eager PyTorch, as one would without a thought of time or memory."""
+"""The baseline of all comparisons: the method's formulas one by one in eager PyTorch, without regard to time or memory.
+
+It shares no code with the losses of `mbs`, and so checks them, too. The numbers are those of docs/equations.md.
+"""
 
 import numpy as np
 import torch
@@ -8,12 +11,12 @@ from mbs.orthogonality import orthogonality
 
 
 def attention(q, k, v):
-    "softmax(QKᵀ / √d) V."
+    "Compute softmax(QKᵀ / √d) V."
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
 
 
 class Attention(torch.nn.Module):
-    "The same with the projections of a timm block, whose parameters it shares."
+    "`attention` with the projections of a timm block, whose parameters it shares."
 
     def __init__(self, own):
         super().__init__()
@@ -24,21 +27,24 @@ class Attention(torch.nn.Module):
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def network(segmenter):
-    "`segmenter` with plain attention in every block."
+def use_plain_attention(segmenter):
+    "Replace the attention in every block of `segmenter` by the plain one, and return it."
     for block in [*segmenter.encoder.vit.blocks, *segmenter.decoder.blocks]:
         block.attn = Attention(block.attn)
     return segmenter
 
 
-def stretched(z, size):
+def upsample(z, size):
     return F.interpolate(z, size=size, mode="bilinear", align_corners=False)
 
 
 def pixel_losses(z, old, target, weight=25.0, threshold=0.7):
-    "Cross-entropy on selective pseudo-labels and label-guided distillation of patch logits: everything at full size, one class after the other. The loss and the training labels."
+    """Compute (4), (5), (6), (10) and (11) of patch logits: everything at full size, one class after the other.
+
+    Return cross-entropy plus weighted distillation, and the training labels.
+    """
     n_old, n = old.shape[1], z.shape[1]
-    logits, teacher = stretched(z, target.shape[1:]), stretched(old, target.shape[1:])
+    logits, teacher = upsample(z, target.shape[1:]), upsample(old, target.shape[1:])
     q = teacher.softmax(1)
     sure, best = q.max(1)
     labels = torch.where((target == 0) & (best > 0) & (sure >= threshold), best, target)
@@ -55,41 +61,41 @@ def pixel_losses(z, old, target, weight=25.0, threshold=0.7):
     return entropy - weight * (torch.stack(guided, 1) * logits.log_softmax(1)).mean(), labels
 
 
-def loss(student, teacher, target, n_new):
-    "The whole of it, λ = 25, from what the two networks give."
+def compute_loss(student, teacher, target, n_new):
+    "Compute the whole objective (13), λ = 25, from the outputs of both networks."
     total, labels = pixel_losses(student.patch_logits, teacher.patch_logits, target)
     n_old, p = teacher.n_channels, teacher.patch_logits.softmax(1)[:, 0]
     small = F.interpolate(labels[:, None].float(), size=p.shape[1:], mode="nearest")[:, 0]
     weight = torch.where(small == 0, p, ((small > 0) & (small < n_old)).float()).flatten(1)[..., None]
     squared = weight * (student.patches - teacher.patches).square()
-    total = (
-        total
-        + squared.sum() / ((weight > 0).sum() * squared.shape[2]).clamp(min=1)
-        + F.mse_loss(student.class_features[:, :n_old], teacher.class_features)
-    )
-    return total + orthogonality(student.class_tokens, n_new)
+    patches = squared.sum() / ((weight > 0).sum() * squared.shape[2]).clamp(min=1)
+    classes = F.mse_loss(student.class_features[:, :n_old], teacher.class_features)
+    return total + patches + classes + orthogonality(student.class_tokens, n_new)
 
 
-def step(student, teacher, images, target, n_new, optimiser):
-    "One iteration, its loss read at once."
+def train_iteration(student, teacher, images, target, n_new, optimiser):
+    "Train one iteration, and read its loss at once."
     with torch.no_grad():
         old = teacher(images)
-    value = loss(student(images), old, target, n_new)
+    value = compute_loss(student(images), old, target, n_new)
     value.backward()
     optimiser.step()
     optimiser.zero_grad()
     return value.item()
 
 
-def optimiser(student):
+def make_optimiser(student):
     return torch.optim.SGD(student.parameters(), 1e-4, momentum=0.9, weight_decay=1e-5, nesterov=True, foreach=False)
 
 
 def confusion(z, truth):
-    "Of patch logits (B, C, h, w): stretched, softmax, on the processor the largest and NumPy's histogram, picture by picture."
+    """Count a confusion matrix from patch logits (B, C, h, w), picture by picture.
+
+    Upsampling and softmax run on the device, argmax and NumPy's histogram on the processor.
+    """
     n, counts = z.shape[1], 0
     for logits, labels in zip(z, truth):
-        predicted = stretched(logits[None], labels.shape).softmax(1).cpu().argmax(1)[0].numpy()
+        predicted = upsample(logits[None], labels.shape).softmax(1).cpu().argmax(1)[0].numpy()
         labels = labels.cpu().numpy()
         seen = labels < n
         counts = counts + np.bincount(n * labels[seen] + predicted[seen], minlength=n * n).reshape(n, n)

@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 DIRECTIVE = re.compile(r"(?m)^#\|\s*(\w+).*\n?")
 CODE = re.compile(
-    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$|</?[a-zA-Z][^>\n]*>)"  # unchanged: fences, formulas, links, …
+    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$"  # fences, formulas, links, titles stay as they are,
+    r"|</?[a-zA-Z][^>\n]*>|\{[\w:]+\}`[^`\n]+`)"  # and so do HTML and roles
     r"|(?<![`\\}])`([^`\n]+)`(?!`)",  # code in the text
     re.M | re.S,
 )
@@ -82,7 +83,9 @@ class Site:
         files = [(p, p.relative_to(ROOT)) for p in (ROOT / "nbs").rglob("*.ipynb")]
         self.notebooks = sorted(p for p, name in files if not any(part.startswith((".", "_")) for part in name.parts))
         sources = {p.stem: p.relative_to(ROOT).as_posix() for p in self.notebooks}
-        self.by_name = {name: find_page(source) for stem, source in sources.items() for name in (stem, source)}
+        names = [(source, source) for source in sources.values()]
+        names += [(stem, source) for stem, source in sources.items() if "_" in stem]  # `train` is mostly another word
+        self.by_name = {name: find_page(source) for name, source in names}
         exported = [module for p in self.notebooks if (module := find_module(p))]
         self.modules = {module: Module(find_source(module), module) for module in exported}
         self.public = {name: self.find_home(name, home) for name, home in read_homes().items()}

@@ -96,7 +96,7 @@ def hash_code(entries: Sequence[Name], package: Path = Path(mbs.__file__).parent
 # %% ../nbs/47_fingerprint.ipynb #8108cb11
 def _describe_code(code: CodeType, docstring: str | None) -> list:
     "Return bytecode, names and constants of a function, without its docstring."
-    constants = [value for value in code.co_consts if not (isinstance(value, str) and value == docstring)]
+    constants = [None if docstring and value == docstring else value for value in code.co_consts]
     values = [_describe_code(v, None) if isinstance(v, CodeType) else repr(v) for v in constants]
     return [code.co_code.hex(), code.co_names, code.co_varnames, values]
 

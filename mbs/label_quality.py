@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from .inference import to_batch
-from .settings import Setup
 
+from .inference import to_batch
 from .metrics import PseudoLabelCounts, pseudo_label_quality
 from .objective import make_training_labels
 from .protocol import Step
 from .run import Run
 from .segmenter import Segmenter
+from .settings import Setup
 
 # %% ../nbs/51a_label_quality.ipynb #38930636
 class RelabelledPicture(NamedTuple):

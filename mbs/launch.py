@@ -23,7 +23,8 @@ from .experiment import Experiment
 from .folders import home
 from .lifeline import exit_with_parent, record_signals, start_child
 from .methods import Method
-from .run import Run, Settings, load_run
+from .run import Run, load_run
+from .settings import Settings
 
 # %% ../nbs/54_launch.ipynb #6e44dba0
 @record

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .inference import choose_window, segment
 from .layouts import list_photos
 from .pictures import read_image
-from .run import Run, choose_window, segment
+from .run import Run
 from .viz import draw_class_legend, label_colours, make_grid, overlay
 
 # %% ../nbs/63_predict.ipynb #39b08d90

@@ -14,19 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from .inference import segment
-from .label_quality import measure_label_quality
-from .settings import Setup
 from pydantic import BaseModel
 
 from .checkpoint import StepCheckpoints, save_model
 from .data import SegmentationFolder
 from .files import replace_folder_atomically, write_arrays, write_json, write_text
+from .inference import segment
+from .label_quality import measure_label_quality
 from .metrics import Confusion, background_shift, scores
 from .processes import get_processes
 from .protocol import Protocol, Step
 from .run import Card, Run, load_run, make_card
 from .segmenter import Segmenter
+from .settings import Setup
 
 # %% ../nbs/51b_run_folder.ipynb #db906699
 _FREE = ("processes", "workers", "cache", "save_minutes", "compile")

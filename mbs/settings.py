@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from .weights import make_encoder
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
@@ -32,6 +31,7 @@ from .protocol import Protocol, Step
 from .recipe import count_iterations, make_accelerator, make_recipe
 from .scenes import write_scenes
 from .segmenter import Segmenter
+from .weights import make_encoder
 
 # %% ../nbs/48_settings.ipynb #affb5e6c
 _NAME = r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$"

@@ -1,26 +1,34 @@
-"Losses in bands of rows are the plain composition, in value and gradient, on every choice that they know."
+"Losses in bands of rows equal the reference on full-size maps, in value and gradient, for every choice of parts."
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import make_step
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
+from mbs.bands import argmax_in_bands
 from mbs.methods import ABLATIONS, METHODS, Method
 from mbs.objective import can_use_bands, step_loss
+from mbs.output_distillation import guide_targets, label_guided_targets
 from mbs.protocol import VOID
-from mbs.segmenter import Segmenter, make_encoder
+from mbs.pseudo_labels import ignore_doubtful, relabel_confident, select_labels, selective_pseudo_labels
+from mbs.segmenter import Segmenter, SegmenterOutput
+from mbs.weights import make_encoder
 
 CHOICES = {**{name: dict(method=name, parts={}) for name in METHODS}, **ABLATIONS}
 
 
-def networks(method, groups, n_new):
+def networks(method, groups, step):
+    "A teacher with `groups` of channels and a student grown by `step`, in float64, both sure of something."
     torch.manual_seed(0)
     encoder = make_encoder("vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
     old = Segmenter(encoder, groups, dim=16, heads=2).double()
     with torch.no_grad():
         for p in old.decoder.parameters():
-            p += 0.5 * torch.randn_like(p)  # sure of something
-    teacher, student = old.frozen(), method.grow(old.frozen().requires_grad_(True), n_new)
+            p += 0.5 * torch.randn_like(p)
+    teacher, student = old.frozen(), method.grow(old.frozen().requires_grad_(True), step)
     with torch.no_grad():
         for p in student.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -28,7 +36,15 @@ def networks(method, groups, n_new):
 
 
 def by_full_maps(out):
+    "The same output with full-size logits, which bands cannot use."
     return out._replace(full=out.logits)
+
+
+def draw_target(rng, step, height, width):
+    "(2, H, W) labels in blocks of 4 pixels: background, new classes and void."
+    channels = [0, 0, *step.new_channels, VOID]
+    blocks = rng.choice(channels, size=(2, height // 4 + 1, width // 4 + 1))
+    return torch.from_numpy(np.kron(blocks, np.ones((1, 4, 4), int))[:, :height, :width])
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,93 +56,111 @@ def by_full_maps(out):
     st.integers(9, 50),
     st.integers(0, 2**32 - 1),
 )
-def test_value_and_gradient(name, n_old, n_new, height, width, seed):
-    "Any class counts, sizes that need padding, void, permuted labels."
+def test_value_and_gradient(name, n_old_classes, n_new, height, width, seed):
+    "For any class counts, sizes that need padding, void, permuted labels."
     method = Method(CHOICES[name]["method"], **CHOICES[name]["parts"])
-    teacher, student = networks(method, [1, n_old], n_new)
-    rng = np.random.default_rng(seed)
+    step, rng = make_step(1 + n_old_classes, n_new), np.random.default_rng(seed)
+    teacher, student = networks(method, [1, n_old_classes], step)
     images = torch.from_numpy(rng.normal(size=(2, 3, height, width)))
-    blocks = rng.choice([0, 0, *range(n_old + 1, n_old + 1 + n_new), VOID], size=(2, height // 4 + 1, width // 4 + 1))
-    target = torch.from_numpy(np.kron(blocks, np.ones((1, 4, 4), int))[:, :height, :width])
+    target = draw_target(rng, step, height, width)
     with torch.no_grad():
         old = teacher(images)
-    method.found = dict(thresholds=rng.uniform(0, 2, n_old + 1).tolist())
+    thresholds = rng.uniform(0, 2, step.n_old).tolist()
     sides = []
     for way in (lambda out: out, by_full_maps):
         student.zero_grad()
-        terms = step_loss(way(student(images)), way(old), target, method.parts, n_new, method.found["thresholds"])
+        terms = step_loss(way(student(images)), way(old), target, method.parts, step, thresholds)
         terms["loss"].backward()
         sides.append((terms, [p.grad for p in student.parameters()]))
-    assert sides[0][0].keys() == sides[1][0].keys()
-    for k, v in sides[1][0].items():
-        torch.testing.assert_close(sides[0][0][k], v, rtol=1e-9, atol=1e-9)
-    for a, b in zip(sides[0][1], sides[1][1]):
+    (bands, band_grads), (full, full_grads) = sides
+    assert bands.keys() == full.keys()
+    for k, value in full.items():
+        torch.testing.assert_close(bands[k], value, rtol=1e-9, atol=1e-9)
+    for a, b in zip(band_grads, full_grads):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_which_methods_go_in_bands():
-    out = networks(Method("mbs"), [1, 2], 1)[1](torch.zeros(1, 3, 16, 16, dtype=torch.float64))
-    assert {name for name in METHODS if can_use_bands(out, Method(name).parts)} == {
-        "finetune",
-        "joint",
-        "kd",
-        "mbs",
-    } and not can_use_bands(by_full_maps(out), Method("mbs").parts)
+    _, student = networks(Method("mbs"), [1, 2], make_step(3, 1))
+    out = student(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    in_bands = {name for name in METHODS if can_use_bands(out, Method(name).parts)}
+    assert in_bands == {"finetune", "joint", "kd", "mbs"}
+    assert not can_use_bands(by_full_maps(out), Method("mbs").parts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(2, 6),
+    st.integers(1, 3),
+    st.sampled_from([None, 0.0, 0.4, 0.7, 1.0]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_rules_do_not_depend_on_where_the_channels_are(n_old, n_new, threshold, ignore_uncertain, seed):
+    "Pseudo-labels and guidance of (B, C, H, W) and of (rows, B, C, W) maps are the same bits."
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, n_old, 5, 7, generator=generator)
+    choices = torch.tensor([0, 0, 0, *range(n_old, n_old + n_new), VOID])
+    target = choices[torch.randint(len(choices), (2, 5, 7), generator=generator)]
+    by_rows, target_by_rows = logits.softmax(1).permute(2, 0, 1, 3), target.permute(1, 0, 2)
+    labels = selective_pseudo_labels(target, logits, threshold, ignore_uncertain)
+    labels_by_rows = select_labels(target_by_rows, by_rows, threshold, ignore_uncertain, dim=2)
+    assert torch.equal(labels_by_rows.permute(1, 0, 2), labels)
+    guided = label_guided_targets(logits, target, n_old + n_new)
+    assert torch.equal(guide_targets(by_rows, target_by_rows, n_old + n_new, dim=2).permute(1, 2, 0, 3), guided)
+    torch.testing.assert_close(guided.sum(1), torch.ones(2, 5, 7))
+    is_new = (target >= n_old) & (target != VOID)
+    assert (guided[:, 0][is_new] == 0).all() and torch.equal(guided[:, 1:n_old], logits.softmax(1)[:, 1:])
+
+
+def test_rules_keep_every_label_of_the_step():
+    "Only background pixels are relabelled or ignored, and the dtype stays."
+    target = torch.tensor([0, 0, 0, 4, VOID], dtype=torch.uint8)
+    sure, best = torch.tensor([0.9, 0.2, 0.9, 0.9, 0.9]), torch.tensor([1, 1, 0, 1, 1])
+    labels = relabel_confident(target, sure, best, 0.7)
+    assert labels.dtype == torch.uint8 and labels.tolist() == [1, 0, 0, 4, VOID]
+    assert ignore_doubtful(labels, torch.ones(5, dtype=torch.bool)).tolist() == [1, VOID, VOID, 4, VOID]
+
+
+def measure_peak(way):
+    "Most bytes at once of the tensors that a call makes."
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        way()
+    now = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def test_nothing_of_full_size_is_kept():
-    "Extra memory of value and gradient at 151 classes: below a tenth of the plain composition's."
-    from torch.nn import functional as F
-    from torch.profiler import ProfilerActivity, profile
-
-    method, target = Method("mbs"), torch.zeros(1, 512, 512, dtype=torch.long)
-    from mbs.segmenter import SegmenterOutput
-
+    "At 151 classes value and gradient need less than a tenth of the memory of the reference."
+    parts = Method("mbs").parts.model_copy(update=dict(feature_distillation="none", orthogonality=False))
+    size, target = (512, 512), torch.zeros(1, 512, 512, dtype=torch.long)
     z, old = torch.randn(1, 151, 32, 32, requires_grad=True), torch.randn(1, 150, 32, 32)
-    parts = method.parts.model_copy(update=dict(feature_distillation="none", orthogonality=False))
 
-    def peak(full):
-        student, teacher = (
-            SegmenterOutput(
-                F.interpolate(x, size=(512, 512), mode="bilinear") if full else None,
-                x,
-                None,
-                None,
-                None,
-                (512, 512),
-                (512, 512),
-            )
-            for x in (z, old)
-        )
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-            step_loss(student, teacher, target, parts, 1)["loss"].backward()
-        now = most = 0
-        for event in p.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                most = max(most, now)
-        return most
+    def compute(is_full):
+        def make_output(x):
+            full = F.interpolate(x, size=size, mode="bilinear") if is_full else None
+            return SegmenterOutput(full, x, None, None, None, size, size)
 
-    assert peak(False) < peak(True) / 10
+        step_loss(make_output(z), make_output(old), target, parts, make_step(150, 1))["loss"].backward()
+
+    assert measure_peak(lambda: compute(False)) < measure_peak(lambda: compute(True)) / 10
 
 
-def test_likeliest_is_argmax():
-    "Of any logits, stretched in bands, equal values included."
-    import torch.nn.functional as F
-
-    from mbs.bands import argmax_in_bands
-
+def test_argmax_in_bands_is_argmax():
+    "Of any logits, equal values included."
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        (h, w), n = rng.integers(1, 6, 2), int(rng.integers(1, 30))
+        (h, w), n = rng.integers(1, 6, 2).tolist(), int(rng.integers(1, 30))
         z = torch.from_numpy(rng.normal(size=(2, n, h, w)))
         if seed % 2:
             z = z.round()  # equal channels
-        size = int(8 * h - rng.integers(0, 8)), int(8 * w - rng.integers(0, 8))
-        stretched = F.interpolate(z, size=(8 * int(h), 8 * int(w)), mode="bilinear", align_corners=False)[
-            ..., : size[0], : size[1]
-        ]
-        found = argmax_in_bands(z, size, (8 * int(h), 8 * int(w)), int(rng.integers(1, 9)))
+        height, width = int(8 * h - rng.integers(0, 8)), int(8 * w - rng.integers(0, 8))
+        stretched = F.interpolate(z, size=(8 * h, 8 * w), mode="bilinear", align_corners=False)[..., :height, :width]
+        found = argmax_in_bands(z, (height, width), (8 * h, 8 * w), int(rng.integers(1, 9)))
         torch.testing.assert_close(stretched.gather(1, found[:, None])[:, 0], stretched.amax(1), rtol=0, atol=1e-12)

@@ -12,9 +12,9 @@ import nbformat
 import psutil
 import pytest
 import yaml
-from mbs.folders import find_runs_folder
 
 from mbs.batch import Batch
+from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
 from mbs.notebooks import RunFailed, read_worker
 from mbs.run import load_run
@@ -33,8 +33,8 @@ TRAIN = """
 from pathlib import Path
 from mbs.experiment import Experiment
 from mbs.launch import launch
-from mbs.run import from_notebook
-settings = from_notebook({k: v for k, v in globals().items() if k != "Path"})
+from mbs.settings import settings_from_notebook
+settings = settings_from_notebook({k: v for k, v in globals().items() if k != "Path"})
 if settings.method == "kd" and Path("trouble").exists(): raise RuntimeError("there is trouble")
 if settings.processes > 1: launch(settings)
 for step in Experiment(settings).steps(): print("step", step)
@@ -195,7 +195,7 @@ def test_an_interrupt_ends_all(home):
     others = psutil.Process(driver.pid).children(recursive=True)
     assert len(others) >= 5  # the run's process, its kernel, the launcher and two that train
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 75 and "the same command goes on" in driver.said()
+    assert driver.wait(60) == 75 and "rerun the same command to resume" in driver.said()
     assert not psutil.wait_procs(others, 15)[1] and load_run(run.folder).n_steps == 1
 
 
@@ -208,11 +208,11 @@ def test_a_plan_costs_nothing(home):
         "finetune-overlapped-s1",
         "finetune-disjoint-s0",
     ]
-    assert [row[3] for row in plan.rows] == ["trains it"] * 4 + [
-        "of finetune-overlapped-s0",
-        "of finetune-overlapped-s1",
-        "of finetune-disjoint-s0",
-        "of finetune-disjoint-s1",
+    assert [row[3] for row in plan.rows] == ["to train"] * 4 + [
+        "from finetune-overlapped-s0",
+        "from finetune-overlapped-s1",
+        "from finetune-disjoint-s0",
+        "from finetune-disjoint-s1",
     ] * 2
     assert (
         [row[4] for row in plan.rows] == ["60"] * 4 + ["30"] * 8
@@ -221,7 +221,7 @@ def test_a_plan_costs_nothing(home):
     )
     assert not (home / "outputs").exists()
     alone = Batch(write_batch(home, parameters=TINY | dict(share_base=False)))
-    assert {row[3] for row in alone.plan(measure=False).rows} == {"trains it"}
+    assert {row[3] for row in alone.plan(measure=False).rows} == {"to train"}
 
 
 def test_names():

@@ -8,8 +8,10 @@ from mbs.augment import IMAGENET
 from mbs.data import open_data
 from mbs.methods import Method
 from mbs.protocol import Protocol
-from mbs.segmenter import Segmenter, make_encoder
-from mbs.training import make_recipe, make_train_view, train_step
+from mbs.recipe import make_recipe, make_train_view
+from mbs.segmenter import Segmenter
+from mbs.training import train_step
+from mbs.weights import make_encoder
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_pictures_are_encoded_once_for_both_and_nothing_else_changes(step, monke
     monkeypatch.setattr(Segmenter, "encode", lambda self, images: calls.append(len(images)) or counted(self, images))
     records, _, student = step(encoder_factor=(1, 0))
     assert len(calls) == 10 + 20
-    monkeypatch.setattr(training, "same_encoder", lambda *_: False)
+    monkeypatch.setattr(training, "_shares_encoder", lambda *_: False)
     again, _, other = step(encoder_factor=(1, 0))
     assert len(calls) == 30 + 10 + 40 and records == again and same(student, other)
 

@@ -121,6 +121,7 @@ def test_step_without_images(home, tmp_path):
 def test_unknown_parameter_in_the_notebook(home, tmp_path):
     "papermill itself only warns about unknown names; the notebook refuses them before anything runs."
     import papermill
+
     from mbs.folders import find_runs_folder
 
     with pytest.raises(papermill.PapermillExecutionError, match="'metod' is not known"):

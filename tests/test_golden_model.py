@@ -7,10 +7,11 @@ import pytest
 import timm
 import torch
 from golden import close, load, needs_golden, tensors
+from steps import make_step
 from torch import nn
 
 from mbs.methods import Method
-from mbs.segmenter import MaskTransformer, Segmenter, ViTEncoder, resize_positions
+from mbs.segmenter import MaskTransformer, Segmenter, ViTEncoder, _resize_positions
 
 pytestmark = needs_golden
 GOLDEN = load()
@@ -57,7 +58,7 @@ def test_encoder(dtype):
     x, net = tensors(GOLDEN, "encoder/", dtype), encoder("encoder/sd/", dtype).eval()
     close(net(x["im"]), x["out"][:, 1:], dtype)
     close(net(x["im_resize"]), x["out_resize"][:, -15:], dtype)
-    close(resize_positions(net.vit.pos_embed, (4, 4), (5, 3)), x["pos_embed_resized"], dtype)
+    close(_resize_positions(net.vit.pos_embed, (4, 4), (5, 3)), x["pos_embed_resized"], dtype)
     grid = net.vit.patch_embed(x["im"]) + net.vit.pos_embed[:, 1:]
     grid = torch.cat([(net.vit.cls_token + net.vit.pos_embed[:, :1]).expand(2, -1, -1), grid], 1)
     features = []
@@ -68,7 +69,7 @@ def test_encoder(dtype):
 
 def test_loaded_positions():
     "Positions of pretrained weights are resized as the released program's loader did (bicubic; float32 values)."
-    mine = resize_positions(torch.from_numpy(GOLDEN["encoder/timm_posembed_in"]), (24, 24), (32, 32), mode="bicubic")
+    mine = _resize_positions(torch.from_numpy(GOLDEN["encoder/timm_posembed_in"]), (24, 24), (32, 32), mode="bicubic")
     close(mine, torch.from_numpy(GOLDEN["encoder/timm_posembed_bicubic_32x32"]), torch.float32)
 
 
@@ -115,7 +116,7 @@ def test_full_step(dtype):
     x, want = tensors(GOLDEN, "fullstep/", dtype), tensors(GOLDEN, "fullstep/s1/", torch.float64)
     student = segmenter("encoder/sd/", "decoder/sd/", [1, 3, 2], dtype)
     teacher = segmenter("fullstep/prev_encoder_sd/", "fullstep/prev_decoder_sd/", [1, 3], dtype).frozen()
-    terms = Method("mbs").loss(student(x["im"]), teacher(x["im"]), x["labels"], n_new=2)
+    terms = Method("mbs").loss(student(x["im"]), teacher(x["im"]), x["labels"], make_step(4, 2))
     for mine, theirs in (("cross_entropy", "seg_loss"), ("patch_features", "lfd_patches"), ("loss", "loss_total")):
         close(terms[mine], want[theirs], dtype)
     close(terms["output"] + terms["orthogonality"], want["lod"], dtype)
@@ -146,7 +147,7 @@ def own_prefix(name):
 def test_base_step(dtype):
     x, want = tensors(GOLDEN, "fullstep/", dtype), tensors(GOLDEN, "fullstep/s0/", torch.float64)
     student = segmenter("encoder/sd/", "decoder/sd/", [1, 3, 2], dtype)
-    terms = Method("mbs").loss(student(x["im"]), None, x["labels"], n_new=5)
+    terms = Method("mbs").loss(student(x["im"]), None, x["labels"], make_step(1, 5))
     assert np.array_equal(GOLDEN["fullstep/s0/labels_out"], GOLDEN["fullstep/labels"])
     close(terms["cross_entropy"], want["seg_loss"], dtype)
     close(terms["loss"], want["loss_total"], torch.float32)  # the reference itself is float32 here

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from golden import close, load, needs_golden, tensors
+from steps import make_step
 
 from mbs.feature_distillation import adaptive_feature_distillation, reliability
 from mbs.methods import Method
@@ -18,7 +19,7 @@ pytestmark = needs_golden
 GOLDEN = load()
 DTYPES = [torch.float64, torch.float32]
 # (case, variant): ref_* of the permuted cases mix class ids and channels; fixed_* is the same code given channels.
-# With MBS off no loss looks at class ids, so ref_ce_plain is right everywhere.
+# With MBS off no loss reads class ids, so ref_ce_plain is right everywhere.
 STEPS = [
     ("v15_1_s1", "ref_ce_mbs"),
     ("v15_1_s1", "ref_ce_plain"),
@@ -40,8 +41,8 @@ def test_step(case, variant, dtype):
     student = SegmenterOutput(leaves["outputs"], None, leaves["patches"], leaves["cls_seg_feat"], leaves["cls_emb"][0])
     teacher = SegmenterOutput(x["outputs_prev"], x["masks_prev"], x["patches_prev"], x["cls_seg_feat_prev"], None)
     method = Method("mbs" if variant.endswith("mbs") else "kd", output_weight=25)
-    n_new = int(x["num_classes"][-1])
-    terms = method.loss(student, teacher, x["labels"], n_new)
+    step = make_step(teacher.n_channels, int(x["num_classes"][-1]))
+    terms = method.loss(student, teacher, x["labels"], step)
     labels = make_training_labels(x["labels"], teacher, method.parts)
     assert torch.equal(labels, want["labels_out"])
     if "scoremap" in want:
@@ -73,10 +74,11 @@ def test_feature_distillation(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_distillation(dtype):
     x = tensors(GOLDEN, "od/", dtype)
-    for key, loss in (
-        ("lgod", lambda z: label_guided_distillation(z, x["targets"], x["labels"])),
-        ("kd", lambda z: output_distillation(z, x["targets"])),
-    ):
+    losses = {
+        "lgod": lambda z: label_guided_distillation(z, x["targets"], x["labels"]),
+        "kd": lambda z: output_distillation(z, x["targets"]),
+    }
+    for key, loss in losses.items():
         logits = x["inputs"].clone().requires_grad_()
         value = loss(logits)
         close(value, x[f"{key}_mean"], dtype)
@@ -114,14 +116,12 @@ def test_mask_norm(dtype):
 
 @pytest.mark.parametrize("dataset,split", [("voc", "15-1"), ("voc", "15-1_b"), ("ade", "100-50")])
 def test_label_maps(dataset, split):
-    protocol, ids = Protocol(split, dataset), GOLDEN[f"labelmap/{dataset}_gt"]
-    for step in range(len(protocol.steps)):
-        want = {part: GOLDEN[f"labelmap/{dataset}_{split}_s{step}_{part}"] for part in ("train", "test")}
-        assert np.array_equal(protocol[step].to_channels(ids), want["train"])
-        seen = np.where(
-            want["test"] < protocol[step].n_channels, want["test"], VOID
-        )  # the reference masks the future later
-        assert np.array_equal(protocol[step].to_channels(ids, "test"), seen)
+    ids = GOLDEN[f"labelmap/{dataset}_gt"]
+    for step in Protocol(split, dataset):
+        want = {part: GOLDEN[f"labelmap/{dataset}_{split}_s{step.number}_{part}"] for part in ("train", "test")}
+        seen = np.where(want["test"] < step.n_channels, want["test"], VOID)  # the reference masks the future later
+        assert np.array_equal(step.to_channels(ids), want["train"])
+        assert np.array_equal(step.to_channels(ids, "test"), seen)
 
 
 def test_confusion():
@@ -132,7 +132,7 @@ def test_confusion():
 
 @pytest.mark.parametrize("group", ["metrics", "metrics21"])
 def test_metrics(group):
-    "Exact once the 1e-6 that the reference adds to its denominators, and its 0 for absent classes, are put on our values."
+    "Scores agree exactly, given the 1e-6 that the reference adds to its denominators and its 0 for absent classes."
     counts = GOLDEN[f"{group}/confusion"]
     n = len(counts)
     protocol = Protocol("15-1" if n == 21 else f"{n - 1}-0", n - 1)
@@ -146,12 +146,9 @@ def test_metrics(group):
     close((true / counts.sum() * iou).sum(), GOLDEN[f"{group}/FreqW_Acc"].item())
     close(iou[iou > 0].mean(), GOLDEN[f"{group}/Mean_IoU"].item())
     close(s["pixel_accuracy"], GOLDEN[f"{group}/Overall_Acc"].item())
-    close(
-        s["released"], GOLDEN[f"{group}/Mean_IoU"].item(), rtol=1e-7
-    )  # as we report it: the 1e-6 is the only difference
+    # As we report it: the 1e-6 is the only difference.
+    close(s["released"], GOLDEN[f"{group}/Mean_IoU"].item(), rtol=1e-7)
     if n == 21:
-        close(
-            [iou[1:16].mean(), iou[16:].mean(), accuracy[1:16].mean(), accuracy[16:].mean()],
-            GOLDEN["metrics21/before_after_15_1"],
-        )
+        before_after = [values[part].mean() for values in (iou, accuracy) for part in (slice(1, 16), slice(16, None))]
+        close(before_after, GOLDEN["metrics21/before_after_15_1"])
         close([s["old_fg"], s["new"]], GOLDEN["metrics21/before_after_15_1"][:2], rtol=1e-7)

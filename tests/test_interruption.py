@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from mbs.experiment import Experiment
 from mbs.files import lock_folder
 from mbs.lifeline import Interrupted
-from mbs.run import Settings, load_run
+from mbs.run import load_run
+from mbs.settings import Settings
 
 KILLS = int(os.environ.get("MBS_KILLS", 10))
 PARAMETERS = dict(

@@ -21,7 +21,8 @@ import mbs.experiment
 import mbs.training
 from mbs.experiment import Experiment
 from mbs.notebooks import read_failure
-from mbs.run import Settings, load_run
+from mbs.run import load_run
+from mbs.settings import Settings
 
 EVERY = int(os.environ.get("MBS_EVERY_KILL", 25))  # every how many-th moment a process is killed; 1 with make stress
 SAVES = int(os.environ.get("MBS_NOTEBOOK_SAVES", 1))  # kills while papermill saves; more with make stress

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mbs.folders import find_runs_folder
 from PIL import Image
 
 from mbs.batch import prepare_experiment, run_notebook
 from mbs.experiment import Experiment
+from mbs.folders import find_runs_folder
 from mbs.parameter_files import read_parameters
 from mbs.protocol import SETTINGS, SPLITS
-from mbs.run import Settings, load_run
+from mbs.run import load_run
+from mbs.settings import Settings
 
 FILES = sorted({p.stem for p in (find_runs_folder() / "protocols").glob("*.yaml")} - {"demo", "voc-animals"})
 SMALL = dict(

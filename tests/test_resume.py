@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from mbs.experiment import Experiment
-from mbs.run import Run, Settings, load_run
+from mbs.run import Run, load_run
+from mbs.settings import Settings
 
 PARAMETERS = dict(
     name="run",

@@ -1,7 +1,8 @@
-"MiB, PLOP, ablations and methods of one's own: against literal formulas in loops, in their limits, and in whole runs."
+"MiB, PLOP, ablations and new methods: compared with literal formulas in loops, in their limits, and in whole runs."
 
 import json
 import math
+import shutil
 from itertools import pairwise, product
 
 import numpy as np
@@ -10,18 +11,22 @@ import torch
 from golden import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import make_step
 from torch.nn import functional as F
 
-from mbs.data import StepView
-from mbs.experiment import Experiment, make_pseudo_label_examples
+from mbs.experiment import Experiment
 from mbs.feature_distillation import local_pod, pool_strips
+from mbs.label_quality import make_pseudo_label_examples
 from mbs.methods import ABLATIONS, METHODS, Method
-from mbs.objective import Parts, cross_entropy, make_training_labels, step_loss
+from mbs.objective import cross_entropy, make_training_labels, step_loss
 from mbs.output_distillation import output_distillation, unbiased_distillation
+from mbs.parts import Parts
 from mbs.protocol import VOID
 from mbs.pseudo_labels import confident_share, entropy_pseudo_labels, entropy_thresholds, teacher_uncertainty
-from mbs.run import Settings
-from mbs.segmenter import Segmenter, SegmenterOutput, make_encoder
+from mbs.segmenter import Segmenter, SegmenterOutput
+from mbs.settings import Settings
+from mbs.views import StepView
+from mbs.weights import make_encoder
 
 seeds = st.integers(0, 2**31)
 SIZES = dict(n_old=st.integers(2, 5), n_new=st.integers(1, 3), seed=seeds)
@@ -81,7 +86,7 @@ def test_unbiased_distillation_is_the_formula(n_old, n_new, seed):
 @few
 @given(n=st.integers(2, 6), seed=seeds)
 def test_unbiased_losses_in_their_limits(n, seed):
-    "No old class but the background: plain cross-entropy. No new class: plain distillation. Both in value and gradient."
+    "Without old classes: plain cross-entropy. Without new classes: plain distillation. Both in value and gradient."
     t, y = draw(seed + 1, 2, n, 3, 2), labels(seed, 2, 3, 2, channels=list(range(n)))
     for mine, plain in (
         (lambda z: cross_entropy(z, y, 1), lambda z: F.cross_entropy(z, y)),
@@ -105,7 +110,10 @@ def test_unbiased_losses_do_not_see_how_the_background_is_shared():
 
 
 def test_balanced_start_shares_the_background():
-    "Scale and bias of background and new classes are equal, together worth what the background's bias was; other classes keep theirs."
+    """Scale and bias of background and new classes are equal; other classes keep theirs.
+
+    The biases together are worth as much as the background's was.
+    """
     torch.manual_seed(0)
     model = Segmenter(
         make_encoder("vit_tiny_patch16_224", image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1), [1, 2]
@@ -114,7 +122,7 @@ def test_balanced_start_shares_the_background():
         p.data.normal_()
     before, teacher = model.decoder.mask_norm.bias[0].item(), model.frozen()
     for name in ("mib", "plop"):
-        norm = Method(name).grow(teacher.frozen(), 3).decoder.mask_norm
+        norm = Method(name).grow(teacher.frozen(), make_step(3, 3)).decoder.mask_norm
         shared = torch.cat([norm.bias[0], norm.bias[-1]])
         close(shared.exp().sum().log(), before, torch.float32)
         assert shared.unique().numel() == 1
@@ -122,7 +130,7 @@ def test_balanced_start_shares_the_background():
             teacher.decoder.mask_norm.bias[1]
         )
     assert teacher.decoder.mask_norm.bias[0].item() == before, "the teacher was changed"
-    assert Method("mbs").grow(teacher.frozen(), 3).decoder.mask_norm.bias[0].item() == before
+    assert Method("mbs").grow(teacher.frozen(), make_step(3, 3)).decoder.mask_norm.bias[0].item() == before
 
 
 # PLOP
@@ -191,7 +199,10 @@ def test_entropy_rule_is_the_loop(n_old, seed):
 @few
 @given(n_old=st.integers(2, 4), batches=st.integers(1, 3), scale=st.floats(0.1, 8), seed=seeds)
 def test_thresholds_are_medians(n_old, batches, scale, seed):
-    "Each within a bin of the two middle entropies of its class, whatever the batches; the floor where a class is never predicted."
+    """Each is within a bin of the two middle entropies of its class, however the pictures are batched.
+
+    A class that is never predicted gets the floor.
+    """
     pairs = [
         (labels(seed + k, 2, 9, 9, channels=[0, 0, 0, n_old]), draw(seed + k, 2, n_old, 9, 9, scale=scale))
         for k in range(batches)
@@ -258,7 +269,7 @@ def test_plop_terms():
     )
     y = labels(0, 2, 8, 8, channels=[0, 3, 4])
     method.found = dict(thresholds=[0.8, 0.9, 0.7])
-    terms = method.loss(student, teacher, y, 2)
+    terms = method.loss(student, teacher, y, make_step(3, 2))
     relabelled = entropy_pseudo_labels(y, teacher.logits, [0.8, 0.9, 0.7])
     assert set(terms) == {"loss", "cross_entropy", "patch_features"} and torch.equal(
         make_training_labels(y, teacher, method.parts, [0.8, 0.9, 0.7]), relabelled
@@ -271,7 +282,7 @@ def test_plop_terms():
         torch.float32,
     )
     with pytest.raises(ValueError, match="thresholds"):
-        Method("plop").loss(student, teacher, y, 2)
+        Method("plop").loss(student, teacher, y, make_step(3, 2))
 
 
 # Precision, and inputs with nothing in them
@@ -281,7 +292,10 @@ def test_plop_terms():
 @pytest.mark.parametrize("kind", ["random", "all void", "no old pixel", "background only"])
 @pytest.mark.parametrize("scale", [1, 200])
 def test_half_precision_is_finite_and_close(dtype, kind, scale):
-    "Losses of half-precision inputs are computed in float32: finite in value and gradient, and equal to those of the same numbers in float32."
+    """Losses of half-precision inputs are computed in float32.
+
+    They are finite in value and gradient, and equal to the losses of the same numbers in float32.
+    """
     y = {
         "random": labels(0, 2, 8, 8, channels=[0, 3, VOID]),
         "all void": torch.full((2, 8, 8), VOID),
@@ -307,14 +321,9 @@ def test_half_precision_is_finite_and_close(dtype, kind, scale):
     for as_ in (torch.Tensor.clone, torch.Tensor.float):
         leaves = [as_(z).requires_grad_(), as_(patches).requires_grad_()]
         teacher = SegmenterOutput(*(x if x is None else as_(x) for x in old))
-        terms = step_loss(
-            SegmenterOutput(leaves[0], None, leaves[1], None, None),
-            teacher,
-            y,
-            parts,
-            1,
-            entropy_thresholds([(y, teacher.logits)], 3).tolist(),
-        )
+        student = SegmenterOutput(leaves[0], None, leaves[1], None, None)
+        thresholds = entropy_thresholds([(y, teacher.logits)], 3).tolist()
+        terms = step_loss(student, teacher, y, parts, make_step(3, 1), thresholds)
         terms["loss"].backward()
         assert all(torch.isfinite(v) for v in terms.values()) and all(
             torch.isfinite(leaf.grad).all() for leaf in leaves
@@ -335,9 +344,9 @@ def test_training_under_autocast():
         )
         method, teacher = Method(name), base.frozen()
         method.prepare(teacher, [(images, y)])
-        student = method.grow(base, 1).train()
+        student = method.grow(base, make_step(3, 1)).train()
         with torch.autocast("cpu", torch.bfloat16):
-            terms = method.loss(student(images), teacher(images), y, 1)
+            terms = method.loss(student(images), teacher(images), y, make_step(3, 1))
         terms["loss"].backward()
         assert all(torch.isfinite(v) for v in terms.values()) and all(
             torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None
@@ -349,7 +358,7 @@ def test_base_step_is_the_same_for_every_method():
     z, y = draw(0, 2, 4, 8, 8), labels(0, 2, 8, 8, channels=[0, 1, 2, 3, VOID])
     student = SegmenterOutput(z, None, None, None, None)
     for name in METHODS:
-        terms = Method(name).loss(student, None, y, 3)
+        terms = Method(name).loss(student, None, y, make_step(1, 3))
         assert list(terms) == ["loss", "cross_entropy"]
         close(terms["loss"], F.cross_entropy(z, y, ignore_index=VOID))
 
@@ -359,13 +368,14 @@ def test_unbiased_cross_entropy_needs_no_teacher():
     z, y = draw(0, 2, 4, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
     method = Method("finetune", cross_entropy="unbiased")
     assert not method.needs_teacher
-    close(method.loss(SegmenterOutput(z, None, None, None, None), None, y, 1)["loss"], cross_entropy(z, y, 3))
+    terms = method.loss(SegmenterOutput(z, None, None, None, None), None, y, make_step(3, 1))
+    close(terms["loss"], cross_entropy(z, y, 3))
 
 
 # Ablations
 
 
-def test_ablations_differ_in_what_they_say():
+def test_ablations_differ_in_what_their_names_say():
     rows = {name: Method(row["method"], **row["parts"]).parts.model_dump() for name, row in ABLATIONS.items()}
     assert (
         rows["mbs"] == METHODS["mbs"].model_dump()
@@ -420,26 +430,27 @@ def test_run(name, tmp_path, monkeypatch):
     run = Experiment(Settings(name=name, method=name, **SHORT), tmp_path).run()
     assert run.finished and all(math.isfinite(r["loss"]) for r in run.log())
     counts = run.confusion().counts
-    for file in run.step(2).iterdir():
-        file.unlink()
-    run.step(2).rmdir()
+    shutil.rmtree(run.step_path(2))
     experiment = Experiment(Settings(name=name, method=name, **SHORT), tmp_path)
     assert (experiment.run().confusion().counts == counts).all()
     if name == "plop":
         assert "thresholds" not in run.metrics(0) and [len(run.metrics(t)["thresholds"]) for t in (1, 2)] == [7, 8]
         experiment.setup.method.found = {}
-        for step in (1, 2):
+        for step in list(run.protocol)[1:]:
             assert len(make_pseudo_label_examples(experiment.setup, run, step, 2)[3]) == 2
 
 
-def test_only_who_asks_looks_at_the_step_first(tmp_path, monkeypatch):
+def test_prepare_loads_the_step_only_if_it_reads_it(tmp_path, monkeypatch):
     "`prepare` gets every picture of the step once; a method that does not read its batches has none loaded."
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     seen, loaded = [], []
     original = StepView.__getitem__
-    monkeypatch.setattr(
-        StepView, "__getitem__", lambda self, i: (loaded.append((self.data.part, self.step)), original(self, i))[1]
-    )
+
+    def load(self, i):
+        loaded.append((self.data.part, self.step.number))
+        return original(self, i)
+
+    monkeypatch.setattr(StepView, "__getitem__", load)
 
     class Curious(Method):
         def prepare(self, teacher, batches):
@@ -452,8 +463,8 @@ def test_only_who_asks_looks_at_the_step_first(tmp_path, monkeypatch):
     assert seen == plain.card.images[1:]
 
 
-def test_a_method_of_ones_own(tmp_path, monkeypatch):
-    "A subclass and a name in METHODS go through the harness; parts can still be switched, and a name without parts is refused."
+def test_a_new_method_trains(tmp_path, monkeypatch):
+    "A subclass with a name in METHODS trains, and its parts can be switched; a name without parts is refused."
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     monkeypatch.setitem(METHODS, "tired", Parts(output_distillation="plain"))
 
@@ -461,8 +472,8 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch):
         def prepare(self, teacher, batches):
             self.found = dict(pictures=[sum(len(y) for _, y in batches)])
 
-        def loss(self, student, teacher, target, n_new):
-            terms = super().loss(student, teacher, target, n_new)
+        def loss(self, student, teacher, target, step):
+            terms = super().loss(student, teacher, target, step)
             extra = 1e-3 * student.logits.square().mean()
             return terms | dict(loss=terms["loss"] + extra, rest=extra)
 
@@ -471,6 +482,6 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch):
     ).run()
     assert run.finished and {"rest", "output"} <= set(run.log()[-1]) and run.card.parts.output_weight == 3
     assert run.metrics(1)["pictures"] == [run.card.images[1]]
-    assert json.loads(run.step(1, "metrics.json").read_text())["pictures"]
+    assert json.loads(run.step_path(1, "metrics.json").read_text())["pictures"]
     with pytest.raises(ValueError, match="'nobody' is not known"):
         Experiment(Settings(name="n", method="nobody", **SHORT), tmp_path, Tired)

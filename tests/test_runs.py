@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mbs.experiment import Experiment
-from mbs.run import Settings, load_run
+from mbs.run import load_run
+from mbs.settings import Settings
 
 VOC = Path(os.environ.get("MBS_VOC", Path(__file__).parents[2] / "shared/data/VOCdevkit/VOC2012"))
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import mbs
 from mbs.cli import app
-from mbs.explore import explore_class_tokens, explore_features, explore_pseudo_labels
+from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
 
 PACKAGE = Path(mbs.__file__).parent
 RUNNING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -232,7 +232,7 @@ def test_the_log_is_on_the_disk_before_a_state_counts_on_it(tmp_path, monkeypatc
     from test_faults import TINY
 
     from mbs.experiment import Experiment
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     lines, safe, replaced, synced = [0], [0], os.replace, os.fsync
@@ -262,7 +262,7 @@ def test_a_damaged_neighbour_does_not_stop_a_run(tmp_path, monkeypatch):
     from test_faults import TINY
 
     from mbs.experiment import Experiment
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     (tmp_path / "outputs" / "old").mkdir(parents=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mbs.segmenter import MaskNorm, Segmenter, make_encoder
+from mbs.segmenter import MaskNorm, Segmenter
+from mbs.weights import make_encoder
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
 

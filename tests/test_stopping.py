@@ -14,18 +14,19 @@ import psutil
 import pytest
 import yaml
 from figures import kept
-from mbs.folders import find_runs_folder
 from test_interruption import PARAMETERS, same
 
 from mbs.batch import Batch
 from mbs.experiment import Experiment
+from mbs.folders import find_runs_folder
 from mbs.lifeline import EXIT_RESUME, Interrupted
 from mbs.notebooks import read_failure
-from mbs.run import Settings, load_run
+from mbs.run import load_run
+from mbs.settings import Settings
 
 KILLS = int(os.environ.get("MBS_NOTEBOOK_KILLS", 2))
 LONG = PARAMETERS | dict(save_minutes=1000, training=PARAMETERS["training"] | dict(iterations=400, both=False))
-TRAIN = "from mbs.experiment import Experiment; from mbs.run import from_notebook; settings = from_notebook(globals())\nfor step in Experiment(settings).steps(): print('step', step)"
+TRAIN = "from mbs.experiment import Experiment; from mbs.settings import settings_from_notebook; settings = settings_from_notebook(globals())\nfor step in Experiment(settings).steps(): print('step', step)"
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def test_mbs_run_saves_and_says_resume(home, asked):
     last = said.strip().splitlines()[-1]
     assert (
         last.startswith("mbs: asked to stop in step 0 after iteration")
-        and last.endswith("saved, the same command goes on from there")
+        and last.endswith("saved, rerun the same command to resume")
         and "Traceback" not in said
     )
     assert gone(children)
@@ -141,7 +142,7 @@ def test_a_kernel_that_dies(home):
     said = process.communicate(timeout=60)[0]
     assert (
         process.returncode == 1
-        and "the process of the run ended without a word" in said.strip().splitlines()[-1]
+        and "the kernel of the run died without an error message" in said.strip().splitlines()[-1]
         and "Traceback" not in said
     ), said
 
@@ -193,7 +194,7 @@ def test_a_batch_that_is_asked_to_stop(home):
     said = process.communicate(timeout=60)[0]
     assert (
         process.returncode == EXIT_RESUME
-        and "the batch was asked to stop: its runs have saved, the same command goes on" in said
+        and "the batch was asked to stop: its runs have saved; rerun the same command to resume" in said
         and gone(children)
     ), said
     assert len(list((home / "outputs/two/s0/resume").glob("*.safetensors"))) == 1
@@ -205,7 +206,7 @@ def test_a_batch_that_is_asked_to_stop(home):
     said = process.communicate(timeout=60)[0]
     assert (
         process.returncode == EXIT_RESUME
-        and "1 of 1 runs were asked to stop; the same call goes on" in said
+        and "1 of 1 runs were asked to stop; rerun the same call to resume" in said
         and "s0: stopped" in said
         and "failed" not in said
     ), said

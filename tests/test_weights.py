@@ -4,14 +4,14 @@ import pytest
 import timm
 import torch
 
-import mbs.segmenter
-from mbs.segmenter import HALF, find_installed_weights, make_encoder, read_state
+import mbs.weights
+from mbs.weights import _HALF, _find_installed_weights, make_encoder, read_state
 
 
 def test_lite0_is_the_package_network():
     "timm's network with the package's tensors gives the features of our encoder, and nothing is left over but the classifier."
     encoder = make_encoder("tf_efficientnet_lite0", "pretrained").eval()
-    assert encoder.mean == encoder.std == HALF
+    assert encoder.mean == encoder.std == _HALF
     assert (
         encoder.receipt["loaded"] == len(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict())
         and len(encoder.receipt["sha256"]) == 64
@@ -21,7 +21,7 @@ def test_lite0_is_the_package_network():
         k.split(".")[0] for k in encoder.network.state_dict()
     }
     whole = timm.create_model("tf_efficientnet_lite0").eval()
-    state = read_state(find_installed_weights("tf_efficientnet_lite0"))
+    state = read_state(_find_installed_weights("tf_efficientnet_lite0"))
     assert [tuple(v.shape) for v in state.values()] == [tuple(v.shape) for v in whole.state_dict().values()]
     whole.load_state_dict(dict(zip(whole.state_dict(), state.values())))
     x = torch.randn(1, 3, 96, 96)
@@ -112,9 +112,9 @@ def hub(monkeypatch, tmp_path):
 
     torch.manual_seed(0)
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(mbs.segmenter, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(mbs.weights, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
-        mbs.segmenter, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file) if "resnet18" in repo else None
+        mbs.weights, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file) if "resnet18" in repo else None
     )
 
 
