@@ -71,6 +71,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mbs.batch._estimate_seconds': ('batch.html#_estimate_seconds', 'mbs/batch.py'),
                            'mbs.batch._estimate_seconds_left': ('batch.html#_estimate_seconds_left', 'mbs/batch.py'),
                            'mbs.batch._explain_end': ('batch.html#_explain_end', 'mbs/batch.py'),
+                           'mbs.batch._find_notebook': ('batch.html#_find_notebook', 'mbs/batch.py'),
                            'mbs.batch._list_work': ('batch.html#_list_work', 'mbs/batch.py'),
                            'mbs.batch._make_plan_row': ('batch.html#_make_plan_row', 'mbs/batch.py'),
                            'mbs.batch._make_plan_table': ('batch.html#_make_plan_table', 'mbs/batch.py'),
