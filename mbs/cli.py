@@ -257,7 +257,7 @@ def explore(
             raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
         raise typer.Exit(_serve_notebook(write_tour(*runs), as_app, browser))
 
-
+# %% ../nbs/80_cli.ipynb #13546a7f
 def _serve_notebook(notebook: Path, as_app: bool, browser: bool) -> int:
     "Serve `notebook` on this machine only, protected by a token, until Ctrl-C; return the exit code of the server."
     server = ["jupyterlab", "--ServerApp.ip=127.0.0.1"]
@@ -457,7 +457,7 @@ def _print_views(counts: list[int]):
     parts = [f"{k} step{'s' * (k != 1)}: {n:,}" for k, n in enumerate(counts) if n]
     typer.echo("images seen in " + ", ".join(parts))
 
-
+# %% ../nbs/80_cli.ipynb #bef22253
 def _print_cost(setup, rows: list[dict]):
     "Print the estimated computing time of all steps, and the network that it holds for."
     from mbs.tables import format_duration
@@ -466,12 +466,12 @@ def _print_cost(setup, rows: list[dict]):
     seconds = sum(row["seconds"] for row in rows)
     typer.echo(f"in all {format_duration(seconds)} of computation with {network}, without loading and evaluation")
 
-# %% ../nbs/80_cli.ipynb #a67d4ec4
+# %% ../nbs/80_cli.ipynb #202a1e9a
 def _name_classes(names: list[str]) -> str:
     "Join up to five names; name the first, the last and the number of more."
     return ", ".join(names) if len(names) <= 5 else f"{names[0]} … {names[-1]} ({len(names)})"
 
-
+# %% ../nbs/80_cli.ipynb #a0544f8b
 def _format_step(row: dict) -> list[str]:
     "Format the cells of a row of `inspect_steps`."
     from mbs.tables import format_duration
@@ -487,7 +487,7 @@ def _format_step(row: dict) -> list[str]:
     ]
     return cells + ([format_duration(row["seconds"])] if "seconds" in row else [])
 
-
+# %% ../nbs/80_cli.ipynb #9c182a46
 def _print_steps(rows: list[dict]):
     "Print a table with a line for each step."
     from rich.box import SIMPLE
