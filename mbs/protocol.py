@@ -135,16 +135,22 @@ class Protocol:
         return (self[number] for number in range(len(self)))
 
     def _repr_html_(self) -> str:
-        rows = (
-            f"<tr><td>{step.number}</td><td>{', '.join(map(str, step.classes))}</td>"
-            f"<td>{step.new_channels.start} to {step.n_channels - 1}</td></tr>"
-            for step in self
-        )
-        head = "<tr><th>step</th><th>new class ids</th><th>new channels</th></tr>"
-        return f"<table><caption>{escape(self.name)}, {escape(self.setting)}</caption>{head}{''.join(rows)}</table>"
+        return _render_protocol(self)
 
     def __repr__(self):
         return f"Protocol({self.name!r}, {self.dataset!r}, {self.setting!r}: {'+'.join(map(str, self.sizes))} classes)"
+
+# %% ../nbs/00_protocol.ipynb #8952d4ab
+def _render_protocol(protocol: Protocol) -> str:
+    "Return a table of steps with their class ids and channels, for notebooks."
+    rows = (
+        f"<tr><td>{step.number}</td><td>{', '.join(map(str, step.classes))}</td>"
+        f"<td>{step.new_channels.start} to {step.n_channels - 1}</td></tr>"
+        for step in protocol
+    )
+    head = "<tr><th>step</th><th>new class ids</th><th>new channels</th></tr>"
+    title = f"{escape(protocol.name)}, {escape(protocol.setting)}"
+    return f"<table><caption>{title}</caption>{head}{''.join(rows)}</table>"
 
 # %% ../nbs/00_protocol.ipynb #3af4efb4
 @dataclass(frozen=True)
@@ -172,11 +178,11 @@ class Step:
         return _map_channels(self, part)
 
     def to_channels(self, mask: np.ndarray, part: str = "train") -> np.ndarray:
-        "Map class ids (H, W) to channels (H, W) uint8, for `part` 'train', 'test' or 'truth'; ValueError for unknown ids."
+        "Map class ids (H, W) to channels (H, W) uint8, for `part` 'train', 'test' or 'truth'."
         return self.channel_table(part)[_check_ids(mask, self.protocol.n_classes)]
 
     def select(self, index: np.ndarray) -> np.ndarray:
-        "Return the positions of the training images that the step sees; `index` (N, n_classes + 1) bool: ids in each mask."
+        "Return the positions of the training images that the step sees; `index` is (N, n_classes + 1) bool."
         return np.flatnonzero(_find_seen(self, np.asarray(index, bool)))
 
     def __repr__(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataFacts', 'Receipt', 'Card', 'make_card', 'read_card', 'make_protocol', 'read_log', 'read_metrics', 'Sample',
-           'read_samples', 'Run', 'load_run', 'trained_run']
+           'read_samples', 'Run', 'load_run', 'trained_run', 'StepExamples', 'make_step_examples']
 
 # %% ../nbs/51_run.ipynb #12db863e
 import json
@@ -398,3 +398,35 @@ def trained_run(
             f"train one with mbs run demo method={method}"
         )
     return load_run(folder / method)
+
+# %% ../nbs/51_run.ipynb #5e9a1c02
+from .inference import to_batch
+from .scenes import draw_scene
+
+
+class StepExamples(NamedTuple):
+    "Generated scenes that hold a class of one step; N scenes of H × W pixels."
+
+    photos: list[np.ndarray]  # (H, W, 3) uint8
+    truths: torch.Tensor  # (N, H, W) uint8 channels of all classes, those of later steps included
+    labels: torch.Tensor  # (N, H, W) uint8 channels that the step's labels show
+    batch: torch.Tensor  # (N, 3, H, W) float32 network input
+
+
+def make_step_examples(
+    run: Run,  # on generated scenes
+    step: int,
+    seeds: range = range(200),  # one scene each
+    size: int = 64,  # pixels a side
+) -> StepExamples:  # of the scenes that hold a class of `step`
+    "Draw scenes that `run` has not seen and keep those that hold a class of `step`."
+    current = run.protocol[step]
+    scenes = [draw_scene(np.random.default_rng(seed), size) for seed in seeds]
+    scenes = [(photo, mask) for photo, mask in scenes if np.isin(mask, current.classes).any()]
+    photos = [photo for photo, _ in scenes]
+    truths, labels = (
+        torch.from_numpy(np.stack([current.to_channels(mask, part) for _, mask in scenes]))
+        for part in ("truth", "train")
+    )
+    batch = torch.cat([to_batch(photo, run.card.normalisation) for photo in photos])
+    return StepExamples(photos, truths, labels, batch)
