@@ -122,7 +122,7 @@ def test_wheel_has_the_requirements_of_settings_ini(built):
 
 def test_installed_wheel_works(installed):
     where, notebook = run_python(
-        "import mbs; from mbs.notebooks import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')",
+        "import mbs; from mbs.folders import find_runs_folder; print(mbs.__file__); print(find_runs_folder() / 'train.ipynb')",
         installed,
     ).splitlines()
     assert where.startswith(str(installed)) and notebook.startswith(str(installed)) and Path(notebook).is_file()
