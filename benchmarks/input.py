@@ -25,7 +25,7 @@ from mbs.cache import cache_pictures
 from mbs.data import SegmentationFolder
 from mbs.draws import Draws
 from mbs.protocol import Protocol
-from mbs.training import make_recipe, make_train_view
+from mbs.recipe import make_recipe, make_train_view
 
 CORES = 16  # of the machine that figures are given for: those of one core, multiplied
 

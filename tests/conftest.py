@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 def runs(tmp_path_factory):
     "An mbs and a kd run of the same steps, trained for seconds: enough to predict more than background."
     from mbs.experiment import Experiment
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     folder = tmp_path_factory.mktemp("explore")
     common = dict(

@@ -11,8 +11,9 @@ from mbs.data import open_data
 from mbs.experiment import Experiment
 from mbs.inference import predict_in_windows
 from mbs.metrics import scores
-from mbs.run import Settings, Setup, load_run
+from mbs.run import load_run
 from mbs.segmenter import Segmenter
+from mbs.settings import Settings, Setup
 from mbs.weights import make_encoder
 
 SHORT = dict(
@@ -109,7 +110,7 @@ def test_two_columns(recipe, both):
 
 def published_void(run, step):
     "Pixels of the centre crops whose class is not yet there."
-    from mbs.training import make_recipe, make_test_view
+    from mbs.recipe import make_recipe, make_test_view
 
     setup = Setup(run.settings)
     view = make_test_view(setup.test, setup.protocol, step, ((0,) * 3, (1,) * 3), make_recipe(crop=24), "crop")
@@ -212,7 +213,7 @@ def test_the_report_shows_both_columns():
 def test_pseudo_labels_are_checked_against_the_truth():
     "What is kept with a step is what the labels that the method trains on are worth, counted anew from the stored teacher; methods without pseudo-labels keep nothing."
     from mbs.comparison import group_runs
-    from mbs.experiment import relabel_pictures
+    from mbs.label_quality import relabel_pictures
     from mbs.report_tables import make_pseudo_label_table
 
     run = Experiment(Settings(name="mbs", **SHORT, training=BRIEF | dict(iterations=60, lr=2e-3))).run()

@@ -26,8 +26,10 @@ from mbs.augment import TrainTransform
 from mbs.experiment import Experiment
 from mbs.files import read_json
 from mbs.methods import Method
-from mbs.run import Settings, load_run
-from mbs.training import make_recipe, train_step
+from mbs.recipe import make_recipe
+from mbs.run import load_run
+from mbs.settings import Settings
+from mbs.training import train_step
 
 FAULTS = int(os.environ.get("MBS_FAULTS", 6))
 TINY = PARAMETERS | dict(training=PARAMETERS["training"] | dict(iterations=12, both=False))
@@ -205,7 +207,7 @@ def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
             code, line = said_by(home, "run", *words)
             assert code and line.startswith("mbs: "), line
-            assert "No space left on device" in line and "the same command goes on" in line, line
+            assert "No space left on device" in line and "rerun the same command to resume" in line, line
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         assert said_by(home, "run", *words)[0] == 0
         same_end(load_run(disk / "run"), go(home / "whole", samples=0))
@@ -298,7 +300,7 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
             time.sleep(0.3)
 
     log.cut, experiment.writer.log = real.cut, log
-    with pytest.raises(Interrupted, match="saved, the same command goes on"):
+    with pytest.raises(Interrupted, match="saved, rerun the same command to resume"):
         experiment.run()
     same_end(go(home / "asked"), go(home / "whole"))
 
@@ -307,7 +309,7 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
 
 
 def step_view(setup, step):
-    from mbs.training import make_train_view
+    from mbs.recipe import make_train_view
 
     return make_train_view(
         setup.train, setup.protocol, step, setup.statistics(setup.model()), setup.recipe, setup.positions[step]
@@ -447,7 +449,7 @@ def test_same_seed_same_weights(home):
 
 def test_deterministic_is_a_choice():
     "The flags are set and reset; their effect on a GPU is tested on machines with one."
-    from mbs.training import make_accelerator
+    from mbs.recipe import make_accelerator
 
     make_accelerator(make_recipe("clean", deterministic=True))
     assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic

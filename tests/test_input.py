@@ -220,7 +220,7 @@ def test_a_cache_changes_no_weight_and_no_score(home, recipe, workers, tuning, c
     assert list(home.glob("data/*/.mbs-decoded-train.npy"))
     assert plain.log() == fast.log()
     for t in range(2):
-        without, with_cache = (load_file(run.step(t, "model.safetensors")) for run in (plain, fast))
+        without, with_cache = (load_file(run.step_path(t, "model.safetensors")) for run in (plain, fast))
         assert all(torch.equal(without[k], with_cache[k]) for k in without)
         assert np.array_equal(plain.confusion(t).counts, fast.confusion(t).counts)
     assert go("plain", True).finished

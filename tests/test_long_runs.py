@@ -180,7 +180,7 @@ def use_explorers():
     from IPython.display import display
     from ipywidgets.widgets import widget
 
-    from mbs.explore import explore_class_tokens, explore_features, explore_pseudo_labels
+    from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
     from mbs.run import trained_run
 
     one, two = trained_run("mbs"), trained_run("mbs")

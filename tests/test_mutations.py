@@ -42,7 +42,7 @@ from mbs.comparison import find_runs, group_runs, summarise_runs
 from mbs.curves import collect_scalars
 from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
-from mbs.explore import write_tour
+from mbs.explore.explorers import write_tour
 from mbs.files import write_arrays
 from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
@@ -53,10 +53,11 @@ from mbs.parameter_files import parse_words, read_yaml
 from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
 from mbs.protocol import VOID, Protocol
+from mbs.recipe import make_recipe
 from mbs.report_tables import make_card_table, make_steps_table
-from mbs.run import Settings, load_run
+from mbs.run import load_run
 from mbs.scenes import write_scenes
-from mbs.training import make_recipe
+from mbs.settings import Settings
 from mbs.weights import make_encoder
 
 MANY = int(os.environ.get("MBS_MUTATIONS", 60))  # inputs of each kind; 250 with make stress

@@ -201,7 +201,7 @@ def test_tutorial_has_pictures_and_exports_nothing(path):
 
 def test_train_parameters_are_the_settings():
     "The parameters of the train notebook are exactly the fields of `Settings`, with the same defaults."
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     train = read_cells(ROOT / "nbs/runs/train.ipynb", "code")
     parameters = next(cell for cell in train if "parameters" in cell["metadata"].get("tags", []))

@@ -415,7 +415,7 @@ def test_a_run_of_another_version_is_left_out(outputs, tmp_path):
     assert [r.folder.name for r in runs] == ["kd"]
     reasons = {Path(path).name: why for path, why in left_out.items()}
     assert reasons.keys() == {"lacks", "unknown"}
-    assert "'steps' is missing" in reasons["lacks"] and "'colour' is not known" in reasons["unknown"]
+    assert "'steps' is missing" in reasons["lacks"] and "colour' is not known" in reasons["unknown"]
 
 
 def test_tables_of_missing_values():

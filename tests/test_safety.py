@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import mbs
 from mbs.cli import app
-from mbs.explore import explore_class_tokens, explore_features, explore_pseudo_labels
+from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
 
 PACKAGE = Path(mbs.__file__).parent
 RUNNING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -229,7 +229,7 @@ def test_log_is_on_disk_before_a_checkpoint_relies_on_it(tmp_path, monkeypatch):
     from test_faults import TINY
 
     from mbs.experiment import Experiment
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     relied_on = [0]  # lines of the log before each checkpoint or step
@@ -265,7 +265,7 @@ def test_a_damaged_neighbour_does_not_stop_a_run(tmp_path, monkeypatch):
     from test_faults import TINY
 
     from mbs.experiment import Experiment
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     (tmp_path / "outputs" / "old").mkdir(parents=True)

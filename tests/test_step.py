@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from mbs.weights import make_encoder
 from torch.profiler import ProfilerActivity, profile
 
 from mbs.evaluation import evaluate
@@ -21,6 +20,7 @@ from mbs.run_folder import describe_difference
 from mbs.segmenter import Segmenter
 from mbs.settings import Settings, Setup
 from mbs.training import Training, make_optimizer, run_teacher, train_step
+from mbs.weights import make_encoder
 
 TINY = dict(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
 RUN = dict(protocol="6-2", samples=0, share_base=False, scenes=dict(n_train=40, n_test=12, size=48))

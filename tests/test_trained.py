@@ -49,7 +49,7 @@ def test_receipt_shows_the_scores_of_the_runs(train):
 
 def test_settings_file_gives_the_settings_of_the_runs(train):
     from mbs.parameter_files import read_parameters
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     parameters = read_parameters(FOLDER / "settings.yaml")
     for method in METHODS:
