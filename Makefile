@@ -45,11 +45,11 @@ stress: .venv/developer ## run the full stress test (9 minutes on two cores) and
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $$(grep -l "from figures import kept" tests/test_*.py)
 	@$(BIN)/python docs/stress.py $(FIGURES)
 
-lint: .venv/developer ## style
-	@$(BIN)/ruff check .
+lint: .venv/developer ## style and format of code and notebooks
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 export: .venv/developer ## clean the notebooks and export the package from them
-	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export
+	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export && $(BIN)/ruff format -q mbs
 
 docs: .venv/developer ## build the documentation site, _docs/html/index.html
 	@$(BIN)/python docs/build.py && echo "_docs/html/index.html"

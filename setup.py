@@ -15,7 +15,15 @@ extras = {name: text.split() for name, text in settings["extras"].items()}
 setup(
     install_requires=settings["DEFAULT"]["requirements"].split(),
     extras_require=extras,
-    packages=["mbs", "mbs.runs", "mbs.runs.protocols", "mbs.runs.grids", "mbs.tutorials", "mbs.trained"],
+    packages=[
+        "mbs",
+        "mbs.explore",
+        "mbs.runs",
+        "mbs.runs.protocols",
+        "mbs.runs.grids",
+        "mbs.tutorials",
+        "mbs.trained",
+    ],
     package_dir={
         "mbs": "mbs",
         "mbs.runs": "nbs/runs",
@@ -25,7 +33,8 @@ setup(
         "mbs.trained": "nbs/trained",
     },
     package_data={
-        "mbs": ["explore.*"],
+        "mbs": ["py.typed", "*.pyi"],
+        "mbs.explore": ["*.js", "*.css", "*.html"],
         "mbs.runs": ["*.ipynb", "*.yaml"],
         "mbs.runs.protocols": ["*.yaml"],
         "mbs.runs.grids": ["*.yaml"],

@@ -1,12 +1,19 @@
-"""The project's own evidence: six animal and person classes of PASCAL VOC 2012, EfficientNet-Lite0 with its ImageNet weights, all methods on one recipe.
+"""The project's own evidence: six animal and person classes of PASCAL VOC 2012, all methods on one recipe.
 
-    python benchmarks/animals.py copy VOCdevkit/VOC2012        # once: pictures and masks with a long side of 160 pixels, in data/animals
-    python benchmarks/animals.py tune [METHOD]...              # rate and weight on a tenth of the training part; writes benchmarks/animals.yaml
-    python benchmarks/animals.py test 3-1 [overlapped] [--seeds 0 1 2] [METHOD | ABLATION]...   # on the test part, with what tuning chose
-    python benchmarks/animals.py collect                       # tables, pictures and confusion matrices of all of it, in docs/
+The encoder is EfficientNet-Lite0 with its ImageNet weights. The commands, in order:
 
-The test part is not looked at by `tune`. Every method gets four trials: three learning rates of the incremental steps, then, at the best
-of them, its distillation at four times the published weight; `finetune`, which has none, a fourth rate.
+    python benchmarks/animals.py copy VOCdevkit/VOC2012  # once
+    python benchmarks/animals.py tune [METHOD]...
+    python benchmarks/animals.py test 3-1 [overlapped] [--seeds 0 1 2] [METHOD | ABLATION]...
+    python benchmarks/animals.py collect
+
+`copy` reduces pictures and masks to a long side of 160 pixels, in data/animals. `tune` chooses learning rate and weight
+on a tenth of the training part and writes benchmarks/animals.yaml. `test` runs on the test part with the chosen values.
+`collect` writes the tables, pictures and confusion matrices of all runs into docs/.
+
+`tune` does not use the test part. Every method gets four trials: three learning rates of the incremental steps, then,
+at the best of them, its distillation at four times the published weight; `finetune`, which has none, gets a fourth
+rate.
 """
 
 import argparse
@@ -17,11 +24,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from mbs.folders import home
 from PIL import Image
 
 from mbs import ABLATIONS, METHODS, Experiment, Settings, load_run
-from mbs.report import average_seeds, collect_outcome, collect_series, draw_flows
+from mbs.comparison import average_seeds, collect_outcome, collect_series
+from mbs.folders import home
+from mbs.report import draw_flows
 from mbs.tables import Table, summarise_seeds, to_markdown
 from mbs.viz import show_curves, show_iou_matrix
 
@@ -36,35 +44,50 @@ RECIPE = dict(
     lr=1e-3,
     weight_decay=0.01,
     schedule="cosine",
-    encoder_factor=(0.1, 0),
-)  # the encoder is fine-tuned in the base step and rests afterwards
-RATES = (1, 0.3, 0.1)  # lr_factor: the incremental steps' rate over the base step's
-WEIGHTS = dict(
-    kd="output_weight", mib="output_weight", plop="feature_weight", mbs="output_weight"
-)  # what is tried four times as large, too
+    encoder_factor=(0.1, 0),  # the encoder is fine-tuned in the base step and frozen afterwards
+)
+NETWORK = dict(
+    encoder="tf_efficientnet_lite0",
+    encoder_options={},
+    weights="pretrained",
+    decoder=dict(dim=128, heads=2),
+)
+RATES = (1, 0.3, 0.1)  # lr_factor: the learning rate of the incremental steps over that of the base step
+WEIGHTS = {  # the weight of each method that is also tried four times as large
+    "kd": "output_weight",
+    "mib": "output_weight",
+    "plop": "feature_weight",
+    "mbs": "output_weight",
+}
 CHOSEN = Path(__file__).with_name("animals.yaml")
 
 
+def reduce_picture(source, target, long_side, resampling, **options):
+    "Save `source` as `target`, reduced so that its longer side has `long_side` pixels."
+    with Image.open(source) as image:
+        scale = long_side / max(image.size)
+        size = [max(1, round(side * scale)) for side in image.size]
+        image.resize(size, resampling).save(target, **options)
+
+
 def copy(source, long_side=160):
-    "Pictures and masks of `source`, in VOC's layout, no larger than `long_side` pixels, below data/animals."
-    target = home("data") / "animals"
-    for folder, suffix, way in (
-        ("JPEGImages", ".jpg", Image.Resampling.BICUBIC),
-        ("SegmentationClassAug", ".png", Image.Resampling.NEAREST),
+    "Copy `source`, in VOC's layout, to data/animals with pictures of at most `long_side` pixels."
+    source, target = Path(source), home("data") / "animals"
+    for folder, suffix, resampling, options in (
+        ("JPEGImages", ".jpg", Image.Resampling.BICUBIC, dict(quality=92)),
+        ("SegmentationClassAug", ".png", Image.Resampling.NEAREST, {}),
     ):
         (target / folder).mkdir(parents=True, exist_ok=True)
-        for path in sorted((Path(source) / folder).glob(f"*{suffix}")):
-            with Image.open(path) as image:
-                scale = long_side / max(image.size)
-                image.resize([max(1, round(s * scale)) for s in image.size], way).save(
-                    target / folder / path.name, **(dict(quality=92) if suffix == ".jpg" else {})
-                )
-    (target / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
-    for path in (Path(source) / "ImageSets" / "Segmentation").glob("*.txt"):
-        (target / "ImageSets" / "Segmentation" / path.name).write_text(path.read_text())
+        for path in sorted((source / folder).glob(f"*{suffix}")):
+            reduce_picture(path, target / folder / path.name, long_side, resampling, **options)
+    lists = Path("ImageSets", "Segmentation")
+    (target / lists).mkdir(parents=True, exist_ok=True)
+    for path in (source / lists).glob("*.txt"):
+        (target / lists / path.name).write_text(path.read_text())
 
 
-def settings(method, lr_factor, parts, protocol="3-1", setting="overlapped", seed=0, **more):
+def make_settings(method, lr_factor, parts, protocol="3-1", setting="overlapped", seed=0, **more):
+    "Make the settings of one run."
     return Settings(
         data=str(home("data") / "animals"),
         protocol=protocol,
@@ -72,23 +95,21 @@ def settings(method, lr_factor, parts, protocol="3-1", setting="overlapped", see
         classes=CLASSES,
         method=method,
         parts=parts,
-        encoder="tf_efficientnet_lite0",
-        encoder_options={},
-        weights="pretrained",
-        decoder=dict(dim=128, heads=2),
         samples=4,
         seed=seed,
         workers=0,
         training=RECIPE | dict(lr_factor=lr_factor),
+        **NETWORK,
         **more,
     )
 
 
-def tried(method, lr_factor, scale):
-    "All-class mIoU after the last step on the held-out tenth of the training part."
+def try_values(method, lr_factor, scale):
+    "Run one trial on the held-out tenth of the training part; return its values and its mIoU in percent."
     name = WEIGHTS.get(method)
     parts = {name: METHODS[method].model_dump()[name] * scale} if scale != 1 else {}
-    run = Experiment(settings(method, lr_factor, parts, tuning=0.1, name=f"tune-{method}-{lr_factor}-{scale}")).run()
+    name = f"tune-{method}-{lr_factor}-{scale}"
+    run = Experiment(make_settings(method, lr_factor, parts, tuning=0.1, name=name)).run()
     after = [run.metrics(t)["scores"] for t in range(run.n_steps)]
     trial = dict(
         lr_factor=lr_factor,
@@ -102,10 +123,11 @@ def tried(method, lr_factor, scale):
 
 
 def tune(methods):
+    "Choose the values of each method by its all-class mIoU after the last step, and add them to animals.yaml."
     for method in methods or ("mbs", "kd", "finetune", "mib", "plop"):
-        trials = [tried(method, rate, 1) for rate in RATES]
-        best = max(trials, key=lambda t: t["all"][-1])["lr_factor"]
-        trials.append(tried(method, best, 4) if method in WEIGHTS else tried(method, 0.03, 1))
+        trials = [try_values(method, rate, 1) for rate in RATES]
+        best_rate = max(trials, key=lambda t: t["all"][-1])["lr_factor"]
+        trials.append(try_values(method, best_rate, 4) if method in WEIGHTS else try_values(method, 0.03, 1))
         best = max(trials, key=lambda t: t["all"][-1])
         chosen = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.is_file() else {}
         chosen[method] = dict(
@@ -113,24 +135,24 @@ def tune(methods):
             parts=best["parts"],
             trials=[{k: v for k, v in t.items() if k != "parts"} for t in trials],
         )
-        CHOSEN.write_text(yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None, width=200))
+        text = yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None, width=200)
+        CHOSEN.write_text(text)
 
 
-def planned(name, protocol, setting, seed):
-    "Settings of one run on the test part; `name` is a method or an ablation of `mbs`, which keeps what tuning chose for `mbs`."
-    chosen = yaml.safe_load(CHOSEN.read_text())
+def plan_run(name, protocol, setting, seed):
+    """Make the settings of one run on the test part.
+
+    `name` is a method or an ablation of `mbs`, which keeps the values that tuning chose for `mbs`."""
     if name == "joint":  # as many iterations as all steps together
-        s, training = (
-            settings("joint", 1, {}, protocol, setting, seed, name=f"{protocol}-joint-s{seed}"),
-            RECIPE | dict(lr_factor=1, iterations=RECIPE["iterations"] + 3 * RECIPE["new_iterations"]),
-        )
-        return Settings.checked(**s.model_dump() | dict(training=training))
-    method, parts = (name, {}) if name in METHODS else (ABLATIONS[name]["method"], ABLATIONS[name]["parts"])
-    own = chosen[name if name in METHODS else "mbs"]
-    return settings(
-        method,
-        own["lr_factor"],
-        own["parts"] | parts,
+        iterations = RECIPE["iterations"] + 3 * RECIPE["new_iterations"]
+        joint = make_settings("joint", 1, {}, protocol, setting, seed, name=f"{protocol}-joint-s{seed}")
+        return Settings.checked(**joint.model_dump() | dict(training=RECIPE | dict(lr_factor=1, iterations=iterations)))
+    ablation = ABLATIONS.get(name, dict(method=name, parts={}))
+    chosen = yaml.safe_load(CHOSEN.read_text())[name if name in METHODS else "mbs"]
+    return make_settings(
+        ablation["method"],
+        chosen["lr_factor"],
+        chosen["parts"] | ablation["parts"],
         protocol,
         setting,
         seed,
@@ -139,9 +161,10 @@ def planned(name, protocol, setting, seed):
 
 
 def test(protocol, setting, seeds, names):
+    "Run methods and ablations on the test part, and print their scores."
     for seed in seeds:
         for name in names or ("mbs", "kd", "finetune", "mib", "plop", "joint"):
-            run = Experiment(planned(name, protocol, setting, seed)).run()
+            run = Experiment(plan_run(name, protocol, setting, seed)).run()
             last = run.metrics()
             print(
                 f"{run.folder.name:34}",
@@ -164,105 +187,98 @@ COLUMNS = {
     "old->new": "old → new",
     "background->old": "background → old",
 }
-ORDER = [
-    "joint",
-    "mbs",
-    "mib",
-    "kd",
-    "plop",
-    "finetune",
-]  # of methods in tables; ablations follow as they stand in `ABLATIONS`
+ORDER = ["joint", "mbs", "mib", "kd", "plop", "finetune"]  # of methods in tables; ablations follow as in `ABLATIONS`
 
 
-def collected():
-    "Finished runs of `test` by protocol and setting, then by name, a run a seed; a joint run has no setting, and belongs to all protocols, whose classes are the same in the same order."
+def find_finished():
+    """Find the finished runs of `test`: (protocol, setting) → name → runs, one for each seed.
+
+    A joint run has no setting and belongs to all protocols, whose classes are the same in the same order."""
     found = {}
     for path in sorted(home("outputs").glob("*-s[0-9]/run.json")):
         run = load_run(path.parent)
-        protocol, setting, name = re.fullmatch(r"(\d-\d)-(?:(overlapped|disjoint)-)?(.+)-s\d", run.folder.name).groups()
+        parts = re.fullmatch(r"(\d-\d)-(?:(overlapped|disjoint)-)?(.+)-s\d", run.folder.name)
+        protocol, setting, name = parts.groups()
         if run.finished and not run.settings.tuning:
             found.setdefault((protocol, setting), {}).setdefault(name, []).append(run)
-    return {key: {name: lines[name] for name in [*ORDER, *ABLATIONS] if name in lines} for key, lines in found.items()}
+    order = [*ORDER, *ABLATIONS]
+    return {key: {name: lines[name] for name in order if name in lines} for key, lines in found.items()}
 
 
-def table(lines, protocol, title):
-    "Means and standard deviations over seeds, in percent."
-    facts = {name: [collect_outcome(run, protocol) for run in runs] for name, runs in lines.items()}
-    return to_markdown(
-        Table(
-            title,
-            ["", "seeds", *COLUMNS.values()],
-            [[name, len(f), *(summarise_seeds([one[k] for one in f]) for k in COLUMNS)] for name, f in facts.items()],
-        )
-    )
+def print_table(lines, protocol, title):
+    "Print means and standard deviations over seeds, in percent, as Markdown."
+    rows = []
+    for name, runs in lines.items():
+        outcomes = [collect_outcome(run, protocol) for run in runs]
+        rows.append([name, len(runs), *(summarise_seeds([outcome[k] for outcome in outcomes]) for k in COLUMNS)])
+    print(to_markdown(Table(title, ["", "seeds", *COLUMNS.values()], rows)))
 
 
-def save(figure, path):
+def save_figure(figure, path):
+    "Save a figure as a PNG of 256 colours, which takes a third of the bytes."
     figure.savefig(path, dpi=100, facecolor="white")
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of the bytes
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+def save_figures(folder, methods, joint, protocol):
+    "Save the curves of all methods, the flows of `mbs` and the IoU matrices of three methods."
+    panels = {"all": "all classes so far", "old": "cat, dog, person, background", "new": "horse, sheep, cow"}
+    curves = {}
+    for key, title in panels.items():
+        curves[title] = {
+            name: np.array([collect_series(run, key, protocol) for run in runs])
+            for name, runs in (joint | methods).items()
+        }
+    save_figure(show_curves(curves), folder / "animals-curves.png")
+    save_figure(draw_flows(methods["mbs"], protocol), folder / "animals-flow-mbs.png")
+    for name in ("mbs", "mib", "kd"):
+        iou = average_seeds([run.iou() for run in methods[name]])
+        matrix = show_iou_matrix(iou, methods[name][0].names, protocol.first_step)
+        save_figure(matrix, folder / f"animals-iou-{name}.png")
+
+
+def save_confusions(path, found):
+    "Save the confusion matrix after every step of each run, from which every number can be computed again."
+    runs = [run for lines in found.values() for line in lines.values() for run in line]
+    counts = {f"{run.folder.name}/{t}": run.confusion(t).counts for run in runs for t in range(run.n_steps)}
+    np.savez_compressed(path, **counts)
 
 
 def collect(docs=Path(__file__).parents[1] / "docs"):
-    "Print the tables, draw the pictures, and keep the confusion matrix after every step of each run, from which all of it can be counted again."
-    found = collected()
-    joint = {name: runs for (_, setting), lines in found.items() if setting is None for name, runs in lines.items()}
-    every = [run for lines in found.values() for runs in lines.values() for run in runs]
-    np.savez_compressed(
-        docs / "results/animals.npz",
-        **{f"{run.folder.name}/{t}": run.confusion(t).counts for run in every for t in range(run.n_steps)},
-    )
+    "Print the tables, and save the figures and the confusion matrices."
+    found = find_finished()
+    save_confusions(docs / "results/animals.npz", found)
+    joint = {}
+    for (_, setting), lines in found.items():
+        if setting is None:
+            joint |= lines
     for (name, setting), lines in found.items():
         if setting is None:
             continue
         methods = {k: runs for k, runs in lines.items() if k in ORDER}
         protocol = next(iter(methods.values()))[0].protocol
-        print(table(joint | methods, protocol, f"{name} {setting}"))
-        if name != "3-1" or setting != "overlapped":
-            continue
-        print(
-            table(
-                {k: [run for run in runs if run.settings.seed == 0] for k, runs in lines.items() if k in ABLATIONS},
-                protocol,
-                f"{name} {setting}, seed 0",
-            )
-        )
-        place = docs / "images" / "animals"
-        panels = {"all": "all classes so far", "old": "cat, dog, person, background", "new": "horse, sheep, cow"}
-        save(
-            show_curves(
-                {
-                    title: {
-                        k: np.array([collect_series(run, key, protocol) for run in runs])
-                        for k, runs in (joint | methods).items()
-                    }
-                    for key, title in panels.items()
-                }
-            ),
-            f"{place}-curves.png",
-        )
-        save(draw_flows(methods["mbs"], protocol), f"{place}-flow-mbs.png")
-        for k in ("mbs", "mib", "kd"):
-            save(
-                show_iou_matrix(
-                    average_seeds([run.iou() for run in methods[k]]), methods[k][0].names, protocol.first_step
-                ),
-                f"{place}-iou-{k}.png",
-            )
+        print_table(joint | methods, protocol, f"{name} {setting}")
+        if (name, setting) == ("3-1", "overlapped"):
+            ablations = {k: runs for k, runs in lines.items() if k in ABLATIONS}
+            first_seed = {k: [run for run in runs if run.settings.seed == 0] for k, runs in ablations.items()}
+            print_table(first_seed, protocol, f"{name} {setting}, seed 0")
+            save_figures(docs / "images", methods, joint, protocol)
 
 
 if __name__ == "__main__":
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("what", choices=["copy", "tune", "test", "collect"])
-    words.add_argument("words", nargs="*")
-    words.add_argument("--seeds", type=int, nargs="+", default=[0])
-    given = words.parse_intermixed_args()
-    if given.what == "copy":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["copy", "tune", "test", "collect"])
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    given = parser.parse_intermixed_args()
+    if given.command == "copy":
         copy(*given.words)
-    elif given.what == "tune":
+    elif given.command == "tune":
         tune(given.words)
-    elif given.what == "collect":
+    elif given.command == "collect":
         collect()
     else:
-        setting = next((w for w in given.words[1:] if w in ("overlapped", "disjoint")), "overlapped")
-        test(given.words[0], setting, given.seeds, [w for w in given.words[1:] if w != setting])
+        protocol, *words = given.words
+        setting = next((w for w in words if w in ("overlapped", "disjoint")), "overlapped")
+        test(protocol, setting, given.seeds, [w for w in words if w != setting])

@@ -1,4 +1,6 @@
-"""What a move of τ costs in the pseudo-label explorer at 512 × 512 pixels with its whole layout: in the kernel, and to the changed picture in Chromium under JupyterLab.
+"""Measure what a move of τ costs in the pseudo-label explorer at 512 × 512 pixels with all its panels.
+
+Measured are the time in the kernel, and the time to the changed picture in Chromium under JupyterLab.
 
 python benchmarks/explorer.py [--classes 21 151] [--repeats 30] [--kernel]
 """
@@ -15,134 +17,160 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mbs.explore import Evidence, Pictures, ShiftExplorer, ShiftState
+from mbs.explore.evidence import Evidence
+from mbs.explore.explorers import ShiftExplorer
+from mbs.explore.states import Pictures, ShiftState
 from mbs.methods import Method
 from mbs.protocol import Protocol
+from mbs.run import Sample
 
 SIDE, PATCH = 512, 16
 TARGETS = {"kernel": (20, 20), "picture": (100, 200), "first": (3, 3)}  # ms, ms, s; at 21 classes and at more
+RUN_FIRST_CELL = """() => {
+    window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0;
+    window.jupyterapp.commands.execute('notebook:run-cell-and-select-next') }"""
+FIRST_CELL_DONE = """() => {
+    const notebook = window.jupyterapp.shell.currentWidget;
+    const isIdle = notebook.sessionContext.session.kernel.status === 'idle';
+    return notebook.content.widgets[0].model.executionCount && isIdle }"""
+TIME_FIRST_PICTURE = """() => new Promise((done) => {
+    const start = performance.now();
+    window.jupyterapp.commands.execute('notebook:run-cell-and-select-next');
+    const look = () => {
+        if (document.querySelector('.mbs-explore')?.dataset.drawn) done(performance.now() - start);
+        else requestAnimationFrame(look); };
+    look(); })"""
+TIME_NEXT_KEY = """() => {
+    const root = document.querySelector('.mbs-explore');
+    const before = root.dataset.drawn;
+    window.moved = new Promise((done) => {
+        const measure = () => {
+            const start = performance.now();
+            const look = () => {
+                if (root.dataset.drawn !== before) done(performance.now() - start);
+                else requestAnimationFrame(look); };
+            look(); };
+        document.addEventListener('keydown', measure, { once: true, capture: true }); }) }"""
 
 
-class Blobs(Pictures):
-    "Pictures with blobs of all classes, and two models that see them through a veil: no network, no data."
+class BlobPictures(Pictures):
+    "Pictures with blobs of all classes, and the noisy evidence of two models: no network, no data."
 
     def __init__(self, n_classes, n_pictures=4):
-        def names():
-            return ["background", *(f"class {c}" for c in range(1, n_classes))]
-
-        new = max(1, n_classes // 20)
-        protocol = Protocol(f"{n_classes - 1 - 2 * new}-{new}", n_classes - 1)
-        card = dict(parts=vars(Method("mbs").parts), normalisation=None, names=names())
+        names = ["background", *(f"class {c}" for c in range(1, n_classes))]
+        n_new = max(1, n_classes // 20)
         self.run = SimpleNamespace(
             folder=Path("blobs"),
-            names=names(),
-            card=card,
-            protocol=protocol,
+            names=names,
+            card=SimpleNamespace(parts=Method("mbs").parts, normalisation=None),
+            protocol=Protocol(f"{n_classes - 1 - 2 * n_new}-{n_new}", n_classes - 1),
             n_steps=3,
             settings=SimpleNamespace(method="mbs", protocol=str(n_classes), setting="overlapped"),
         )
-        self.n_steps, self.own, self.items = 3, True, []
-        for i in range(n_pictures):
-            field = blobs(i, n_classes, 1.3)
-            photo = np.random.default_rng(i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) // 4 + (
-                blobs(i, 3, 1) * 40 + 90
-            ).clip(0, 190).astype(np.uint8).transpose(1, 2, 0)
-            self.items.append((photo, field.argmax(0).astype(np.uint8), []))
-        self.known = {(t, i): self.seen(t, i) for t in range(3) for i in range(n_pictures)}
+        self.n_steps = 3
+        self.is_own = True
+        self.samples = [draw_sample(i, n_classes) for i in range(n_pictures)]
+        self.known = {(step, i): self.make_evidence(step, i) for step in range(3) for i in range(n_pictures)}
 
-    def evidence(self, step, i):
-        return self.known[step, i]
+    def get_evidence(self, step, index):
+        return self.known[step, index]
 
-    def seen(self, step, i):
-        n = self.run.protocol[step].n_channels
-        side = SIDE // PATCH
-        truth = F.one_hot(
-            torch.from_numpy(self.items[i][1][PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].astype(int)),
-            len(self.run.names),
-        ).permute(2, 0, 1)[:n]
-        logits = 5 * truth + torch.from_numpy(np.random.default_rng(100 * step + i).standard_normal((n, side, side)))
-        p = F.interpolate(logits[None].float(), size=(SIDE, SIDE), mode="bilinear").softmax(1)[0]
-        confidence, best = p.max(0)
-        return Evidence(
-            confidence.numpy(),
-            best.numpy().astype(np.uint8),
-            (p[0] < p[1:].sum(0)).numpy(),
-            logits.float().numpy(),
-            {},
-            PATCH,
-        )
+    def make_evidence(self, step, index):
+        "Make evidence from the truth and noise, for the channels of `step`."
+        n, side = self.run.protocol[step].n_channels, SIDE // PATCH
+        centres = torch.from_numpy(self.samples[index].truth[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].astype(int))
+        truth = F.one_hot(centres, len(self.run.names)).permute(2, 0, 1)[:n]
+        noise = torch.from_numpy(np.random.default_rng(100 * step + index).standard_normal((n, side, side)))
+        logits = (5 * truth + noise).float()
+        probability = F.interpolate(logits[None], size=(SIDE, SIDE), mode="bilinear").softmax(1)[0]
+        confidence, best = probability.max(0)
+        doubt = probability[0] < probability[1:].sum(0)
+        return Evidence(confidence.numpy(), best.numpy().astype(np.uint8), doubt.numpy(), logits.numpy(), {}, PATCH)
 
 
-def blobs(seed, n, background):
-    "(n, SIDE, SIDE) smooth noise, the first one lifted."
+def draw_blobs(seed, n, background):
+    "(n, SIDE, SIDE) smooth noise; `background` is added to the first."
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((1, n, 9, 9)))
     noise[:, 0] += background
     return F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic")[0].numpy()
 
 
-def explorer(n_classes):
-    return ShiftExplorer([ShiftState(Blobs(n_classes), step=1)], SIDE, None)
+def draw_sample(seed, n_classes):
+    "Draw a photo and its truth."
+    truth = draw_blobs(seed, n_classes, 1.3).argmax(0).astype(np.uint8)
+    grain = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) // 4
+    colours = (draw_blobs(seed, 3, 1) * 40 + 90).clip(0, 190).astype(np.uint8).transpose(1, 2, 0)
+    return Sample(grain + colours, truth, [])
 
 
-def in_kernel(n_classes, repeats):
-    "Milliseconds of each move of τ with the view built, and seconds to build what the front end gets."
-    shown = explorer(n_classes)
+def make_explorer(n_classes):
+    return ShiftExplorer([ShiftState(BlobPictures(n_classes), step=1)], SIDE, None)
+
+
+def measure_kernel(n_classes, repeats):
+    "Return milliseconds of each move of τ with the view built, and seconds to build what the front end gets."
+    explorer = make_explorer(n_classes)
     start = time.perf_counter()
-    shown._repr_mimebundle_()
+    explorer._repr_mimebundle_()
     first = time.perf_counter() - start
-    assert shown.view is not None
-    spent = []
+    assert explorer.view is not None
+    moves = []
     for tau in np.linspace(0.2, 0.9, repeats + 3):
         start = time.perf_counter()
-        shown.state.tau = round(float(tau), 3)
-        spent.append(1000 * (time.perf_counter() - start))
-    assert sum(shown.state.counts.values()) == 2 * SIDE**2
-    return spent[3:], first
+        explorer.state.tau = round(float(tau), 3)
+        moves.append(1000 * (time.perf_counter() - start))
+    assert sum(explorer.state.counts.values()) == 2 * SIDE**2
+    return moves[3:], first
 
 
-def in_browser(page, lab, n_classes, repeats):
-    "Milliseconds from the key to the changed picture, and seconds from running the cell to the first picture."
+def write_notebook(n_classes):
+    "Write a notebook whose second cell shows the explorer; return its path."
     import nbformat
-    from browser import open_notebook
 
     here = str(Path(__file__).resolve().parent)
-    notebook = nbformat.v4.new_notebook(
-        metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3"))
-    )
+    imports = f"import sys; sys.path.insert(0, {here!r})\nfrom explorer import make_explorer"
+    kernel = dict(display_name="python3", language="python", name="python3")
+    notebook = nbformat.v4.new_notebook(metadata=dict(kernelspec=kernel))
     notebook.cells = [
-        nbformat.v4.new_code_cell(
-            f"import sys; sys.path.insert(0, {here!r})\nfrom explorer import explorer\nex = explorer({n_classes})"
-        ),
+        nbformat.v4.new_code_cell(f"{imports}\nex = make_explorer({n_classes})"),
         nbformat.v4.new_code_cell("ex"),
     ]
     path = Path(tempfile.mkdtemp()) / f"blobs-{n_classes}.ipynb"
     nbformat.write(notebook, path)
-    open_notebook(page, lab, path, run=False)
-    page.evaluate(
-        "() => { const w = window.jupyterapp.shell.currentWidget.content; w.activeCellIndex = 0; window.jupyterapp.commands.execute('notebook:run-cell-and-select-next') }"
-    )
-    page.wait_for_function("""() => { const w = window.jupyterapp.shell.currentWidget;
-        return w.content.widgets[0].model.executionCount && w.sessionContext.session.kernel.status === 'idle' }""")
-    first = (
-        page.evaluate("""() => new Promise((done) => { const start = performance.now();
-        window.jupyterapp.commands.execute('notebook:run-cell-and-select-next');
-        const look = () => (document.querySelector('.mbs-explore')?.dataset.drawn ? done(performance.now() - start) : requestAnimationFrame(look)); look(); })""")
-        / 1000
-    )
+    return path
+
+
+def measure_browser(page, lab, n_classes, repeats):
+    "Return milliseconds from the key to the changed picture, and seconds from running the cell to the first picture."
+    from browser import open_notebook
+
+    open_notebook(page, lab, write_notebook(n_classes), run=False)
+    page.evaluate(RUN_FIRST_CELL)
+    page.wait_for_function(FIRST_CELL_DONE)
+    first = page.evaluate(TIME_FIRST_PICTURE) / 1000
     page.wait_for_timeout(1000)
-    handle = page.locator(".noUi-handle").first
-    handle.focus()
-    spent = []
+    page.locator(".noUi-handle").first.focus()
+    moves = []
     for _ in range(repeats + 3):
-        page.evaluate("""() => { const root = document.querySelector('.mbs-explore'), before = root.dataset.drawn; window.moved = new Promise((done) => {
-            const timed = () => { const start = performance.now();
-                const look = () => (root.dataset.drawn !== before ? done(performance.now() - start) : requestAnimationFrame(look)); look(); };
-            document.addEventListener('keydown', timed, { once: true, capture: true }); }) }""")
+        page.evaluate(TIME_NEXT_KEY)
         page.keyboard.press("ArrowLeft")
-        spent.append(page.evaluate("() => window.moved"))
+        moves.append(page.evaluate("() => window.moved"))
         page.wait_for_timeout(60)
     assert page.external == [] and page.errors == []
-    return spent[3:], first
+    return moves[3:], first
+
+
+def measure_pictures(classes, repeats):
+    "Measure each number of classes in a browser."
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from browser import browser, jupyter_lab, page_of
+
+    measured = {}
+    with jupyter_lab(Path(tempfile.mkdtemp())) as lab, browser() as chrome:
+        for n in classes:
+            with page_of(chrome, 1200) as page:
+                measured[n] = measure_browser(page, lab, n, repeats)
+    return measured
 
 
 def main():
@@ -151,31 +179,20 @@ def main():
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--kernel", action="store_true", help="leave the browser out")
     options = parser.parse_args()
-    print(
-        f"{SIDE} × {SIDE} pixels, all panels; median (max) of {options.repeats} moves of τ, {torch.get_num_threads()} threads"
-    )
-    print(
-        "| classes | kernel, ms | to the picture, ms | first view, s | of it in the kernel, s |\n|---:|---:|---:|---:|---:|"
-    )
-    lines = {}
-    for n in options.classes:
-        lines[n] = in_kernel(n, options.repeats)
+    threads = torch.get_num_threads()
+    print(f"{SIDE} × {SIDE} pixels, all panels; median (max) of {options.repeats} moves of τ, {threads} threads")
+    print("| classes | kernel, ms | to the picture, ms | first view, s | of it in the kernel, s |")
+    print("|---:|---:|---:|---:|---:|")
+    kernel = {n: measure_kernel(n, options.repeats) for n in options.classes}
     if options.kernel:
-        seen = dict.fromkeys(options.classes, ([float("nan")], float("nan")))
+        browser = dict.fromkeys(options.classes, ((float("nan"),), float("nan")))
     else:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-        from browser import browser, jupyter_lab, page_of
-
-        seen = {}
-        with jupyter_lab(Path(tempfile.mkdtemp())) as lab, browser() as chrome:
-            for n in options.classes:
-                with page_of(chrome, 1200) as page:
-                    seen[n] = in_browser(page, lab, n, options.repeats)
-    for n, (moves, built) in lines.items():
-        pictures, first = seen[n]
-        print(
-            f"| {n} | {statistics.median(moves):.1f} ({max(moves):.1f}) | {statistics.median(pictures):.0f} ({max(pictures):.0f}) | {first:.2f} | {built:.2f} |"
-        )
+        browser = measure_pictures(options.classes, options.repeats)
+    for n, (moves, built) in kernel.items():
+        pictures, first = browser[n]
+        in_kernel = f"{statistics.median(moves):.1f} ({max(moves):.1f})"
+        in_browser = f"{statistics.median(pictures):.0f} ({max(pictures):.0f})"
+        print(f"| {n} | {in_kernel} | {in_browser} | {first:.2f} | {built:.2f} |")
     print("targets: " + ", ".join(f"{name} < {a} at 21, < {b} above" for name, (a, b) in TARGETS.items()))
 
 

@@ -25,9 +25,9 @@ from mbs.cache import cache_pictures
 from mbs.data import SegmentationFolder
 from mbs.draws import Draws
 from mbs.protocol import Protocol
-from mbs.training import make_recipe, make_train_view
+from mbs.recipe import make_recipe, make_train_view
 
-CORES = 16  # that the issue counts with: figures for them are those of one core, multiplied
+CORES = 16  # of the machine that figures are given for: those of one core, multiplied
 
 
 def write_photos(root: Path, n: int, size=(375, 500)):

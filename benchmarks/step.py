@@ -11,8 +11,9 @@ from interleaved import peak, rounds, row, same
 
 from mbs.methods import Method
 from mbs.protocol import Protocol
+from mbs.recipe import make_accelerator, make_recipe
 from mbs.segmenter import Segmenter
-from mbs.training import compile_networks, make_accelerator, make_optimizer, make_recipe, train_iterations
+from mbs.training import Training, compile_networks
 from mbs.weights import make_encoder
 
 VITB = "vit_base_patch16_384"
@@ -24,8 +25,9 @@ WAYS = {
 
 
 def make_step(n, n_new):
-    "The step that brings the last `n_new` of `n` channels."
-    return Protocol(f"{n - 1 - n_new}-{n_new}", n - 1)[1]
+    "The step that brings the last `n_new` of `n` channels; the base step if only the background is older."
+    is_base = n_new == n - 1
+    return Protocol("offline", n_new)[0] if is_base else Protocol(f"{n - 1 - n_new}-{n_new}", n - 1)[1]
 
 
 def networks(encoder, n, n_new, side, device, **options):
@@ -44,25 +46,23 @@ def pictures(n, n_new, side, batch, device):
     return images, labels
 
 
-class Ours:
+class Ours(Training):
     "The training loop of a step on one batch: each call trains an iteration and returns its loss."
 
-    def __init__(self, student, teacher, given, step, **choices):  # teacher: None in the base step
+    def __init__(self, student, teacher, given, step, compile=False, **choices):  # teacher: None in the base step
         recipe = make_recipe(lr=1e-3, lr_factor=0.1, **choices)
-        accelerator = make_accelerator(recipe)
-        student, optimiser = accelerator.prepare(student, make_optimizer(student, recipe, step=1))
-        self.networks = compile_networks(recipe.compile, student, teacher)
-        student, teacher = self.networks.__enter__()
+        super().__init__(student, teacher, Method("mbs"), step, recipe, total=10**6)
+        self.given, self.loss = [given], None
+        self.networks = compile_networks(compile, self.student, self.teacher)  # once, not in every call
+        self.student, self.teacher = self.networks.__enter__()
 
-        def repeat():
-            while True:
-                yield given
-
-        method = Method("mbs")
-        self.loop = train_iterations(student, teacher, method, repeat(), optimiser, accelerator, step, recipe)
+    def update_weights(self, terms):
+        self.loss = terms["loss"].detach()
+        return super().update_weights(terms)
 
     def __call__(self):
-        return next(self.loop)["loss"]
+        self.run(self.given)
+        return self.loss
 
 
 def make_iterations(n, n_new, side, encoder, **options):

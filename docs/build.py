@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 DIRECTIVE = re.compile(r"(?m)^#\|\s*(\w+).*\n?")
 CODE = re.compile(
-    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$|</?[a-zA-Z][^>\n]*>)"  # unchanged: fences, formulas, links, …
+    r"(^(`{3,}).*?^\2|\$\$.*?\$\$|\[[^\]\n]*\]\(|^#+ .*?$"  # fences, formulas, links, titles stay as they are,
+    r"|</?[a-zA-Z][^>\n]*>|\{[\w:]+\}`[^`\n]+`)"  # and so do HTML and roles
     r"|(?<![`\\}])`([^`\n]+)`(?!`)",  # code in the text
     re.M | re.S,
 )
@@ -68,10 +69,9 @@ def find_source(module):
 
 
 def read_homes():
-    "Return {public name of the package: module that defines it}, as `mbs/__init__.py` lists them."
-    tree = ast.parse((ROOT / "mbs/__init__.py").read_text(encoding="utf-8"))
-    nodes = [n for n in tree.body if isinstance(n, ast.Assign)]
-    return next(ast.literal_eval(n.value) for n in nodes if n.targets[0].id == "_HOME")
+    "Return {public name of the package: module that defines it}, as `mbs/__init__.pyi` lists them."
+    tree = ast.parse((ROOT / "mbs/__init__.pyi").read_text(encoding="utf-8"))
+    return {alias.name: n.module for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names}
 
 
 class Site:
@@ -82,7 +82,9 @@ class Site:
         files = [(p, p.relative_to(ROOT)) for p in (ROOT / "nbs").rglob("*.ipynb")]
         self.notebooks = sorted(p for p, name in files if not any(part.startswith((".", "_")) for part in name.parts))
         sources = {p.stem: p.relative_to(ROOT).as_posix() for p in self.notebooks}
-        self.by_name = {name: find_page(source) for stem, source in sources.items() for name in (stem, source)}
+        names = [(source, source) for source in sources.values()]
+        names += [(stem, source) for stem, source in sources.items() if "_" in stem]  # `train` is mostly another word
+        self.by_name = {name: find_page(source) for name, source in names}
         exported = [module for p in self.notebooks if (module := find_module(p))]
         self.modules = {module: Module(find_source(module), module) for module in exported}
         self.public = {name: self.find_home(name, home) for name, home in read_homes().items()}
@@ -93,7 +95,7 @@ class Site:
         inside = [m for m in self.modules if m == home or m.startswith(f"{home}.")]
         found = [m for m in inside if name in self.modules[m].exported]
         if not found:
-            raise ValueError(f"mbs/__init__.py lists {name}, which mbs.{home} does not export: correct its _HOME")
+            raise ValueError(f"mbs/__init__.pyi lists {name}, which mbs.{home} does not export: correct the stub")
         return found[0]
 
     def find_role(self, text, module):

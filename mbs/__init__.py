@@ -1,37 +1,47 @@
-"Class-incremental semantic segmentation: run, look, compare."
+"""A notebook-driven workbench for class-incremental semantic segmentation
+
+Modules:
+
+- `mbs.archives`: Download the archives of VOC 2012, SBD and ADE20K, resume, verify and read them safely.
+- `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
+- `mbs.bands`: Compute the pixel losses of a step from patch logits, in bands of rows.
+- `mbs.feature_distillation`: Hold the student's features to the teacher's, but only where the teacher can be trusted.
+- `mbs.inspect`: Show what each step of a protocol will see, hide and cost, before anything is trained.
+- `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
+- `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.
+- `mbs.metrics`: Derive every number of the field from one confusion matrix a step: counts first, convention second.
+- `mbs.objective`: The training loss of a step, composed from named parts, each of which can be switched on its own.
+- `mbs.orthogonality`: Push the tokens of new classes away from all others, the background's included.
+- `mbs.output_distillation`: Pass on what the teacher knows, and correct it where a new class is labelled.
+- `mbs.parts`: Which parts of a method are on: one frozen set of switches that every loss reads.
+- `mbs.prepare`: Make a data set from archives or annotations: VOC 2012 with SBD, ADE20K, COCO-style polygons.
+- `mbs.pseudo_labels`: Restore old labels where the old model is sure, and ignore background that it doubts.
+- `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test.
+- `mbs.scenes`: Draw seeded pictures of eight kinds of objects on cluttered ground, a data set made in seconds.
+- `mbs.segmenter`: An encoder from timm and a mask transformer whose class tokens grow with the classes.
+- `mbs.viz`: Draw static figures: labels over a photo, pseudo-labels, the background shift, forgetting, methods compared.
+- `mbs.weights`: Load weights of any origin into an encoder from timm, with their normalisation and a receipt."""
 
 __version__ = "0.1.0"
 
+import ast
 from importlib import import_module
+from pathlib import Path
 
-# Public names and their modules, imported at first use: `import mbs` itself loads neither torch nor numpy.
-# `output_distillation` and `orthogonality` are modules here; their functions of the same name are imported from them.
-_HOME = {
-    "Protocol": "protocol",
-    "draw_scene": "scenes", "write_scenes": "scenes",
-    "describe_folder": "layouts",
-    "SegmentationFolder": "data", "StepView": "data", "open_data": "data",
-    "Segmenter": "segmenter", "SegmenterOutput": "segmenter", "MaskTransformer": "segmenter", "MaskNorm": "segmenter", "make_encoder": "weights",
-    "selective_pseudo_labels": "pseudo_labels", "entropy_pseudo_labels": "pseudo_labels", "entropy_thresholds": "pseudo_labels",
-    "reliability": "feature_distillation", "adaptive_feature_distillation": "feature_distillation", "local_pod": "feature_distillation",
-    "label_guided_distillation": "output_distillation", "unbiased_distillation": "output_distillation",
-    "Parts": "parts", "step_loss": "objective",
-    "Method": "methods", "METHODS": "methods", "ABLATIONS": "methods",
-    "Confusion": "metrics", "scores": "metrics", "background_shift": "metrics", "check_row": "metrics",
-    "PseudoLabelCounts": "metrics", "pseudo_label_quality": "metrics", "forgetting": "metrics", "backward_transfer": "metrics",
-    "Recipe": "training",
-    "Settings": "run", "Run": "run", "load_run": "run", "trained_run": "run",
-    "Experiment": "experiment",
-    "Batch": "batch", "Local": "executors", "OnRay": "executors",
-    "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
-    "find_runs": "report", "write_report": "report",
-}
+# Public names and their modules, imported at first use: `import mbs` loads neither torch nor numpy. The stub lists
+# them once, for this module as for editors and type checkers. `output_distillation` and `orthogonality` are modules
+# here; their functions of the same name are imported from them.
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_HOME = {alias.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name):
-    if name not in _HOME: raise AttributeError(f"module 'mbs' has no attribute {name!r}: expected one of {', '.join(__all__)}, or a submodule")
+    if name not in _HOME:
+        known = ", ".join(__all__)
+        raise AttributeError(f"module 'mbs' has no attribute {name!r}: expected one of {known}, or a submodule")
     return getattr(import_module(f"mbs.{_HOME[name]}"), name)
 
 
-def __dir__(): return [*globals(), *__all__]
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,4 +1,4 @@
-"A real JupyterLab and a real headless Chromium for the tests of the explorers."
+"JupyterLab, Voila and a headless Chromium for the tests of the explorers."
 
 import json
 import os
@@ -18,19 +18,50 @@ from pathlib import Path
 import numpy as np
 
 DEMANDED = bool(os.environ.get("CI")) or os.environ.get("MBS_BROWSER") == "1"  # then nothing is skipped
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 LOCAL = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:", "file:", "about:")
 READY = """() => { const w = window.jupyterapp?.shell?.currentWidget, s = w?.sessionContext, k = s?.session?.kernel;
-    return !!(w?.context?.isReady && s?.isReady && k?.connectionStatus === 'connected' && k?.status === 'idle') }"""
+    const isConnected = k?.connectionStatus === 'connected' && k?.status === 'idle';
+    return !!(w?.context?.isReady && s?.isReady && isConnected) }"""
+EXECUTE = """async (code) => {
+    const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+    const future = kernel.requestExecute({ code, store_history: false });
+    let out = '', error = '';
+    future.onIOPub = (m) => {
+        if (m.header.msg_type === 'stream') out += m.content.text;
+        if (m.header.msg_type === 'error') error += m.content.traceback.join('\\n');
+    };
+    await future.done;
+    return [out, error]; }"""
+READ_CANVAS = """(c) => {
+    const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    let text = '';
+    for (let i = 0; i < d.length; i += 8192) text += String.fromCharCode(...d.subarray(i, i + 8192));
+    return [c.height, c.width, btoa(text)]; }"""
+SEPARATE = (
+    "JUPYTER_CONFIG_DIR",
+    "JUPYTER_DATA_DIR",
+    "JUPYTER_RUNTIME_DIR",
+    "JUPYTERLAB_WORKSPACES_DIR",
+    "IPYTHONDIR",
+)  # folders that a server of the tests must not share with the user's
 
 
 def chromium():
-    "Path of the system's Chromium or Chrome; None for the one of playwright."
+    "Return the path of the system's Chromium or Chrome; None means the one of playwright."
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def missing():
-    "Why no browser can be started here; empty where one can, and where one must: there its absence is a failure."
+    "Return why no browser can be started; empty if one can, or if a missing browser must fail the tests."
     if DEMANDED:
         return ""
     if find_spec("playwright") is None:
@@ -53,24 +84,18 @@ class Lab:
 
 @contextmanager
 def server(folder, command, ready, environment=None):
-    "A server with settings and kernels of its own below `folder`, once its address `ready` answers; stopped with all its kernels at the end."
-    places = {
-        name: str(folder / name.lower())
-        for name in (
-            "JUPYTER_CONFIG_DIR",
-            "JUPYTER_DATA_DIR",
-            "JUPYTER_RUNTIME_DIR",
-            "JUPYTERLAB_WORKSPACES_DIR",
-            "IPYTHONDIR",
-        )
-    }
+    """Run a server with separate settings and kernels below `folder`.
+
+    Enter the block when the address `ready` answers; stop the server with all its kernels afterwards.
+    """
+    folders = {name: str(folder / name.lower()) for name in SEPARATE}
     with open(folder / "server.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | places | (environment or {}),
+            env=os.environ | folders | (environment or {}),
         )
     try:
         end = time.monotonic() + 90
@@ -93,6 +118,7 @@ def server(folder, command, ready, environment=None):
 
 
 def free_port():
+    "Return a port that no program listens on."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -100,12 +126,13 @@ def free_port():
 
 @contextmanager
 def jupyter_lab(folder, environment=None):
-    "JupyterLab below `folder`."
-    root, settings = folder / "root", folder / "settings" / "@jupyterlab"
+    "Run JupyterLab below `folder`; yield a `Lab`."
+    root = folder / "root"
+    settings = folder / "settings" / "@jupyterlab"
     chosen = dict(
-        apputils=("notification", {"fetchNews": "false", "checkForUpdates": False}),
-        notebook=("tracker", {"windowingMode": "none"}),
-    )  # no pop-up; every cell is drawn, seen or not
+        apputils=("notification", {"fetchNews": "false", "checkForUpdates": False}),  # no pop-ups
+        notebook=("tracker", {"windowingMode": "none"}),  # cells outside the window are drawn, too
+    )
     root.mkdir()
     for extension, (name, values) in chosen.items():
         (settings / f"{extension}-extension").mkdir(parents=True)
@@ -124,29 +151,24 @@ def jupyter_lab(folder, environment=None):
         "--LabApp.extension_manager=readonly",
     ]
     url = f"http://127.0.0.1:{port}"
-    with server(
-        folder,
-        command,
-        f"{url}/api/status?token={token}",
-        {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")} | (environment or {}),
-    ):
+    environment = {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")} | (environment or {})
+    with server(folder, command, f"{url}/api/status?token={token}", environment):
         yield Lab(url, token, root)
 
 
 @contextmanager
 def voila(notebook, folder):
-    "A notebook as an app; its address."
+    "Run a notebook as an app; yield its address."
     port = free_port()
-    with server(
-        folder,
-        ["voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"],
-        f"http://127.0.0.1:{port}/voila/static/voila.js",
-    ):
-        yield f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{port}"
+    command = ["voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
+    with server(folder, command, f"{url}/voila/static/voila.js"):
+        yield url
 
 
 @contextmanager
 def browser():
+    "Run a headless Chromium."
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -157,13 +179,17 @@ def browser():
 
 @contextmanager
 def page_of(browser, width=1300, height=1000, dark=False):
-    "A fresh page; `page.external` collects every request that would leave the machine, `page.errors` what went wrong in scripts."
-    context = browser.new_context(
-        viewport=dict(width=width, height=height), device_scale_factor=1, color_scheme="dark" if dark else "light"
-    )
+    """Open a new page.
+
+    `page.external` collects the requests that leave the machine, `page.errors` the errors of scripts.
+    """
+    viewport = dict(width=width, height=height)
+    color_scheme = "dark" if dark else "light"
+    context = browser.new_context(viewport=viewport, device_scale_factor=1, color_scheme=color_scheme)
     page = context.new_page()
     page.set_default_timeout(60_000)
-    page.external, page.errors = [], []
+    page.external = []
+    page.errors = []
     page.on("request", lambda r: None if r.url.startswith(LOCAL) else page.external.append(r.url))
     page.on("pageerror", lambda e: page.errors.append(str(e)))
     yield page
@@ -171,7 +197,7 @@ def page_of(browser, width=1300, height=1000, dark=False):
 
 
 def open_notebook(page, lab, path, run=True):
-    "Show a notebook in JupyterLab and run all its cells."
+    "Open a copy of a notebook in JupyterLab and run all its cells."
     shutil.copy(path, lab.root)
     page.goto(f"{lab.url}/lab/tree/{Path(path).name}?token={lab.token}&reset")
     page.wait_for_function(READY)
@@ -181,25 +207,13 @@ def open_notebook(page, lab, path, run=True):
 
 
 def kernel(page, code):
-    "What `code` prints in the kernel of the shown notebook."
-    out, error = page.evaluate(
-        """async (code) => {
-        const future = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code, store_history: false });
-        let out = '', error = '';
-        future.onIOPub = (m) => { if (m.header.msg_type === 'stream') out += m.content.text; if (m.header.msg_type === 'error') error += m.content.traceback.join('\\n'); };
-        await future.done;
-        return [out, error]; }""",
-        code,
-    )
+    "Execute `code` in the kernel of the open notebook, and return what it prints."
+    out, error = page.evaluate(EXECUTE, code)
     assert not error, error
     return out
 
 
 def canvas_pixels(canvas):
-    "(H, W, 3) uint8 of a canvas element."
-    height, width, data = (
-        canvas.evaluate("""(c) => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let text = '';
-        for (let i = 0; i < d.length; i += 8192) text += String.fromCharCode(...d.subarray(i, i + 8192));
-        return [c.height, c.width, btoa(text)]; }""")
-    )
+    "Return the pixels of a canvas element, (H, W, 3) uint8."
+    height, width, data = canvas.evaluate(READ_CANVAS)
     return np.frombuffer(b64decode(data), np.uint8).reshape(height, width, 4)[..., :3]

@@ -1,8 +1,8 @@
-"What several test files share."
+"Order and grouping of the tests for several processes, and the runs that several test files share."
 
 import pytest
 
-TOGETHER = dict(
+GROUPS = dict(
     test_docs="site",
     test_browser="explorers",
     test_explore="explorers",
@@ -11,41 +11,37 @@ TOGETHER = dict(
     test_protocol_files="protocols",
     test_lists="lists",
 )
-BEFORE = (
-    "test_batch",
-    "test_runs",
-    "test_notebooks",
-    "test_long_runs",
-    "test_stopping",
-)  # what takes long is begun early, so that nobody waits for it at the end
+LONG = ("test_batch", "test_runs", "test_notebooks", "test_long_runs", "test_stopping")  # start first
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(config, items):
-    "Share the tests out among processes so that none makes what another one has made, a site or a run, and all end together."
+    """Distribute the tests over processes.
+
+    Tests that need the same site, wheel or runs go to one process, so that these are made only once.
+    Long tests start early, so that all processes end at about the same time.
+    """
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
-        if group := TOGETHER.get(item.module.__name__):
+        if group := GROUPS.get(item.module.__name__):
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: BEFORE.index(item.module.__name__) if item.module.__name__ in BEFORE else len(BEFORE))
+    rank = {name: position for position, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.module.__name__, len(LONG)))
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    "An mbs and a kd run of the same steps, trained for seconds: enough to see more than background."
+    "An mbs and a kd run of the same steps, trained for seconds: enough to predict more than background."
     from mbs.experiment import Experiment
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     folder = tmp_path_factory.mktemp("explore")
-    short = dict(crop=40, batch=8, iterations=300, new_iterations=15, optimizer="adamw", lr=2e-3)
-    network = dict(encoder_options=dict(patch_size=8, embed_dim=32, depth=2, num_heads=2), samples=4)
-    return tuple(
-        Experiment(
-            Settings(
-                name=m, method=m, protocol="6-1", training=short, scenes=dict(n_train=120, n_test=8, size=40), **network
-            ),
-            folder,
-        ).run()
-        for m in ("mbs", "kd")
+    common = dict(
+        protocol="6-1",
+        encoder_options=dict(patch_size=8, embed_dim=32, depth=2, num_heads=2),
+        training=dict(crop=40, batch=8, iterations=300, new_iterations=15, optimizer="adamw", lr=2e-3),
+        scenes=dict(n_train=120, n_test=8, size=40),
+        samples=4,
     )
+    return tuple(Experiment(Settings(name=name, method=name, **common), folder).run() for name in ("mbs", "kd"))

@@ -1,4 +1,4 @@
-"Changed files and values for test_mutations.py: bytes, JSON and YAML, PNG and .safetensors, at random from a seed."
+"Random changes of bytes, JSON, YAML, PNG and .safetensors files for test_mutations.py, from a seed."
 
 import copy
 import json
@@ -92,13 +92,13 @@ WORDS = (
 
 
 class Mutants:
-    "An endless supply of changes."
+    "A source of random changes."
 
     def __init__(self, seed):
         self.random = random.Random(seed)
 
-    def changed(self, data: bytes, most: int = 8) -> bytes:
-        "`data` with a few bits, bytes or stretches changed."
+    def change(self, data: bytes, most: int = 8) -> bytes:
+        "Return `data` with a few bits, bytes or stretches changed, at most `most`."
         r, out = self.random, bytearray(data)
         for _ in range(r.choice((1, 1, 1, 2, 3, most))):
             at, length = r.randrange(len(out) + 1), r.choice((1, 1, 2, 4, 16, 200))
@@ -121,11 +121,11 @@ class Mutants:
                 out[min(at, len(out) - 1)] = r.choice(b"\x00\xff\n\"'{}[]:,-09aZ ")
         return bytes(out)
 
-    def text(self, text: str) -> bytes:
-        "A text with words put in, taken out or doubled, or with changed bytes."
+    def change_text(self, text: str) -> bytes:
+        "Return a text with words inserted, removed or doubled, or with changed bytes."
         r = self.random
         if r.random() < 0.4:
-            return self.changed(text.encode(), 4)
+            return self.change(text.encode(), 4)
         lines = text.split("\n")
         for _ in range(r.choice((1, 1, 2, 4))):
             at = r.randrange(len(lines))
@@ -146,15 +146,15 @@ class Mutants:
             lines[at] = " ".join(words)
         return "\n".join(lines).encode("utf-8", "surrogatepass")
 
-    def tree(self, value):
-        "A copy of what JSON can say, with a few places changed."
+    def change_tree(self, value):
+        "Return a copy of a JSON value with a few places changed."
         out = [copy.deepcopy(value)]
         for _ in range(self.random.choice((1, 1, 1, 2, 3))):
-            self.graft(out)
+            self._change_place(out)
         return out[0]
 
-    def graft(self, out: list):
-        "Change one place below out[0]."
+    def _change_place(self, out: list):
+        "Change one place below out[0], in place."
         r, holder, key = self.random, out, 0
         while isinstance(holder[key], (dict, list)) and holder[key] and r.random() < 0.85:
             holder = holder[key]
@@ -172,8 +172,8 @@ class Mutants:
             holder[key] = copy.deepcopy(r.choice(VALUES))
 
 
-def pieces(png: bytes) -> list[list]:
-    "Kind and content of each part of a PNG, as far as they can be told apart."
+def split_png(png: bytes) -> list[list]:
+    "Return kind and content of each chunk of a PNG, up to the first one that is cut short."
     out, at = [], 8
     while at + 12 <= len(png):
         length, kind = struct.unpack(">I4s", png[at : at + 8])
@@ -182,59 +182,56 @@ def pieces(png: bytes) -> list[list]:
     return out
 
 
-def joined(parts: list[list]) -> bytes:
-    "A PNG whose checksums are right, whatever is in it."
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
+def join_png(parts: list[list]) -> bytes:
+    "Return a PNG of these chunks with correct checksums."
+    chunks = [
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         for kind, content in parts
-    )
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def inside_png(mutants: Mutants, png: bytes) -> bytes:
-    "A PNG changed behind its checksums: in its header, palette or compressed pixels, in the order of its parts, or in the pixels themselves."
-    r, parts = mutants.random, pieces(png)
+def change_png(mutants: Mutants, png: bytes) -> bytes:
+    "Return a PNG with a changed chunk, order of chunks or pixel, and with correct checksums."
+    r = mutants.random
+    parts = split_png(png)
     part = r.choice(parts)
     kind = r.randrange(4)
     if kind == 0:
-        part[1] = mutants.changed(part[1], 2)
+        part[1] = mutants.change(part[1], 2)
     elif kind == 1:
         parts.remove(part)
     elif kind == 2:
         parts.insert(r.randrange(len(parts) + 1), part)
     else:
         part = next(p for p in parts if p[0] == b"IDAT")
-        part[1] = zlib.compress(mutants.changed(zlib.decompress(part[1]), 3))
-    return joined(parts)
+        part[1] = zlib.compress(mutants.change(zlib.decompress(part[1]), 3))
+    return join_png(parts)
 
 
-def inside_safetensors(mutants: Mutants, data: bytes) -> bytes:
-    "A .safetensors file with a changed header that is JSON all the same: types, shapes, places, names."
-    r, length = mutants.random, struct.unpack("<Q", data[:8])[0]
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+DTYPES = ("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", "", 3)
+
+
+def change_safetensors(mutants: Mutants, data: bytes) -> bytes:
+    "Return a .safetensors file whose header is changed, usually still JSON: types, shapes, offsets or names."
+    r = mutants.random
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    body = data[8 + length :]
     names = [k for k in header if k != "__metadata__"]
-    name, kind = r.choice(names), r.randrange(7)
+    name = r.choice(names)
+    kind = r.randrange(7)
     if kind == 0:
-        header[name]["dtype"] = r.choice(
-            ("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", "", 3)
-        )
+        header[name]["dtype"] = r.choice(DTYPES)
     elif kind == 1:
-        header[name]["shape"] = r.choice(
-            (
-                [],
-                [0],
-                [-1],
-                [2**40, 2**40],
-                [1] * 70,
-                header[name]["shape"][::-1],
-                ["1"],
-                None,
-                header[r.choice(names)]["shape"],
-            )
-        )
+        reversed_shape = header[name]["shape"][::-1]
+        foreign_shape = header[r.choice(names)]["shape"]
+        shapes = ([], [0], [-1], [2**40, 2**40], [1] * 70, reversed_shape, ["1"], None, foreign_shape)
+        header[name]["shape"] = r.choice(shapes)
     elif kind == 2:
-        header[name]["data_offsets"] = r.choice(
-            ([0, 0], [0, 2**60], [8, 4], [-4, 0], header[r.choice(names)]["data_offsets"], [0], [0, len(body) + 8])
-        )
+        foreign_offsets = header[r.choice(names)]["data_offsets"]
+        offsets = ([0, 0], [0, 2**60], [8, 4], [-4, 0], foreign_offsets, [0], [0, len(body) + 8])
+        header[name]["data_offsets"] = r.choice(offsets)
     elif kind == 3:
         header[r.choice(("x", "", "é" * 500, name + ".weight"))] = header.pop(name)
     elif kind == 4:
@@ -242,10 +239,7 @@ def inside_safetensors(mutants: Mutants, data: bytes) -> bytes:
     elif kind == 5:
         header["__metadata__"] = r.choice(({}, {"facts": "{"}, {"facts": "[]"}, {"digest": ""}, {"facts": 3}, None))
     else:
-        header = mutants.tree(header)
+        header = mutants.change_tree(header)
     text = json.dumps(header).encode()
-    return (
-        struct.pack("<Q", len(text) if r.random() < 0.9 else r.choice((0, 1, 2**30, 2**63, len(text) - 1)))
-        + text
-        + body
-    )
+    length = len(text) if r.random() < 0.9 else r.choice((0, 1, 2**30, 2**63, len(text) - 1))
+    return struct.pack("<Q", length) + text + body

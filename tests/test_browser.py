@@ -1,4 +1,4 @@
-"""The explorers in a real JupyterLab and a real headless Chromium: what is pressed reaches the kernel, what the kernel knows is what is drawn.
+"""The explorers in a real JupyterLab and Chromium: input reaches the kernel, and the page draws what the kernel has.
 
 Skipped where there is no Chromium, unless CI or MBS_BROWSER=1 is set: then they fail."""
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from browser import DEMANDED, browser, canvas_pixels, jupyter_lab, kernel, missing, open_notebook, page_of, voila
 
-from mbs.explore import explore_class_tokens, explore_features, explore_pseudo_labels, write_tour
+from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels, write_tour
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
@@ -33,7 +33,8 @@ def tour(runs, chrome, tmp_path_factory):
         try:
             page.wait_for_function(DRAWN, arg=5)  # one run, two side by side, features, a picture of one's own
             page.wait_for_function(
-                "() => window.jupyterapp.shell.currentWidget.content.widgets.filter((c) => c.model.type === 'code').every((c) => c.model.executionCount)"
+                """() => window.jupyterapp.shell.currentWidget.content.widgets
+                .filter((c) => c.model.type === 'code').every((c) => c.model.executionCount)"""
             )
         except Exception:
             page.screenshot(path=notebook.with_name("failed.png"))
@@ -46,8 +47,12 @@ def shift(tour):
     "The first explorer of the tour, at the same state for each test."
     kernel(
         tour,
-        "for name, value in dict(step=1, tau=.5, alpha=.55, hidden=[], flow_filter=[], source='prediction', colour_by='class', order='as stored', index=0, pick=(20, 20)).items(): "
-        "setattr(shift.state, name, value)",
+        """
+from mbs.explore.paint import make_class_style
+start = dict(step=1, tau=.5, alpha=.55, hidden=[], flow_filter=[], source='prediction', colour_by='class',
+             order='as stored', index=0, pick=(20, 20))
+for name, value in start.items():
+    setattr(shift.state, name, value)""",
     )
     explorer = Explorer(tour, 0, "shift")
     explorer.settled()
@@ -76,26 +81,28 @@ class Explorer:
 
     def settled(self):
         "Wait until the page shows what the kernel has."
-        stamp = self.kernel(f"{self.variable}.labels({self.variable}.state)['stamp']")
+        drawn = self.kernel(f"{self.variable}.describe_panels({self.variable}.state)['drawn']")
         self.page.wait_for_function(
-            "([e, stamp]) => e.dataset.drawn === stamp", arg=[self.root.element_handle(), stamp]
+            "([e, drawn]) => e.dataset.drawn === drawn", arg=[self.root.element_handle(), drawn]
         )
-        lines = self.kernel(f"{self.variable}.point({self.variable}.state)['lines']")
+        lines = self.kernel(f"{self.variable}.describe_pixel({self.variable}.state)['lines']")
         self.page.wait_for_function(
             "([e, text]) => e.innerText.includes(text)", arg=[self.root.locator(".mbs-card").element_handle(), lines[0]]
         )
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
-    def painted(self, labels, style="class_style(run.names)"):
+    def painted(self, labels, style="make_class_style(run.names)"):
         "(H, W, 3): the labels, an expression with m and s, as the package's `paint` draws them."
         text = kernel(
             self.page,
             f"""
 import base64
-from mbs.explore import FLOW_STYLE, class_style, paint
+from mbs.explore.paint import FLOW_STYLE, make_class_style, paint
 e = {self.variable}.state; m, s = e.moment, e.shift
-faint = None if not e.flow_filter else ~__import__('numpy').isin(s.flow, e.flow_filter)
-print(base64.b64encode(paint(m.photo, {labels}, {style}, e.alpha, e.hidden if {style!r} != 'FLOW_STYLE' else [], faint).tobytes()).decode(), m.photo.shape[0])""",
+darkened = None if not e.flow_filter else ~__import__('numpy').isin(s.flow, e.flow_filter)
+hidden = e.hidden if {style!r} != 'FLOW_STYLE' else []
+painted = paint(m.photo, {labels}, {style}, e.alpha, hidden, darkened)
+print(base64.b64encode(painted.tobytes()).decode(), m.photo.shape[0])""",
         )
         data, height = text.split()
         return np.frombuffer(b64decode(data), np.uint8).reshape(int(height), -1, 3)
@@ -103,7 +110,10 @@ print(base64.b64encode(paint(m.photo, {labels}, {style}, e.alpha, e.hidden if {s
     def shows(self):
         "Assert that every picture and every number on the page is the kernel's."
         self.settled()
-        seen, painted = self.pixels(), dict(truth="m.truth", view="m.view", pseudo="s.pseudo", predicted="m.predicted")
+        seen, painted = (
+            self.pixels(),
+            dict(truth="m.truth", view="m.step_labels", pseudo="s.pseudo_labels", predicted="m.prediction"),
+        )
         for name, labels in painted.items():
             assert close(seen[name], self.painted(labels)), name
         assert close(seen["flow"], self.painted("s.flow", "FLOW_STYLE"))
@@ -112,9 +122,11 @@ print(base64.b64encode(paint(m.photo, {labels}, {style}, e.alpha, e.hidden if {s
             "(rows) => rows.map((r) => [r.cells[0].innerText.trim(), r.cells[1].innerText])"
         )
         assert dict(shown) == counts and len(shown) == len(counts)
-        assert sum(int(n.replace(",", "")) for _, n in shown) == 2 * self.kernel("shift.state.moment.view.size")
+        assert sum(int(n.replace(",", "")) for _, n in shown) == 2 * self.kernel("shift.state.moment.truth.size")
         card = self.root.locator(".mbs-card").inner_text()
-        assert all(line in card for line in self.kernel(f"{self.variable}.point({self.variable}.state)['lines']"))
+        assert all(
+            line in card for line in self.kernel(f"{self.variable}.describe_pixel({self.variable}.state)['lines']")
+        )
 
 
 def close(a, b):
@@ -127,7 +139,8 @@ def changed(before, after):
 
 def test_the_tour_runs_through(tour):
     outputs = tour.evaluate(
-        "() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap((c) => c.model.type === 'code' ? c.model.outputs.toJSON() : []).map((o) => o.output_type)"
+        """() => window.jupyterapp.shell.currentWidget.content.widgets
+        .flatMap((c) => c.model.type === 'code' ? c.model.outputs.toJSON() : []).map((o) => o.output_type)"""
     )
     assert "error" not in outputs and len(outputs) >= 8
     assert tour.locator(".js-plotly-plot").count() == 1
@@ -176,7 +189,9 @@ def test_point_at_a_pixel(shift):
     shift.page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
     tip = shift.root.locator(".mbs-tip").inner_text()
     y, x = map(int, re.match(r"\((\d+), (\d+)\)", tip).groups())
-    assert f"truth: {shift.kernel(f'class_style(run.names).names[int(shift.state.moment.truth[{y}, {x}])]')}" in tip
+    assert (
+        f"truth: {shift.kernel(f'make_class_style(run.names).names[int(shift.state.moment.truth[{y}, {x}])]')}" in tip
+    )
 
 
 def test_keys(shift):
@@ -196,7 +211,9 @@ def test_keys(shift):
     shift.shows()
     press("m")
     shift.settled()
-    photo = shift.painted("m.truth * 0", "class_style(run.names)._replace(colours=0 * class_style(run.names).colours)")
+    photo = shift.painted(
+        "m.truth * 0", "make_class_style(run.names)._replace(colours=0 * make_class_style(run.names).colours)"
+    )
     assert all(close(p, photo) for name, p in shift.pixels().items() if name != "weight"), "colours are off"
     press("m")
     press("1")
@@ -205,7 +222,7 @@ def test_keys(shift):
     shift.shows()
     press("1")
     press("?")
-    assert shift.root.get_by_text("arrows: move the pick").is_visible()
+    assert shift.root.get_by_text("Arrow keys: move the picked pixel").is_visible()
     press("?")
     index, ranking = shift.state("index"), shift.state("ranking")
     press("n")
@@ -299,7 +316,10 @@ def test_features_follow_the_pick(tour):
     low, high = np.percentile(cosines, (2, 98))
     ramp = np.frombuffer(
         b64decode(
-            kernel(tour, "import base64; print(base64.b64encode(features.picture(features.state)['ramp']).decode())")
+            kernel(
+                tour,
+                "import base64; print(base64.b64encode(features.describe_picture(features.state)['ramp']).decode())",
+            )
         ),
         np.uint8,
     ).reshape(256, 3)
@@ -315,9 +335,13 @@ def test_everything_has_a_name(tour):
     "For screen readers: every canvas, slider, button and list says what it is."
     labels = tour.locator(".mbs-explore canvas").evaluate_all("(all) => all.map((c) => c.getAttribute('aria-label'))")
     assert len(labels) == 30 and all(label and ":" in label for label in labels)
-    nameless = tour.evaluate("""() => [...document.querySelectorAll('.jp-OutputArea-output :is(button, select, input, [role=slider])')]
-        .filter((e) => e.offsetParent && !(e.innerText.trim() || e.title || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.labels?.length
-                || e.closest('.widget-inline-hbox, .widget-box')?.querySelector('label, .widget-label')?.innerText.trim())).map((e) => e.outerHTML.slice(0, 120))""")
+    nameless = tour.evaluate("""() => {
+        const hasName = (e) => e.innerText.trim() || e.title || e.getAttribute('aria-label')
+            || e.getAttribute('aria-labelledby') || e.labels?.length
+            || e.closest('.widget-inline-hbox, .widget-box')?.querySelector('label, .widget-label')?.innerText.trim();
+        const controls = '.jp-OutputArea-output :is(button, select, input, [role=slider])';
+        return [...document.querySelectorAll(controls)]
+            .filter((e) => e.offsetParent && !hasName(e)).map((e) => e.outerHTML.slice(0, 120)); }""")
     assert nameless == []
 
 
@@ -339,7 +363,7 @@ def test_a_saved_page_is_live(runs, tmp_path, offline):
     for tau in (0.5, 0, 1, 0.25):
         offline.locator("#tau").evaluate(
             "(s, k) => { s.value = k; s.dispatchEvent(new Event('input')); }",
-            [f["tau"] for f in explorer.saved(explorer.state)["frames"]].index(tau),
+            [f["tau"] for f in explorer.describe_saved(explorer.state)["frames"]].index(tau),
         )
         offline.wait_for_function(
             "(t) => [...document.querySelectorAll('.mbs-explore')].every((e) => e.dataset.drawn.includes(` ${t} `))",
@@ -357,7 +381,7 @@ def test_a_saved_page_is_live(runs, tmp_path, offline):
     offline.wait_for_timeout(200)
     assert {"truth", "flow"} <= changed(before, one.pixels())
     one.panel("truth").click(position=dict(x=5, y=5))
-    offline.get_by_text("everything else about this pixel needs the notebook").first.wait_for()
+    offline.get_by_text("Everything else about this pixel needs the notebook").first.wait_for()
 
 
 def test_saved_features_follow_the_pick(runs, tmp_path, offline):

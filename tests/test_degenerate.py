@@ -1,16 +1,26 @@
 "Degenerate inputs are defined and finite, for every method, in value and gradient."
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from steps import make_step
 
-from mbs.augment import TestTransform, TrainTransform
+from mbs.augment import Normalisation, TestTransform, TrainTransform
+from mbs.data import open_data
+from mbs.draws import Draws
+from mbs.experiment import Experiment
 from mbs.methods import METHODS, Method
 from mbs.protocol import VOID
+from mbs.run import load_run
+from mbs.scenes import write_scenes
 from mbs.segmenter import Segmenter
+from mbs.settings import Settings, Setup
+from mbs.views import StepView
 from mbs.weights import make_encoder
 
-STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NORMALISATION = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def networks(method, n_new, encoder="vit_tiny_patch16_224", **options):
@@ -59,12 +69,13 @@ def test_convolutional_encoder_any_size():
 
 @pytest.mark.parametrize("height,width", [(20, 90), (90, 20), (3, 3), (64, 64)])
 def test_pictures_smaller_than_the_crop(height, width):
-    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    labels = torch.randint(0, 3, (height, width), dtype=torch.uint8)
-    for transform in (TrainTransform(64, *STATISTICS), TestTransform(*STATISTICS, crop=64)):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, (height, width), dtype=np.uint8)
+    for transform in (TrainTransform(64, NORMALISATION), TestTransform(crop=64)):
         for _ in range(20):
             x, y = transform(image, labels)
-            assert x.shape == (3, 64, 64) and y.shape == (64, 64) and set(y.unique().tolist()) <= {0, 1, 2, VOID}
+            assert x.shape == (64, 64, 3) and y.shape == (64, 64) and set(np.unique(y).tolist()) <= {0, 1, 2, VOID}
 
 
 def test_flat_logits_have_no_nan():
@@ -79,12 +90,7 @@ def test_flat_logits_have_no_nan():
 
 
 def test_a_loss_that_is_not_finite_names_its_pictures(tmp_path, monkeypatch):
-    "The error says in which iteration, with which pictures; the step is not written."
-    from mbs.draws import Draws
-    from mbs.experiment import Experiment
-    from mbs.methods import Method
-    from mbs.run import Settings, Setup, load_run
-
+    "The error names the iteration and its pictures, and the step is not written."
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
 
     class Exploding(Method):
@@ -101,30 +107,14 @@ def test_a_loss_that_is_not_finite_names_its_pictures(tmp_path, monkeypatch):
     ) as failure:
         Experiment(settings, method=Exploding).run()
     setup = Setup(settings)
-    view = setup.train
-    drawn = Draws(
-        type(
-            "View",
-            (),
-            dict(step=0, data=view, positions=setup.positions[0], __len__=lambda self: len(setup.positions[0])),
-        )(),
-        8,
-        settings.seed,
-    ).ids(13)
-    assert (
-        len(drawn) == 8
-        and ", ".join(drawn) in str(failure.value)
-        and load_run(tmp_path / "outputs" / "run").n_steps == 0
-    )
+    view = StepView(setup.train, setup.protocol[0], TestTransform(), NORMALISATION, positions=setup.positions[0])
+    drawn = Draws(view, 8, settings.seed).ids(13)
+    assert len(drawn) == 8 and ", ".join(drawn) in str(failure.value)
+    assert load_run(tmp_path / "outputs" / "run").n_steps == 0
 
 
 def test_test_pictures_among_the_training_pictures(tmp_path):
     "The same name in both parts is an error; the same picture under another name is a loud warning."
-    import shutil
-
-    from mbs.data import open_data
-    from mbs.scenes import write_scenes
-
     root = tmp_path / "data"
     write_scenes(root, n_train=4, n_test=2, size=32)
     lists = root / "ImageSets" / "Segmentation"

@@ -1,5 +1,6 @@
-"The documentation site: it builds without a warning, every link leads somewhere, every name is in it, and a browser draws its pages without a network."
+"The site builds without warnings, links resolve, every name has an entry, and a browser draws pages without a network."
 
+import ast
 import importlib
 import inspect
 import io
@@ -21,9 +22,10 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))  # its programs are no package
-DEMANDED = bool(os.environ.get("CI")) or os.environ.get("MBS_BROWSER") == "1"  # then a missing browser is a failure
-MODULES = [f"mbs.{p.stem}" for p in sorted((ROOT / "mbs").glob("*.py")) if not p.stem.startswith("_")]
+sys.path.insert(0, str(DOCS))  # the programs in docs/ are not a package
+DEMANDED = bool(os.environ.get("CI")) or os.environ.get("MBS_BROWSER") == "1"  # a missing browser is a failure
+FILES = [p.relative_to(ROOT).with_suffix("") for p in sorted((ROOT / "mbs").rglob("*.py"))]
+MODULES = [".".join(p.parts) for p in FILES if not p.stem.startswith("_")]
 SIX = [
     "index.html",
     "reference.html",
@@ -35,7 +37,7 @@ SIX = [
 
 
 class Page(HTMLParser):
-    "Anchors, links, and what a page loads by itself."
+    "Anchors and links of a page, and the files that it loads."
 
     def __init__(self, path):
         super().__init__()
@@ -62,9 +64,8 @@ def site(tmp_path_factory):
         [sys.executable, DOCS / "build.py", "--out", out], capture_output=True, text=True, timeout=600
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and not done.stderr, (
-        done.stdout[-2000:] + done.stderr[-4000:]
-    )  # Sphinx ends with an error when it warns
+    said = done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0 and not done.stderr, said  # with -W a warning of Sphinx is an error
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
     return out / "html"
 
@@ -74,7 +75,7 @@ def pages(site):
     return {p: Page(p) for p in sorted(site.rglob("*.html"))}
 
 
-def test_links_lead_somewhere(site, pages):
+def test_links_resolve(site, pages):
     broken = []
     for path, page in pages.items():
         for link in page.links + page.loads:
@@ -100,8 +101,8 @@ def test_pages_load_nothing_from_elsewhere(site, pages):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_name_is_explained(name, pages):
-    "All of `__all__` is in the reference, functions and classes with a docstring of their own."
+def test_every_public_name_has_an_entry(name, pages):
+    "Every name in `__all__` has an entry; functions and classes have a docstring."
     module = importlib.import_module(name)
     anchors = set().union(*(page.anchors for page in pages.values()))
     for public in module.__all__ if hasattr(module, "__all__") else []:
@@ -111,8 +112,8 @@ def test_every_name_is_explained(name, pages):
             assert (value.__doc__ or "").strip(), f"{name}.{public} has no docstring"
 
 
-def test_reference_says_what_the_source_says(pages, site):
-    "Signature, comments of parameters, fields of settings, methods; code in the text is a link."
+def test_reference_agrees_with_the_source(pages, site):
+    "Entries have signatures, comments of parameters, fields and methods; code in the text is a link."
     text = (site / "reference/pseudo_labels.html").read_text(encoding="utf-8")
     assert (
         "relabel where the teacher’s probability is at least this" in text
@@ -120,36 +121,162 @@ def test_reference_says_what_the_source_says(pages, site):
         and "_modules/mbs/pseudo_labels.html#selective_pseudo_labels" in text
     )
     assert "of the run folder under outputs/" in (site / "reference/run.html").read_text(encoding="utf-8")
-    assert {"mbs.run.Run.confusion", "mbs.protocol.Protocol.to_channels"} <= {
+    assert {"mbs.run.Run.confusion", "mbs.protocol.Step.to_channels"} <= {
         a for page in pages.values() for a in page.anchors
     }
-    assert "reference/protocol.html#mbs.protocol.channel_map" in pages[site / "equations.html"].links
+    assert "reference/protocol.html#mbs.protocol.Step.to_channels" in pages[site / "equations.html"].links
     assert "#| " not in text and "nbdev_export" not in text
 
 
-def test_parameters_of_a_signature():
-    import ast
+def describe(source, owner=""):
+    "Return the entry of the function that `source` defines."
+    from reference import describe_function, read_comments
 
-    from reference import comments, function_entry, table
+    return describe_function(ast.parse(source).body[0], "mbs.m", read_comments(source), owner)
 
+
+def test_entry_has_every_parameter_of_a_signature():
     source = (
-        'def f(self, a, # first\n  b:int|None=None, c=2, # both\n  *rest, k:str="x", **more)->int: # out\n    "Doc."\n'
+        'def f(self, a, # first\n  b:int|None=None, c=2, # both\n  *rest, k:str="x", **m)->int: # out\n    "Doc."\n'
     )
-    entry = function_entry(ast.parse(source).body[0], "mbs.m", comments(source), "C.")
-    assert (
-        "{py:method} C.f(a, b: int | None = None, c=2, *rest, k: str = 'x', **more) -> int" in entry
-        and "**Returns** out" in entry
-    )
+    entry = describe(source, "C.")
+    assert "{py:method} C.f(a, b: int | None = None, c=2, *rest, k: str = 'x', **m) -> int" in entry
+    assert "**Returns** out" in entry
     assert "| `a` |  | first |" in entry and "| `c` |  | both |" in entry and r"| `b` | `int \| None` |  |" in entry
-    entry = function_entry(ast.parse(one := "def g(a:int)->'B': # out\n    'Doc.'\n").body[0], "mbs.m", comments(one))
+    entry = describe("def g(a:int)->'B': # out\n    'Doc.'\n")
     assert "{py:function} g(a: int) -> B" in entry and "**Returns** out" in entry and "| `a`" not in entry
-    assert table([("a", "int", "", "")], "parameter") == ""
+
+
+def test_table_without_notes_is_left_out():
+    from reference import make_table
+
+    assert make_table([("a", "int", "", "")], "parameter") == ""
+
+
+def test_entry_reads_comments_as_the_formatter_leaves_them():
+    "Each comment belongs to its parameter, also behind a wrapped default; the one behind the colon to the result."
+    entry = describe(
+        """
+def f(
+    # about both of the next
+    target: Tensor,  # labels
+    mode: Literal["a", "b"] = (
+        "a"  # which way
+    ),
+    size: tuple = (
+        1,
+        2,
+    ),  # height and width
+    *,
+    last: bool = False,
+) -> tuple[
+    int,
+    str,
+]:  # number and name
+    # why this is so
+    "Do it."
+    return 1, ""  # not in the entry
+"""
+    )
+    assert [line for line in entry.splitlines() if line.startswith("| `")] == [
+        "| `target` | `Tensor` | labels |",
+        "| `mode` | `Literal['a', 'b']` | which way |",
+        "| `size` | `tuple` | height and width |",
+        "| `last` | `bool` |  |",
+    ]
+    assert "**Returns** number and name\n" in entry and "next" not in entry and "why" not in entry
+    silent = describe('def f(\n    a: int,  # first\n) -> int:\n    # why\n    "Do it."\n')
+    assert "| `a` | `int` | first |" in silent and "**Returns**" not in silent
+
+
+def test_entry_reads_comments_behind_wrapped_fields():
+    from reference import describe_class, read_comments
+
+    source = """
+class C:
+    "Doc."
+
+    mode: str = (
+        "last"  # which one
+    )
+    share: float = Field(
+        0.1, gt=0
+    )  # of all
+    _hidden: int = 0  # internal
+"""
+    entry = describe_class(ast.parse(source).body[0], "mbs.m", read_comments(source))
+    assert "| `mode` | `str` | which one |" in entry and "| `share` | `float` | of all |" in entry
+    assert "share: float = 0.1" in entry and "_hidden" not in entry
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    "A repository whose only module, `mbs.explore.evidence`, is in a package; return the site of it."
+    import build
+
+    cells = [
+        new_markdown_cell("# Evidence\n> A promise."),
+        new_code_cell("#| default_exp explore.evidence"),
+        new_markdown_cell("#| export\nThe paper: p = e / Σ e, computed by `weigh`."),
+        new_code_cell("#| export\nimport math"),
+        new_code_cell('#| export\ndef weigh(\n    a: int,  # first\n) -> int:  # second\n    "Weigh it."'),
+        new_code_cell('#| export\ndef _helper():\n    "Help."'),
+        new_code_cell("#| hide\nassert True"),
+        new_markdown_cell("See [this](61a_evidence.ipynb), `mbs.explore.evidence.weigh` and `61a_evidence`."),
+    ]
+    sources = {
+        "mbs/__init__.py": '_HOME = {"weigh": "explore"}\n',
+        "mbs/explore/__init__.py": "from .evidence import weigh\n",
+        "mbs/explore/evidence.py": "__all__ = ['weigh']\n\ndef weigh(a): 'Weigh it.'\n\ndef _helper(): 'Help.'\n",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "nbs").mkdir()
+    kernel = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), tmp_path / "nbs/61a_evidence.ipynb")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    return build.Site(tmp_path / "pages")
+
+
+def test_notebook_of_a_package_has_a_page(packaged):
+    "The page of `61a_evidence` has the name of its module; public names of a package are found in its modules."
+    assert packaged.public == {"weigh": "explore.evidence"}
+    packaged.write_notebook(packaged.notebooks[0])
+    cells = nbformat.read(packaged.folder / "reference/explore/evidence.ipynb", 4).cells
+    text = "\n".join(cell.source for cell in cells)
+    assert "{py:module} mbs.explore.evidence" in text and '"../../_modules/mbs/explore/evidence.html"' in text
+    assert "[this](/reference/explore/evidence.ipynb)" in text
+    assert "{py:obj}`mbs.explore.evidence.weigh <mbs.explore.evidence.weigh>`" in text
+    assert "{doc}`61a_evidence </reference/explore/evidence>`" in text
+
+
+def test_exported_cells_are_shown_without_directives(packaged):
+    "Exported Markdown is text; code with only private names is folded and has no entry; imports are left out."
+    packaged.write_notebook(packaged.notebooks[0])
+    cells = nbformat.read(packaged.folder / "reference/explore/evidence.ipynb", 4).cells
+    text = "\n".join(cell.source for cell in cells)
+    assert "#|" not in text and "import math" not in text and "assert True" not in text
+    assert any(c.cell_type == "markdown" and c.source.startswith("The paper: p = e / Σ e") for c in cells)
+    code = [c for c in cells if c.cell_type == "code"]
+    assert [c.source.split("(")[0] for c in code] == ["def weigh", "def _helper"]
+    assert all(c.metadata["tags"] == ["hide-input"] for c in code)
+    assert "{py:function} weigh(a: int) -> int" in text and "**Returns** second" in text
+    assert text.count("{py:function}") == 1 and not packaged.unwritten
+
+
+def test_a_public_name_without_a_definition_is_refused(packaged, tmp_path):
+    from build import Site
+
+    (tmp_path / "mbs/__init__.py").write_text('_HOME = {"gone": "explore"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lists gone, which mbs\.explore does not export"):
+        Site(tmp_path / "other")
 
 
 def test_readme_is_the_front_page():
-    from readme import readme
+    from readme import make_readme
 
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "README.md is stale: run make readme"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == make_readme(), "README.md is stale: run make readme"
     assert (DOCS / "images/background_shift.png").stat().st_size < 200_000
 
 
@@ -157,11 +284,19 @@ def test_a_link_out_of_the_site_is_refused(tmp_path):
     from build import Site
 
     with pytest.raises(ValueError, match="no page of the site"):
-        Site(tmp_path).linked("[here](../mbs/run.py)", "docs/data.md")
+        Site(tmp_path).add_links("[here](../mbs/run.py)", "docs/data.md")
     assert (
-        Site(tmp_path).linked("`Protocol` and `x` in [`Protocol`](data.md)", "docs/data.md")
+        Site(tmp_path).add_links("`Protocol` and `x` in [`Protocol`](data.md)", "docs/data.md")
         == "{py:obj}`Protocol <mbs.protocol.Protocol>` and `x` in [`Protocol`](/data.md)"
     )
+
+
+def test_a_role_and_a_common_word_stay_as_they_are(tmp_path):
+    "Code behind a role is still linked; `train` in a text is a word, not the notebook of that name."
+    from build import Site
+
+    linked = Site(tmp_path).add_links("{term}`step`, as in `Protocol` and `train`", "docs/data.md")
+    assert linked == "{term}`step`, as in {py:obj}`Protocol <mbs.protocol.Protocol>` and `train`"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +316,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser):
-    "A function that opens a file at a width; at the end, no complaint and no request to another host."
+    "Return a function that opens a file at a width; finally check for complaints and requests to other hosts."
     complaints, contexts = [], []
 
     def open_page(path, query="", width=1280, **options):
@@ -206,9 +341,10 @@ def opened(browser):
     assert complaints == []
 
 
-def colours(element):
-    "How many different colours a part of the page shows."
-    return len(np.unique(np.array(Image.open(io.BytesIO(element.screenshot())).convert("RGB")).reshape(-1, 3), axis=0))
+def count_colours(element):
+    "Count the different colours that a part of the page shows."
+    picture = Image.open(io.BytesIO(element.screenshot())).convert("RGB")
+    return len(np.unique(np.array(picture).reshape(-1, 3), axis=0))
 
 
 @pytest.mark.parametrize("name", SIX)
@@ -216,7 +352,7 @@ def test_page_is_drawn(opened, site, name):
     page = opened(site / name)
     pictures = page.locator("article img").all()
     assert all(picture.evaluate("p => p.complete && p.naturalWidth > 0") for picture in pictures)
-    assert all(colours(picture) > 20 for picture in pictures[:3])
+    assert all(count_colours(picture) > 20 for picture in pictures[:3])
     assert bool(pictures) == (name not in ("reference.html", "equations.html"))
     formulae = page.locator("math")
     assert (formulae.count() > 0) == (
@@ -227,12 +363,11 @@ def test_page_is_drawn(opened, site, name):
 
 
 @pytest.mark.parametrize("name", SIX)
-def test_page_fits_a_telephone(opened, site, name):
+def test_page_fits_a_phone(opened, site, name):
     page = opened(site / name, width=390, color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert (
-        int(page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]")) < 60
-    )  # dark where dark is asked for
+    red = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]")
+    assert int(red) < 60, "the page must be dark when the browser asks for dark"
 
 
 def test_search(opened, site):
@@ -246,9 +381,9 @@ def test_search(opened, site):
 
 
 def test_chart_is_drawn(opened, site, tmp_path):
-    "A stored plotly chart becomes one that draws itself."
+    "A stored chart of plotly becomes one that draws itself."
     import plotly.graph_objects as go
-    from build import shown
+    from build import prepare_cell
 
     chart = json.loads(go.Figure(go.Bar(x=["old", "new"], y=[3, 1]), dict(title="</script>")).to_json())
     cell = new_code_cell(
@@ -257,7 +392,7 @@ def test_chart_is_drawn(opened, site, tmp_path):
     (tmp_path / "pages").mkdir()
     kernel = dict(name="python3", display_name="python3", language="python")
     nbformat.write(
-        new_notebook(cells=[new_markdown_cell("# A chart"), shown(cell, "")], metadata=dict(kernelspec=kernel)),
+        new_notebook(cells=[new_markdown_cell("# A chart"), prepare_cell(cell, "")], metadata=dict(kernelspec=kernel)),
         tmp_path / "pages/index.ipynb",
     )
     subprocess.run(
@@ -265,4 +400,4 @@ def test_chart_is_drawn(opened, site, tmp_path):
     )
     page = opened(tmp_path / "html/index.html")
     page.wait_for_selector(".plotly-chart svg.main-svg")
-    assert page.locator(".plotly-chart .bars path").count() == 2 and colours(page.locator(".plotly-chart")) > 20
+    assert page.locator(".plotly-chart .bars path").count() == 2 and count_colours(page.locator(".plotly-chart")) > 20

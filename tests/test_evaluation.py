@@ -11,8 +11,9 @@ from mbs.data import open_data
 from mbs.experiment import Experiment
 from mbs.inference import predict_in_windows
 from mbs.metrics import scores
-from mbs.run import Settings, Setup, load_run
+from mbs.run import load_run
 from mbs.segmenter import Segmenter
+from mbs.settings import Settings, Setup
 from mbs.weights import make_encoder
 
 SHORT = dict(
@@ -109,7 +110,7 @@ def test_two_columns(recipe, both):
 
 def published_void(run, step):
     "Pixels of the centre crops whose class is not yet there."
-    from mbs.training import make_recipe, make_test_view
+    from mbs.recipe import make_recipe, make_test_view
 
     setup = Setup(run.settings)
     view = make_test_view(setup.test, setup.protocol, step, ((0,) * 3, (1,) * 3), make_recipe(crop=24), "crop")
@@ -195,7 +196,8 @@ def test_joint_is_scored_by_the_split():
 
 def test_the_report_shows_both_columns():
     "The table's numbers are those of the two confusion matrices; runs that measured one way only are not in it."
-    from mbs.report import group_runs, make_columns_table
+    from mbs.comparison import group_runs
+    from mbs.report_tables import make_columns_table
 
     both = [
         Experiment(Settings(name=f"r{seed}", seed=seed, **SHORT, training=BRIEF | dict(crop=24, both=True))).run()
@@ -210,8 +212,9 @@ def test_the_report_shows_both_columns():
 
 def test_pseudo_labels_are_checked_against_the_truth():
     "What is kept with a step is what the labels that the method trains on are worth, counted anew from the stored teacher; methods without pseudo-labels keep nothing."
-    from mbs.experiment import relabel_pictures
-    from mbs.report import group_runs, make_label_table
+    from mbs.comparison import group_runs
+    from mbs.label_quality import relabel_pictures
+    from mbs.report_tables import make_pseudo_label_table
 
     run = Experiment(Settings(name="mbs", **SHORT, training=BRIEF | dict(iterations=60, lr=2e-3))).run()
     kd = Experiment(Settings(name="ft", method="finetune", **SHORT, training=BRIEF)).run()
@@ -236,4 +239,4 @@ def test_pseudo_labels_are_checked_against_the_truth():
         and found["ignored"] == pytest.approx(counts[:, 1].sum() / pixels)
         and found["kept_old"] == pytest.approx(counts[1, 0] / counts[:, 0].sum())
     )
-    assert len(make_label_table(group_runs([run])[0]).rows) == 1
+    assert len(make_pseudo_label_table(group_runs([run])[0]).rows) == 1

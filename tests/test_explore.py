@@ -3,7 +3,9 @@
 import base64
 import json
 import re
+from importlib import import_module
 from io import BytesIO
+from pathlib import Path
 from zlib import decompress
 
 import matplotlib
@@ -15,29 +17,39 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from mbs import explore
 from mbs.experiment import Experiment
-from mbs.explore import (
-    FATES,
+from mbs.explore.evidence import (
     FLOWS,
-    FeatureState,
-    Pictures,
-    ShiftState,
-    explore_class_tokens,
-    explore_features,
-    explore_pseudo_labels,
+    IGNORED_OLD,
+    LEVELS,
+    THRESHOLDS,
+    Evidence,
+    classify_flow,
+    compare_tokens,
+    count_codes,
+    fit_colours,
+    make_step_labels,
+    project_colours,
+    relabel_background,
+    trace_thresholds,
 )
+from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
+from mbs.explore.figures import SHIFT_PANELS
+from mbs.explore.page import Display, describe_shift_panels, describe_shift_picture, describe_shift_pixel, encode_script
+from mbs.explore.paint import FATE_STYLE, FLOW_STYLE, make_class_style, make_group_style, paint, quantise
+from mbs.explore.states import COLOURS, ORDERS, SOURCES, FeatureState, Pictures, ShiftState
+from mbs.explore.widgets import make_control
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels
-from mbs.run import Settings
-from mbs.viz import classify_fate
+from mbs.settings import Settings
+from mbs.viz import AGREE, FATES, classify_fate
 
 matplotlib.use("Agg")
 HOSTILE = "</script><script>alert(1)</script>"
 
 
-def evidence(seed, n_old=4, height=23, width=31, stride=8, scale=3.0):
-    "A teacher that says anything."
+def make_evidence(seed, n_old=4, height=23, width=31, stride=8, scale=3.0):
+    "Return random evidence of a teacher, and its upsampled logits."
     rng = np.random.default_rng(seed)
     h, w = -(-height // stride), -(-width // stride)
     logits = (scale * rng.standard_normal((n_old, h, w))).astype(np.float32)
@@ -46,7 +58,7 @@ def evidence(seed, n_old=4, height=23, width=31, stride=8, scale=3.0):
     ]
     p = full.softmax(1)[0]
     confidence, best = p.max(0)
-    return explore.Evidence(
+    return Evidence(
         confidence.numpy(), best.numpy().astype(np.uint8), (p[0] < p[1:].sum(0)).numpy(), logits, {}, stride
     ), full
 
@@ -57,72 +69,72 @@ def evidence(seed, n_old=4, height=23, width=31, stride=8, scale=3.0):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0, 1), st.booleans())
 def test_stored_confidences_give_the_training_labels(seed, tau, ignore):
-    teacher, logits = evidence(seed)
-    view = np.random.default_rng(seed).choice([0, 4, VOID], teacher.best.shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
+    teacher, logits = make_evidence(seed)
+    step_labels = (
+        np.random.default_rng(seed).choice([0, 4, VOID], teacher.best.shape, p=[0.8, 0.1, 0.1]).astype(np.uint8)
+    )
     tau = float(np.float32(tau))  # the comparison with float32 confidences is the training's
-    expected = selective_pseudo_labels(torch.from_numpy(view)[None].long(), logits, tau, ignore)[0].numpy()
-    assert (explore.labels_at(view, teacher, tau, ignore) == expected).all()
+    expected = selective_pseudo_labels(torch.from_numpy(step_labels)[None].long(), logits, tau, ignore)[0].numpy()
+    assert (relabel_background(step_labels, teacher, tau, ignore) == expected).all()
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.booleans())
 def test_curve_is_what_counting_at_every_threshold_gives(seed, ignore):
-    teacher, _ = evidence(seed, scale=1.5)
+    teacher, _ = make_evidence(seed, scale=1.5)
     rng = np.random.default_rng(seed)
-    view, truth = (
+    step_labels, truth = (
         rng.choice(choices, teacher.best.shape).astype(np.uint8)
         for choices in ([0, 0, 0, 4, VOID], [0, 1, 2, 3, 4, VOID])
     )
-    curve = explore.threshold_curve(view, truth, teacher, ignore)
+    curve = trace_thresholds(step_labels, truth, teacher, ignore)
     for k in range(0, 101, 10):
-        labels = explore.labels_at(view, teacher, explore.TAUS[k], ignore)
-        fates = explore.counted(classify_fate(view, labels), FATES)
-        assert [curve[n][k] for n in ("kept", "relabelled", "ignored")] == [
-            fates[n] for n in ("kept background", "relabelled", "ignored")
-        ]
-        new = (view == 0) & (labels > 0) & (labels != VOID)
-        known, hidden = new & (truth != VOID), (view == 0) & (truth > 0) & (truth < 4)
-        assert curve["recall"][k] == pytest.approx((new & (labels == truth)).sum() / hidden.sum())
+        labels = relabel_background(step_labels, teacher, THRESHOLDS[k], ignore)
+        fates = count_codes(classify_fate(step_labels, labels), FATES)
+        assert [values[k] for values in curve[:3]] == [fates[n] for n in ("kept background", "relabelled", "ignored")]
+        new = (step_labels == 0) & (labels > 0) & (labels != VOID)
+        known, hidden = new & (truth != VOID), (step_labels == 0) & (truth > 0) & (truth < 4)
+        assert curve.recall[k] == pytest.approx((new & (labels == truth)).sum() / hidden.sum())
         if known.any():
-            assert curve["precision"][k] == pytest.approx((new & (labels == truth)).sum() / known.sum())
+            assert curve.precision[k] == pytest.approx((new & (labels == truth)).sum() / known.sum())
         else:
-            assert np.isnan(curve["precision"][k])
+            assert np.isnan(curve.precision[k])
 
 
 @given(st.integers(0, 10_000))
 def test_every_pixel_flows_somewhere_once(seed):
     truth, labels = np.random.default_rng(seed).choice([0, 1, 2, 3, VOID], (2, 9, 7)).astype(np.uint8)
-    flow = explore.flow_of(truth, labels, 2)
-    assert sum(explore.counted(flow, FLOWS).values()) == 63 and explore.counted(flow, FLOWS).keys() == FLOWS.keys()
-    assert ((flow == explore.AGREE) == ((truth == labels) & (truth != VOID))).all()
-    assert ((flow == explore.IGNORED_OLD) == ((labels == VOID) & (truth == 1))).all()
+    flow = classify_flow(truth, labels, 2)
+    assert sum(count_codes(flow, FLOWS).values()) == 63 and count_codes(flow, FLOWS).keys() == FLOWS.keys()
+    assert ((flow == AGREE) == ((truth == labels) & (truth != VOID))).all()
+    assert ((flow == IGNORED_OLD) == ((labels == VOID) & (truth == 1))).all()
 
 
 def test_labels_of_a_step_under_a_permuted_order():
     protocol = Protocol("2-1", 4, order=[3, 1, 4, 2])
     truth = np.array([[0, 1, 2, 3, 4, VOID]], np.uint8)
-    assert explore.step_labels(truth, protocol[1]).tolist() == [[0, 0, 0, 3, 0, VOID]]
+    assert make_step_labels(truth, protocol[1]).tolist() == [[0, 0, 0, 3, 0, VOID]]
 
 
 def test_painting_keeps_to_its_arguments():
     rng = np.random.default_rng(0)
     photo, labels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8), rng.integers(0, 5, (20, 30), dtype=np.uint8)
-    style = explore.class_style(list("abcde"))
-    assert (explore.paint(photo, labels, style, 0) == photo).all()
-    assert (explore.paint(photo, labels, style, 0.7, hidden=range(5)) == photo).all()
-    everywhere = explore.paint(photo, labels, style, 0.7, faint=np.ones((20, 30), bool))
+    style = make_class_style(list("abcde"))
+    assert (paint(photo, labels, style, 0) == photo).all()
+    assert (paint(photo, labels, style, 0.7, hidden=range(5)) == photo).all()
+    everywhere = paint(photo, labels, style, 0.7, darkened=np.ones((20, 30), bool))
     assert (everywhere <= photo).all()
     with pytest.raises(ValueError, match="a colour for each of 5"):
-        explore.class_style(list("abcde"), np.zeros((4, 3), np.uint8))
-    assert (explore.class_style(list("ab"), np.array([[0, 0, 0], [9, 8, 7]])).colours[1, :3] == (9, 8, 7)).all()
+        make_class_style(list("abcde"), np.zeros((4, 3), np.uint8))
+    assert (make_class_style(list("ab"), np.array([[0, 0, 0], [9, 8, 7]])).colours[1, :3] == (9, 8, 7)).all()
 
 
 def test_flow_and_fate_colours_are_apart_for_every_eye():
     "Same colour, same look, is allowed only where a hatch tells them apart."
-    for style in (explore.FLOW_STYLE, explore.FATE_STYLE):
+    for style in (FLOW_STYLE, FATE_STYLE):
         looks = [(*style.colours[c].tolist(), c in style.hatched) for c in style.names]
         assert len(set(looks)) == len(looks), looks
-    assert explore.group_style(3, 4, 6).names == {
+    assert make_group_style(3, 4, 6).names == {
         0: "background",
         1: "an old class",
         2: "an old class",
@@ -135,24 +147,33 @@ def test_flow_and_fate_colours_are_apart_for_every_eye():
 
 def test_components_do_not_flip():
     features = np.random.default_rng(1).standard_normal((50, 8)) * np.arange(1, 9)
-    basis = explore.pca_basis(features)
-    assert np.allclose(basis.components, explore.pca_basis(np.concatenate([features[::-1]] * 2)).components)
+    basis = fit_colours(features)
+    assert np.allclose(basis.components, fit_colours(np.concatenate([features[::-1]] * 2)).components)
     assert (
-        explore.pca_rgb(features, basis).dtype == np.uint8
+        project_colours(features, basis).dtype == np.uint8
         and (basis.components[np.abs(basis.components).argmax(0), range(3)] > 0).all()
     )
-    flat = explore.pca_basis(np.ones((10, 8)))  # no variance: no division by zero
-    assert np.isfinite(explore.pca_rgb(np.ones((2, 2, 8)), flat)).all()
+    flat = fit_colours(np.ones((10, 8)))  # no variance: no division by zero
+    assert np.isfinite(project_colours(np.ones((2, 2, 8)), flat)).all()
 
 
 def test_script_content_cannot_leave_its_element():
-    assert (
-        "<" not in explore.for_script({"a": HOSTILE}) and json.loads(explore.for_script({"a": HOSTILE}))["a"] == HOSTILE
-    )
-    assert base64.b64decode(json.loads(explore.for_script(b"\x00\xff"))["base64"]) == b"\x00\xff"
+    assert "<" not in encode_script({"a": HOSTILE}) and json.loads(encode_script({"a": HOSTILE}))["a"] == HOSTILE
+    assert base64.b64decode(json.loads(encode_script(b"\x00\xff"))["base64"]) == b"\x00\xff"
 
 
 # states
+
+
+def test_a_room_imports_only_from_rooms_before_it():
+    "The letters of the notebooks are the order: 61a before 61b."
+    notebooks = sorted((Path(__file__).parents[1] / "nbs").glob("61[a-z]_*.ipynb"))
+    rooms = [path.stem.split("_", 1)[1] for path in notebooks]
+    assert rooms == ["evidence", "states", "paint", "page", "figures", "widgets", "explorers"]
+    for room, module in ((room, import_module(f"mbs.explore.{room}")) for room in rooms):
+        used = {value.__module__ for value in vars(module).values() if hasattr(value, "__module__")}
+        above = {f"mbs.explore.{name}" for name in rooms[rooms.index(room) + 1 :]}
+        assert not used & above, f"{room} uses {used & above}"
 
 
 def sums(state):
@@ -164,10 +185,10 @@ def test_counts_sum_to_the_picture_whatever_is_chosen(runs):
     state = ShiftState(pictures)
     for state.step in range(1, pictures.n_steps):
         for state.index in range(len(pictures)):
-            for state.source in explore.SOURCES:
+            for state.source in SOURCES:
                 for state.tau in (0, 0.3, 0.7, 1):
                     assert sums(state) == [40 * 40] * 2
-    assert any(state.pictures.at(1, i).teacher.best.any() for i in range(4)), (
+    assert any(state.pictures.get_moment(1, i).teacher.best.any() for i in range(4)), (
         "the teacher only sees background: the tests would say nothing"
     )
 
@@ -175,20 +196,22 @@ def test_counts_sum_to_the_picture_whatever_is_chosen(runs):
 def test_limits_of_tau(runs):
     state = ShiftState(Pictures(runs[0]), step=1, index=0)
     m = state.moment
-    candidates, doubted = (m.view == 0) & (m.teacher.best > 0), (m.view == 0) & m.teacher.doubt
+    candidates, doubted = (m.step_labels == 0) & (m.teacher.best > 0), (m.step_labels == 0) & m.teacher.doubt
     state.tau = 0
     assert (
         state.counts["relabelled"] == candidates.sum()
-        and state.counts["ignored"] == (doubted & ~candidates).sum() + (m.view == VOID).sum()
+        and state.counts["ignored"] == (doubted & ~candidates).sum() + (m.step_labels == VOID).sum()
     )
     state.tau = 1
     assert (
         state.counts["relabelled"] == 0
-        and state.counts["ignored"] == doubted.sum() + (m.view == VOID).sum()
-        and np.isnan(state.quality[0])
+        and state.counts["ignored"] == doubted.sum() + (m.step_labels == VOID).sum()
+        and np.isnan(state.quality.precision)
     )
     state.ignore = False
-    assert state.counts["ignored"] == (m.view == VOID).sum() and (state.shift.pseudo == m.view).all()
+    assert (
+        state.counts["ignored"] == (m.step_labels == VOID).sum() and (state.shift.pseudo_labels == m.step_labels).all()
+    )
 
 
 def test_relabelled_only_falls_with_tau(runs):
@@ -198,12 +221,12 @@ def test_relabelled_only_falls_with_tau(runs):
         relabelled.append(state.counts["relabelled"])
     assert relabelled == sorted(relabelled, reverse=True) and relabelled[0] > relabelled[-1]
     curve = state.curve
-    assert curve["relabelled"][::10].tolist() == relabelled
+    assert curve.relabelled[::10].tolist() == relabelled
 
 
 def test_orders_go_round_and_are_sorted(runs):
     state = ShiftState(Pictures(runs[0]), step=1)
-    for state.order in explore.ORDERS:
+    for state.order in ORDERS:
         assert state.index == state.ranking[0] and sorted(state.ranking) == [0, 1, 2, 3]
         seen = [state.index]
         for _ in range(3):
@@ -218,7 +241,7 @@ def test_orders_go_round_and_are_sorted(runs):
     forgotten = []
     for index in state.ranking:
         state.index = index
-        forgotten.append(state.counts["old->background"] / state.moment.view.size)
+        forgotten.append(state.counts["old->background"] / state.moment.truth.size)
     assert forgotten == sorted(forgotten, reverse=True)
 
 
@@ -254,7 +277,8 @@ def test_any_size_of_picture(runs, size):
         explorer = explore_pseudo_labels(*runs, images=images)
         assert sums(explorer.state) == [photo[..., 0].size] * 2
         assert (
-            explore.shift_picture(explorer.state)["size"] == list(size) and explore.shift_point(explorer.state)["bars"]
+            describe_shift_picture(explorer.state, Display())["size"] == list(size)
+            and describe_shift_pixel(explorer.state)["bars"]
         )
         explorer.to_figure(), explorer.to_frame()
         explore_features(runs[0], images=images).to_frame()
@@ -262,10 +286,10 @@ def test_any_size_of_picture(runs, size):
 
 def test_features_share_their_colours_over_steps_and_pictures(runs):
     state = FeatureState(Pictures(runs[0]), step=1)
-    before = state.basis(state.level)
+    before = state.get_basis(state.level)
     state.step, state.index = 2, 3
-    assert state.basis(state.level) is before
-    for state.level in explore.LEVELS:
+    assert state.get_basis(state.level) is before
+    for state.level in LEVELS:
         assert state.maps.teacher.shape == (5, 5, 3) and np.isclose(max(c.max() for c in state.cosines), 1, atol=1e-5)
     row, column = (n // 8 for n in state.pick)
     assert all(np.isclose(c[row, column], 1, atol=1e-5) for c in state.cosines)
@@ -307,10 +331,10 @@ def test_view_follows_the_state_and_the_state_the_view(runs):
     found, (canvas, second) = controls(explorer.view), explorer.canvases
     found["τ"].value = 0.35
     assert explorer.state.tau == canvas.tau == second.tau == 0.35
-    rows = {r["name"]: r["count"] for table in canvas.labels["tables"] for r in table["rows"]}
+    rows = {r["name"]: r["count"] for table in canvas.panels["tables"] for r in table["rows"]}
     assert rows == {name.replace("->", " → "): n for name, n in explorer.state.counts.items()}
     explorer.state.step = 2
-    assert found["step"].value == 2 and "labels of step 2" in [p["title"] for p in second.labels["panels"]]
+    assert found["step"].value == 2 and "labels of step 2" in [p["title"] for p in second.panels["panels"]]
     ranking = explorer.state.ranking
     place = ranking.index(explorer.state.index)
     canvas._handle_custom_msg({"move": 1}, [])
@@ -334,13 +358,16 @@ def test_view_follows_the_state_and_the_state_the_view(runs):
 
 def test_maps_of_the_view_are_those_of_the_state(runs):
     state = ShiftState(Pictures(runs[0]), step=1)
-    for state.colour_by in explore.COLOURS:
-        maps = {k: np.frombuffer(decompress(v), np.uint8) for k, v in explore.shift_labels(state)["maps"].items()}
-        shown = state.shift.fate if state.colour_by == "fate" else state.shift.pseudo
+    for state.colour_by in COLOURS:
+        maps = {
+            k: np.frombuffer(decompress(v), np.uint8)
+            for k, v in describe_shift_panels(state, Display())["maps"].items()
+        }
+        shown = state.shift.fate if state.colour_by == "fate" else state.shift.pseudo_labels
         assert (
             (maps["pseudo"] == shown.ravel()).all()
             and (maps["flow"] == state.shift.flow.ravel()).all()
-            and (maps["weight"] == explore.quantised(state.shift.weight, 0, 1).ravel()).all()
+            and (maps["weight"] == quantise(state.shift.weights, 0, 1).ravel()).all()
         )
 
 
@@ -348,10 +375,10 @@ def test_large_pictures_are_thinned_for_the_eye_alone(runs):
     photo, truth, _ = runs[0].samples()[0]
     large = np.kron(photo, np.ones((4, 4, 1), np.uint8)), np.kron(truth, np.ones((4, 4), np.uint8))
     explorer = explore_pseudo_labels(runs[0], images=[large], max_side=64)
-    part = explorer.picture(explorer.state)
+    part = explorer.describe_picture(explorer.state)
     assert (
         part["size"] == [54, 54]
-        and part["reduced"] == 3
+        and part["thinning"] == 3
         and "1/3" in part["note"]
         and len(decompress(part["maps"]["truth"])) == 54 * 54
     )
@@ -365,7 +392,7 @@ def test_controls_are_named(runs):
             for widget in row.children:
                 assert getattr(widget, "description", "") or widget.children[0].value
         explorer.close()
-    assert explore.control("FloatSlider", "x", min=0, max=1).description == "x"
+    assert make_control("FloatSlider", "x", min=0, max=1).description == "x"
 
 
 def test_static_where_nothing_can_be_live(runs, monkeypatch):
@@ -389,23 +416,23 @@ def test_figure_is_the_state(runs):
     explorer = explore_pseudo_labels(runs[0], step=1, alpha=0.8)
 
     def drawn():
-        return [ax.images[0].get_array() for ax in explorer.to_figure(explore.SHIFT_PANELS[:5], annotate=False).axes]
+        return [ax.images[0].get_array() for ax in explorer.to_figure(SHIFT_PANELS[:5], annotate=False).axes]
 
     before = drawn()
     assert len(before) == 5
-    style = explore.class_style(runs[0].names)
-    assert (before[0] == explore.paint(explorer.state.moment.photo, explorer.state.moment.truth, style, 0.8)).all()
+    style = make_class_style(runs[0].names)
+    assert (before[0] == paint(explorer.state.moment.photo, explorer.state.moment.truth, style, 0.8)).all()
     explorer.state.alpha = 0.2
     after = drawn()
     assert all((a != b).any() for a, b in zip(before, after)), "opacity is left out"
-    explorer.state.flow_filter = [explore.AGREE]
+    explorer.state.flow_filter = [AGREE]
     assert (drawn()[0] != after[0]).any(), "the filter is left out"
     with pytest.raises(ValueError, match="panel 'x' is not known"):
         explorer.to_figure(["x"])
 
 
 def test_pages_load_nothing(runs, tmp_path):
-    "No address in anything that a browser would fetch; plotly's own source holds addresses as text, so that page is checked in the browser test alone."
+    "No address in anything that a browser would fetch; plotly's source holds addresses, so the browser test checks it."
     for explorer in (explore_pseudo_labels(*runs), explore_features(*runs)):
         page = explorer.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
         assert "{{" not in page and not re.search(r"https?:|//cdn|@import|(src|href)\s*=|url\(", page)
@@ -417,11 +444,14 @@ def test_pages_load_nothing(runs, tmp_path):
 
 def test_saved_thresholds_are_those_of_the_kernel(runs, tmp_path):
     explorer = explore_pseudo_labels(runs[0], step=1, tau=0.37)
-    saved = explorer.saved(explorer.state)["frames"]
+    saved = explorer.describe_saved(explorer.state)["frames"]
     assert {0.37, 0.7, 0, 1} <= {f["tau"] for f in saved}
     for frame in saved[::5]:
         explorer.state.tau = frame["tau"]
-        assert frame["labels"]["tables"][0]["rows"] == explore.shift_labels(explorer.state)["tables"][0]["rows"]
+        assert (
+            frame["panels"]["tables"][0]["rows"]
+            == describe_shift_panels(explorer.state, Display())["tables"][0]["rows"]
+        )
 
 
 def test_hostile_names_stay_text(runs, tmp_path, monkeypatch):
@@ -433,13 +463,15 @@ def test_hostile_names_stay_text(runs, tmp_path, monkeypatch):
 def test_tables_are_the_states(runs):
     explorer = explore_pseudo_labels(*runs, step=1, tau=0.4)
     table = explorer.to_frame()
+    assert explorer.state.ignore and not explorer.states[1].ignore  # kd trains without rule 2
+    assert (table[table["run"] == "kd"]["ignored"] == 0).all()
     assert table[["run", "picture"]].drop_duplicates().shape == (8, 2)
     for state in explorer.states:
         row = table[(table["run"] == state.run.folder.name) & (table["picture"] == state.index)].iloc[0]
         assert {name: row[name] for name in state.counts} == state.counts
     tokens = explore_class_tokens(runs[0], step=2)
     pairs = tokens.to_frame()
-    cosine = explore.token_cosine(runs[0].model(2).decoder.tokens().detach().numpy())
+    cosine = compare_tokens(runs[0].model(2).decoder.tokens().detach().numpy())
     assert (
         np.allclose(pairs["cosine"], [cosine[i, j] for i in range(len(cosine)) for j in range(i)])
         and pairs["change"].notna().sum() == 8 * 7 // 2

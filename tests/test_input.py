@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader
 
 from mbs import Experiment, Settings, load_run
 from mbs.augment import IMAGENET, ReleasedTransform, TestTransform, TrainTransform, resize_fast, resize_with_pillow
-from mbs.cache import cache_paths, cache_pictures, open_cache
-from mbs.data import SegmentationFolder, StepView, split_for_tuning
-from mbs.draws import Draws, iterate_batches, move_to_device
+from mbs.cache import _list_cache_paths, _open_cache, cache_pictures
+from mbs.data import SegmentationFolder, split_for_tuning
+from mbs.draws import Draws, iterate_batches
 from mbs.protocol import VOID, Protocol
+from mbs.recipe import make_recipe, make_train_view
 from mbs.scenes import write_scenes
-from mbs.training import make_recipe, make_train_view
+from mbs.views import StepView, move_to_device
 
 GOLDEN = load()
 NETWORK = dict(encoder_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2))
@@ -195,7 +196,7 @@ def test_the_same_weights_with_and_without(home, recipe, workers, tuning, capsys
     assert ("decoding 24 pictures" in capsys.readouterr().out) and list(home.glob("data/*/.mbs-decoded-train.npy"))
     assert plain.log() == fast.log()
     for t in range(2):
-        mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (plain, fast))
+        mine, theirs = (load_file(r.step_path(t, "model.safetensors")) for r in (plain, fast))
         assert all(torch.equal(mine[k], theirs[k]) for k in mine) and np.array_equal(
             plain.confusion(t).counts, fast.confusion(t).counts
         )
@@ -269,14 +270,14 @@ def test_a_cache_that_does_not_fit_is_made_anew(folder, spoil):
         Image.open(path).convert("RGB").save(path, "BMP")  # the size of such a file does not depend on what is in it
     data = SegmentationFolder(folder.root)
     file = cache_pictures(data).decoded.file
-    assert open_cache(file, data) is not None
+    assert _open_cache(file, data) is not None
     spoil(file, data)
-    assert open_cache(file, SegmentationFolder(folder.root)) is None
+    assert _open_cache(file, SegmentationFolder(folder.root)) is None
     again = cache_pictures(SegmentationFolder(folder.root))
     assert (
         again.decoded.file == file
         and same(again, SegmentationFolder(folder.root))
-        and open_cache(file, SegmentationFolder(folder.root)) is not None
+        and _open_cache(file, SegmentationFolder(folder.root)) is not None
     )
 
 
@@ -295,7 +296,7 @@ def test_no_room(folder, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**17))
     with pytest.raises(
         ValueError,
-        match=r"decoded pictures of s take 0\.2 MiB and .* has 0\.1 MiB left: expected room for them; make some, or leave cache out",
+        match=r"decoded pictures of s take 0\.2 MiB and .* has 0\.1 MiB left: expected enough room; free some, or leave cache out",
     ):
         cache_pictures(folder)
     assert not list(folder.root.glob("*decoded*"))
@@ -307,7 +308,7 @@ def test_the_disk_fills_up(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, usual[1]))
     try:
         with pytest.raises(
-            ValueError, match=r"decoded pictures of s cannot be written to .*: expected room and the right to write"
+            ValueError, match=r"decoded pictures of s cannot be written to .*: expected room and permission to write"
         ):
             cache_pictures(folder)
     finally:
@@ -317,7 +318,7 @@ def test_the_disk_fills_up(folder):
 
 def test_read_only_data(folder, home, monkeypatch):
     "Then it lies at home; one that lies beside the data already is used."
-    beside, at_home = cache_paths(folder.layout, "train")
+    beside, at_home = _list_cache_paths(folder.layout, "train")
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder.root and allowed(path, mode))
     assert (
@@ -329,7 +330,7 @@ def test_read_only_data(folder, home, monkeypatch):
     at_home.rename(beside)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert cache_pictures(folder).decoded.file == beside
-    assert cache_paths(folder.layout, "test") != cache_paths(folder.layout, "train")
+    assert _list_cache_paths(folder.layout, "test") != _list_cache_paths(folder.layout, "train")
 
 
 def test_home_cannot_be_written_either(folder, home, monkeypatch):
@@ -344,14 +345,14 @@ BUILDER = """
 import sys, time
 import numpy as np
 import mbs.data
-from mbs.cache import cached
+from mbs.cache import cache_pictures
 from mbs.data import SegmentationFolder
 slowly = SegmentationFolder.__getitem__
 def wait(self, i):
     if self.decoded is None: time.sleep(.02)
     return slowly(self, i)
 SegmentationFolder.__getitem__ = wait
-data = cached(SegmentationFolder(sys.argv[1]))
+data = cache_pictures(SegmentationFolder(sys.argv[1]))
 print("sum", sum(int(x.sum()) for i in range(len(data)) for x in data[i]))
 """
 

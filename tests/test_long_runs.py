@@ -1,6 +1,7 @@
-"""What long use leaves behind: nothing. Memory over thousands of iterations, files, threads and loader processes over hundreds of steps, widgets and arrays over a hundred explorers.
+"""Long use leaks nothing: memory over thousands of iterations, files, threads and workers over hundreds of steps,
+widgets and arrays over a hundred explorers.
 
-Each in a process of its own, on one thread. MBS_LONG multiplies how long they go on."""
+Each test runs in a separate process on one thread. MBS_LONG multiplies the iterations, resumed steps and explorers."""
 
 import gc
 import json
@@ -19,38 +20,38 @@ LONG = int(os.environ.get("MBS_LONG", 1))
 NETWORK = dict(encoder_options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2), decoder=dict(depth=1), samples=1)
 
 
-def environment(folder):
-    "One thread, `folder` as home, and a front end that shows widgets."
+def make_environment(folder):
+    "Make an environment with one thread, `folder` as home, and a front end that shows widgets."
     return os.environ | dict(MBS_HOME=str(folder), OMP_NUM_THREADS="1", JPY_SESSION_NAME="a.ipynb")
 
 
-def alone(what, folder):
-    "What the function `what` of this file finds, in a fresh process with `folder` as its home."
+def run_alone(what, folder):
+    "Call the function `what` of this file in a fresh process with `folder` as its home, and return its result."
     done = subprocess.run(
         [sys.executable, __file__, what],
         capture_output=True,
         text=True,
         cwd=folder,
-        env=environment(folder),
+        env=make_environment(folder),
         timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory():
-    "Of this process, MiB."
+def measure_memory():
+    "Return the resident memory of this process, MiB."
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def objects(kind=object):
-    "How many are alive, after a collection of garbage."
+def count_objects(kind=object):
+    "Count the living objects of a kind, after a garbage collection."
     gc.collect()
     return sum(issubclass(type(o), kind) for o in gc.get_objects())
 
 
-def handles():
-    "Open files, threads and child processes."
+def count_handles():
+    "Count open files, threads and child processes."
     import psutil
 
     return dict(
@@ -61,14 +62,16 @@ def handles():
     )
 
 
-def iterations():
-    "A run of five steps with everything on that a run can have: states saved every ten iterations, two judges, both columns, a log. Memory every 20 iterations, what is alive after each step."
+def run_iterations():
+    """Run five steps with every feature on: checkpoints every ten iterations, two validators, both columns, a log.
+
+    Return the memory every 20 iterations, and the living objects after each step."""
     import torch
 
     import mbs.evaluation
     import mbs.experiment
     from mbs.methods import Method
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
     used, after, evaluations = [], [], []
     inner = mbs.evaluation.evaluate
@@ -77,14 +80,15 @@ def iterations():
         def loss(self, *words):
             Watched.seen += 1
             if Watched.seen % 20 == 0:
-                used.append(memory())
+                used.append(measure_memory())
             return super().loss(*words)
 
     def counted(*words, **more):
         evaluations.append(1)
         return inner(*words, **more)
 
-    Watched.seen, mbs.evaluation.evaluate, mbs.experiment.evaluate = 0, counted, counted
+    Watched.seen = 0
+    mbs.evaluation.evaluate = mbs.experiment.evaluate = counted
     training = dict(crop=32, batch=4, iterations=400 * LONG, optimizer="adamw", both=True, selection="held-out")
     settings = Settings(
         name="long",
@@ -96,17 +100,16 @@ def iterations():
         **NETWORK,
     )
     for _ in mbs.experiment.Experiment(settings, method=Watched).steps():
-        after.append(dict(tensors=objects(torch.Tensor), objects=objects()))
+        after.append(dict(tensors=count_objects(torch.Tensor), objects=count_objects()))
     return dict(used=used, after=after, iterations=Watched.seen, evaluations=len(evaluations))
 
 
 def test_memory_is_flat(tmp_path):
-    "Over 2,000 iterations and 50 evaluations; what is alive after a step grows by the tensors of one class."
-    found = alone("iterations", tmp_path)
+    "Memory stays flat over 2,000 iterations and 50 evaluations; objects grow by the tensors of one class a step."
+    found = run_alone("run_iterations", tmp_path)
     assert found["iterations"] >= 2000 * LONG and found["evaluations"] >= 50
-    early, late = (
-        statistics.median(found["used"][step * 20 * LONG : (step + 1) * 20 * LONG]) for step in (2, 4)
-    )  # the first two steps warm up
+    # the first two steps warm up
+    early, late = (statistics.median(found["used"][step * 20 * LONG :][: 20 * LONG]) for step in (2, 4))
     assert late - early < 8, f"memory grows from {early:.1f} to {late:.1f} MiB: {found['used'][::20]}"
     first, last = found["after"][1], found["after"][4]
     assert last["tensors"] - first["tensors"] <= 3 * 4 and last["objects"] - first["objects"] < 500, found["after"]
@@ -114,58 +117,61 @@ def test_memory_is_flat(tmp_path):
     kept("evaluations in one process with flat memory", found["evaluations"])
 
 
-def steps():
-    "200 steps of one class each: a run folder as a user has it, taken up again with loader processes for the last part. Handles after each step, and in the middle of the last."
+def run_steps():
+    """Run 200 steps of one class each in one run folder, and resume with dataloader workers for the last part.
+
+    Return the handles after each step, and in the middle of the last one."""
     import numpy as np
     from PIL import Image
 
     from mbs.experiment import Experiment
     from mbs.layouts import describe_folder
     from mbs.methods import Method
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
-    many, rng, count, within = Path("many"), np.random.default_rng(0), 200, []
+    many, count, within = Path("many"), 200, []
+    rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (many / folder).mkdir(parents=True)
     for c in range(count + 1):
-        Image.fromarray(rng.integers(0, 256, (8, 8 + (c == 0), 3), dtype=np.uint8)).save(many / "images" / f"{c}.png")
-        Image.fromarray(np.pad(np.full((4, 4), max(c, 1), np.uint8), [(2, 2), (2, 2 + (c == 0))])).save(
-            many / "masks" / f"{c}.png"
-        )
+        is_test = c == 0  # the test picture is a pixel wider, so that it equals no training picture
+        image = rng.integers(0, 256, (8, 8 + is_test, 3), dtype=np.uint8)
+        mask = np.pad(np.full((4, 4), max(c, 1), np.uint8), [(2, 2), (2, 2 + is_test)])
+        Image.fromarray(image).save(many / "images" / f"{c}.png")
+        Image.fromarray(mask).save(many / "masks" / f"{c}.png")
     describe_folder(many, [f"class {c}" for c in range(1, count + 1)], test=["0"])
 
     class Watched(Method):
         def loss(self, *words):
-            within[:] = [handles()]
+            within[:] = [count_handles()]
             return super().loss(*words)
 
-    settings = partial(
-        Settings, name="many", data=str(many), protocol="1-1", training=dict(crop=8, batch=2, iterations=2), **NETWORK
-    )
+    training = dict(crop=8, batch=2, iterations=2)
+    settings = partial(Settings, name="many", data=str(many), protocol="1-1", training=training, **NETWORK)
     after = []
     for workers, end in ((0, count - 20 * LONG), (2, count)):
         for step in Experiment(settings(workers=workers), method=Watched).steps():
             if step == len(after):
-                after.append(handles())
+                after.append(count_handles())
             if step + 1 == end:
                 break
     return dict(after=after, within=within[0])
 
 
 def test_nothing_stays_open(tmp_path):
-    "After 200 steps the files, threads and processes of a run are those of its tenth."
-    found = alone("steps", tmp_path)
-    assert len(found["after"]) == 200 and found["within"]["children"] == 2, (
-        "there were no loader processes: the test says nothing"
-    )
-    assert [step for step, now in enumerate(found["after"][10:], 10) if now != found["after"][9]] == [], found["after"][
-        9::10
-    ]
-    kept("steps in one process with no file, thread or loader left", len(found["after"]))
+    "After 200 steps a run has the files, threads and processes that it had after its tenth."
+    found = run_alone("run_steps", tmp_path)
+    after = found["after"]
+    assert len(after) == 200
+    assert found["within"]["children"] == 2, "there were no dataloader workers: the test proves nothing"
+    assert [step for step, now in enumerate(after[10:], 10) if now != after[9]] == [], after[9::10]
+    kept("steps in one process with no file, thread or loader left", len(after))
 
 
-def explorers():
-    "100 explorers of every kind, seen, used and closed, in the kernel that this is executed in. What the kernel holds after the first ten, and at the end."
+def use_explorers():
+    """Open, use and close 100 explorers of every kind in the kernel that executes this.
+
+    Return what the kernel holds after the first ten, and at the end."""
     import asyncio
     import weakref
 
@@ -174,7 +180,7 @@ def explorers():
     from IPython.display import display
     from ipywidgets.widgets import widget
 
-    from mbs.explore import explore_class_tokens, explore_features, explore_pseudo_labels
+    from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
     from mbs.run import trained_run
 
     one, two = trained_run("mbs"), trained_run("mbs")
@@ -184,20 +190,19 @@ def explorers():
         *[partial(explore_pseudo_labels, one), partial(explore_features, one)] * 4,
     ]
 
-    def timers():
-        return sum(type(o) is asyncio.TimerHandle and not o.cancelled() for o in gc.get_objects()) + sum(
-            isinstance(t, threading.Timer) for t in threading.enumerate()
-        )
+    def count_timers():
+        handles = sum(type(o) is asyncio.TimerHandle and not o.cancelled() for o in gc.get_objects())
+        return handles + sum(isinstance(t, threading.Timer) for t in threading.enumerate())
 
-    def left():
+    def measure():
         gc.collect()
         return dict(
             comms=len(get_comm_manager().comms),
             widgets=len(widget._instances),
-            timers=timers(),
+            timers=count_timers(),
             figures=len(plt.get_fignums()),
-            objects=objects(),
-            **handles(),
+            objects=count_objects(),
+            **count_handles(),
         )
 
     refs, count, shown = [], 100 * LONG, 0
@@ -210,59 +215,52 @@ def explorers():
         state.step = 1
         if hasattr(state, "moment"):
             state.move(1)
-        refs += map(
-            weakref.ref,
-            [
-                explorer,
-                *explorer.states,
-                *(
-                    [state.moment.photo, state.moment.view, state.moment.teacher.features["encoder"]]
-                    if hasattr(state, "moment")
-                    else [state.cosine]
-                ),
-            ],
-        )
+            arrays = [state.moment.photo, state.moment.view, state.moment.teacher.features["encoder"]]
+        else:
+            arrays = [state.cosine]
+        refs += map(weakref.ref, [explorer, *explorer.states, *arrays])
         explorer.close()
-        del explorer, state
+        del explorer, state, arrays
         if k == 9:
-            early = left()
-    late = left()
-    return dict(
-        early=early, late=late, refs=len(refs), alive=sum(r() is not None for r in refs), shown=shown, count=count
-    )
+            early = measure()
+    late = measure()
+    alive = sum(r() is not None for r in refs)
+    return dict(early=early, late=late, refs=len(refs), alive=alive, shown=shown, count=count)
 
 
 def test_closed_explorers_leave_nothing(tmp_path):
-    "In a real kernel, whose comms are those that a browser would be told of."
+    "Closed explorers leave nothing in a real kernel, whose comms are those that a browser would receive."
     from jupyter_client.manager import KernelManager
 
     printed = []
+
+    def keep_stdout(message):
+        if message["content"].get("name") == "stdout":
+            printed.append(message["content"]["text"])
+
     with tempfile.TemporaryDirectory(prefix="mbs-") as sockets:
         manager = KernelManager(transport="ipc", ip=f"{sockets}/kernel")
-        manager.start_kernel(cwd=str(tmp_path), env=environment(tmp_path))
+        manager.start_kernel(cwd=str(tmp_path), env=make_environment(tmp_path))
         client = manager.client()
         client.start_channels()
         client.wait_for_ready(120)
         reply = client.execute_interactive(
-            f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_long_runs; print(json.dumps(test_long_runs.explorers()))",
+            f"import sys, json\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_long_runs\n"
+            "print(json.dumps(test_long_runs.use_explorers()))",
             timeout=1800,
-            output_hook=lambda message: (
-                printed.append(message["content"]["text"]) if message["content"].get("name") == "stdout" else None
-            ),
+            output_hook=keep_stdout,
         )
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     assert reply["content"]["status"] == "ok", "\n".join(reply["content"].get("traceback", []))
     found = json.loads("".join(printed).splitlines()[-1])
-    assert found["shown"] > 20 and found["refs"] > 400, "there was no view: the test says nothing"
+    assert found["shown"] > 20 and found["refs"] > 400, "there was no view: the test proves nothing"
     assert found["alive"] == 0, f"{found['alive']} of {found['refs']} explorers, states and arrays live on"
     early, late = found["early"], found["late"]
-    assert late["widgets"] == late["comms"] == late["figures"] == 0 and {
-        k: late[k] - early[k] for k in ("files", "threads", "children")
-    } == dict(files=0, threads=0, children=0), found
-    assert late["timers"] - early["timers"] < 5 and late["objects"] - early["objects"] < 50 * found["count"], (
-        found
-    )  # the kernel has a timer of its own, matplotlib caches of texts
+    assert late["widgets"] == late["comms"] == late["figures"] == 0, found
+    assert [late[k] - early[k] for k in ("files", "threads", "children")] == [0, 0, 0], found
+    assert late["timers"] - early["timers"] < 5, found  # the kernel has its own timer
+    assert late["objects"] - early["objects"] < 50 * found["count"], found  # matplotlib caches texts
     kept("explorers opened and closed, nothing left", found["count"])
 
 

@@ -1,4 +1,4 @@
-"Metrics against an independent count, pixel by pixel, and against scikit-learn; published rows against the conventions they can be in."
+"Metrics agree with an independent count of pixels and with scikit-learn; published rows fit the right conventions."
 
 import math
 import statistics
@@ -31,14 +31,12 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def label_maps(rng, n, size=300):
-    "Truth with void and a prediction that often agrees with it; some classes may be missing in either."
+    "Make a ground truth with void and a prediction that often agrees with it; each may lack some classes."
     known = rng.choice(n, rng.integers(1, n + 1), replace=False)
     truth = rng.choice([*known, VOID], size)
-    predicted = np.where(
-        (truth != VOID) & (rng.random(size) < rng.random()),
-        truth,
-        rng.choice(rng.choice(n, rng.integers(1, n + 1), replace=False), size),
-    )
+    agrees = (truth != VOID) & (rng.random(size) < rng.random())
+    others = rng.choice(n, rng.integers(1, n + 1), replace=False)
+    predicted = np.where(agrees, truth, rng.choice(others, size))
     return truth.astype(np.uint8), predicted.astype(np.uint8)
 
 
@@ -54,9 +52,10 @@ def test_scores_and_shift(base, new, seed):
     valid = truth != VOID
     t, q = truth[valid].astype(int), predicted[valid]
     assert confusion.counts.sum() == valid.sum()
-    iou = [
-        ((t == c) & (q == c)).sum() / union if (union := ((t == c) | (q == c)).sum()) else math.nan for c in range(n)
-    ]
+    iou = []
+    for c in range(n):
+        union = ((t == c) | (q == c)).sum()
+        iou.append(((t == c) & (q == c)).sum() / union if union else math.nan)
     np.testing.assert_allclose(class_iou(confusion.counts), iou)
     s = scores(confusion, p[1])
     np.testing.assert_allclose(
@@ -66,10 +65,13 @@ def test_scores_and_shift(base, new, seed):
     np.testing.assert_allclose(s["pixel_accuracy"], (t == q).mean())
     old, fresh = (t > 0) & (t <= base), t > base
     shift = background_shift(confusion, p[1])
-    np.testing.assert_allclose(shift["old->background"], (q[old] == 0).mean() if old.any() else math.nan)
-    np.testing.assert_allclose(shift["new->background"], (q[fresh] == 0).mean() if fresh.any() else math.nan)
-    np.testing.assert_allclose(shift["background->new"], (q[t == 0] > base).mean() if (t == 0).any() else math.nan)
-    np.testing.assert_allclose(shift["old->new"], (q[old] > base).mean() if old.any() else math.nan)
+    for flow, group, hit in (
+        ("old->background", old, q == 0),
+        ("new->background", fresh, q == 0),
+        ("background->new", t == 0, q > base),
+        ("old->new", old, q > base),
+    ):
+        np.testing.assert_allclose(shift[flow], hit[group].mean() if group.any() else math.nan)
 
 
 def test_a_forgotten_class_raises_the_released_mean_and_lowers_ours():
@@ -100,7 +102,7 @@ def test_agrees_with_scikit_learn(base, new, seed):
         class_accuracy(c.counts), sk.recall_score(t, q, labels=range(n), average=None, zero_division=np.nan)
     )
     s = scores(c, p[1])
-    old, fresh, every = iou[1 : base + 1], iou[base + 1 :], iou
+    old, fresh = iou[1 : base + 1], iou[base + 1 :]
 
     def m(values):
         return statistics.fmean(values[~np.isnan(values)]) if (~np.isnan(values)).any() else math.nan
@@ -108,7 +110,7 @@ def test_agrees_with_scikit_learn(base, new, seed):
     want = dict(
         old=m(iou[: base + 1]),
         new=m(fresh),
-        all=m(every),
+        all=m(iou),
         old_fg=m(old),
         all_fg=m(iou[1:]),
         released=m(iou[iou > 0]),
@@ -142,7 +144,9 @@ def test_pseudo_labels_agree_with_scikit_learn(n_old, seed):
         ).astype(np.uint8)
         pseudo = np.where(labels == 0, rng.choice([*range(n_old), VOID], truth.shape), labels).astype(np.uint8)
         pictures.append((labels, pseudo, truth))
-    counted = sum((PseudoLabelCounts(n_old).update(*maps) for maps in pictures), PseudoLabelCounts(n_old))
+    counted = PseudoLabelCounts(n_old)
+    for maps in pictures:
+        counted += PseudoLabelCounts(n_old).update(*maps)
     labels, pseudo, truth = (np.concatenate([maps[k].ravel() for maps in pictures]) for k in range(3))
     hidden = (labels == 0) & (truth != VOID)
     p, t = pseudo[hidden], truth[hidden]
@@ -167,7 +171,7 @@ def test_pseudo_labels_agree_with_scikit_learn(n_old, seed):
     )
 
 
-def test_pseudo_labels_that_are_the_truth_and_none_at_all():
+def test_perfect_pseudo_labels_and_no_pseudo_labels():
     truth = np.array([[0, 1, 2, 3, VOID]], np.uint8)
     labels = np.array([[0, 0, 0, 3, 0]], np.uint8)
     perfect = pseudo_label_quality(PseudoLabelCounts(3).update(labels, truth, truth))
@@ -183,13 +187,9 @@ def test_pseudo_labels_that_are_the_truth_and_none_at_all():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 2), st.integers(1, 4), SEEDS)
 def test_forgetting_and_transfer_by_their_definition(base, new, steps, seed):
-    p, rng = (
-        Protocol(f"{base}-{new}", base + new * (steps - 1)) if steps > 1 else Protocol("offline", base),
-        np.random.default_rng(seed),
-    )
-    matrix = iou_matrix(
-        [Confusion(p[t].n_channels, rng.integers(0, 50, (p[t].n_channels,) * 2)) for t in range(len(p.sizes))]
-    )
+    p = Protocol(f"{base}-{new}", base + new * (steps - 1)) if steps > 1 else Protocol("offline", base)
+    rng = np.random.default_rng(seed)
+    matrix = iou_matrix([Confusion(step.n_channels, rng.integers(0, 50, (step.n_channels,) * 2)) for step in p])
     falls, transfers, last = [], [], len(p.sizes) - 1
     for c, arrived in enumerate(p.first_step):
         if c == 0 or arrived == last:
@@ -199,7 +199,7 @@ def test_forgetting_and_transfer_by_their_definition(base, new, steps, seed):
     f, b = forgetting(matrix, p.first_step), backward_transfer(matrix, p.first_step)
     np.testing.assert_allclose(f[~np.isnan(f)], falls)
     np.testing.assert_allclose(b[~np.isnan(b)], transfers)
-    assert (nan_mean(f) >= -nan_mean(b) - 1e-12) or not falls, "the best is at least what it was at first"
+    assert (nan_mean(f) >= -nan_mean(b) - 1e-12) or not falls, "the best IoU is at least the first one"
 
 
 @settings(max_examples=300, deadline=None)
@@ -208,8 +208,8 @@ def test_forgetting_and_transfer_by_their_definition(base, new, steps, seed):
     st.sampled_from(["foreground", "both", "all only", "non-zero"]),
     SEEDS,
 )
-def test_no_convention_is_refused_to_a_row_that_was_made_by_it(split, convention, seed):
-    "Rows printed from real per-class IoUs, each convention by its own definition; a background of 100 - (100 - all) / 4 and no less."
+def test_a_row_always_fits_the_convention_it_was_made_in(split, convention, seed):
+    "Rows are printed from per-class IoUs as each convention defines; the background is 100 - (100 - all) / 4."
     p, rng = Protocol(split), np.random.default_rng(seed)
     n_old = p.sizes[0]
     iou = rng.uniform(40, 95, 20)
@@ -247,7 +247,8 @@ def test_rows_of_the_literature():
     }.items():  # MBS re-run A
         got = check_row(*row, split)
         assert got.fits[0] == "foreground" and "foreground only" in str(got) and "all only" not in got.fits
-    for split, row in {"100-50": (47.7, 35.6, 43.7), "50-50": (54.4, 37.1, 42.9), "100-10": (47.7, 31.5, 42.3)}.items():
+    ade = {"100-50": (47.7, 35.6, 43.7), "50-50": (54.4, 37.1, 42.9), "100-10": (47.7, 31.5, 42.3)}
+    for split, row in ade.items():
         got = check_row(*row, Protocol(split, "ade"))
         assert got.fits == ("foreground",) and got.background is None
 
@@ -261,13 +262,13 @@ def test_rows_of_the_literature():
         ((80, 60, 70), "100-50", "cannot split 20 classes"),
     ],
 )
-def test_rows_that_are_none(row, protocol, says):
+def test_invalid_rows_raise(row, protocol, says):
     with pytest.raises(ValueError, match=says):
         check_row(*row, protocol)
 
 
 def test_a_background_that_is_not_tested_is_not_counted():
-    "Predicted but never true it would be a class of IoU 0."
+    "A background that is predicted but never true would be a class of IoU 0."
     p, rng = Protocol("100-50", "ade"), np.random.default_rng(0)
     counts = rng.integers(1, 9, (151, 151))
     counts[0] = 0

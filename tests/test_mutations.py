@@ -35,10 +35,11 @@ import mbs.batch
 from mbs.archives import read_archive
 from mbs.checkpoint import StepCheckpoints, save_tensors
 from mbs.cli import app
+from mbs.comparison import find_runs, group_runs, summarise_runs
 from mbs.curves import collect_scalars
 from mbs.data import SegmentationFolder, find_problems
 from mbs.experiment import Experiment
-from mbs.explore import write_tour
+from mbs.explore.explorers import write_tour
 from mbs.files import write_arrays
 from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
@@ -49,10 +50,11 @@ from mbs.parameter_files import parse_words, read_yaml
 from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
 from mbs.protocol import VOID, Protocol
-from mbs.report import find_runs, make_card_table, make_steps_table, summarise_runs
-from mbs.run import Settings, load_run
+from mbs.recipe import make_recipe
+from mbs.report_tables import make_card_table, make_steps_table
+from mbs.run import load_run
 from mbs.scenes import write_scenes
-from mbs.training import make_recipe
+from mbs.settings import Settings
 from mbs.weights import make_encoder
 
 MANY = int(os.environ.get("MBS_MUTATIONS", 60))  # inputs of each kind; 250 with make stress
@@ -378,7 +380,7 @@ def test_data_sets(home, name):
     "change,says",
     [
         (dict(classes=["background", "cat", "dog", "cow"]), "has a class 'background'"),
-        (dict(classes=["cat", "cat", "dog"]), "hold a name twice"),
+        (dict(classes=["cat", "cat", "dog"]), "contain a name twice"),
         (dict(classes=[]), "names 0 classes"),
         (dict(classes=[f"c{k}" for k in range(255)]), "names 255 classes"),
         (dict(classes=["cat", " ", "dog"]), "has a class ' '"),
@@ -512,8 +514,8 @@ def test_coco(home):
         (dict(segmentation=dict(size=[20, 30], counts=[0, 10**9])), "do not fill"),
         (dict(segmentation=dict(size=[20, 30], counts=[700, -100])), "do not fill"),
         (dict(segmentation=dict(size=[200, 300], counts=[60000])), "do not fill"),
-        (dict(segmentation=dict(size=[20, 30], counts="oooooooooooooooooo")), "no text of COCO's"),
-        (dict(category_id=3), "category 3, which is none"),
+        (dict(segmentation=dict(size=[20, 30], counts="oooooooooooooooooo")), "not in COCO's text format"),
+        (dict(category_id=3), "unknown category 3: expected the ids"),
         (dict(area=float("nan")), "area"),
     ],
 )
@@ -531,14 +533,14 @@ def test_coco_shapes_that_are_none(home, change, says):
 def test_coco_run_lengths_as_the_library_has_them():
     from pycocotools import mask
 
-    from mbs.prepare import CocoRuns, draw_coco_object
+    from mbs.prepare import _CocoRuns, _draw_coco_object
 
     for seed in range(30):
         r = np.random.default_rng(seed)
         truth = np.asfortranarray((r.random((r.integers(1, 90), r.integers(1, 90))) < r.random()).astype(np.uint8))
         packed = mask.encode(truth)
         assert (
-            draw_coco_object(CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
+            _draw_coco_object(_CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
         ).all()
 
 
@@ -856,7 +858,7 @@ def read_all(folder, models=False):
     if run.finished:
         summarise_runs([run])
         make_card_table([run])
-        [make_steps_table(group) for group in mbs.report.group_runs([run])]
+        [make_steps_table(group) for group in group_runs([run])]
     mbs.batch._read_status(folder)
     read_failure(folder / "train.ipynb"), read_worker(folder)
     for t in steps if models else ():

@@ -1,4 +1,6 @@
-"Every notebook runs, in a process of its own, shows again what it is stored with, and is kept as notebooks are kept here."
+"""Every notebook runs in its own process, shows its stored outputs again, and follows the rules for notebooks.
+
+The rules: short cells, enough prose, a picture in each module notebook and tutorial, no stored errors, small files."""
 
 import base64
 import io
@@ -7,6 +9,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import nbformat
 import pytest
@@ -15,28 +18,50 @@ from nbclient import NotebookClient
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(
-    p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith(("_", ".")) for s in p.relative_to(ROOT).parts)
-)
-MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]
+
+
+def is_hidden(path):
+    "Return whether a file or a folder above it is hidden or generated."
+    return any(part.startswith(("_", ".")) for part in path.relative_to(ROOT).parts)
+
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not is_hidden(p))
+MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]  # numbered, for example 40_ or 61a_
 TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
-TOGETHER = 6_000_000  # bytes of all notebooks
-IDENTICAL = (
-    os.environ.get("MBS_IDENTICAL") == "1"
-)  # to the last byte, as a second execution on one machine must be; other processors round differently
+MAX_BYTES = 400_000  # of one notebook
+MAX_BYTES_TOGETHER = 6_000_000  # of all notebooks
+MAX_MEDIAN_LINES = 8  # of the code cells of a notebook
+MAX_EXPORTED_LINES = 60  # of one exported cell
+# Compare outputs to the last byte, which works on the machine that stored them; other processors round differently.
+IDENTICAL = os.environ.get("MBS_IDENTICAL") == "1"
 NUMBER = re.compile(r"[-+]?\b\d[\d,]*(?:\.\d*)?(?:e[-+]?\d+)?\b|\bnan\b", re.I)
 
 
 def name(path):
+    "Return the path of a notebook below nbs/."
     return str(path.relative_to(ROOT / "nbs"))
 
 
-def cells(path, kind):
-    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+def read_cells(path, kind):
+    "Read the cells of a notebook that are of one kind, 'code' or 'markdown'."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [cell for cell in content["cells"] if cell["cell_type"] == kind]
 
 
-def executed(path, home):
-    "The notebook after a kernel of its own ran it in its folder; CellExecutionError when a cell fails."
+def read_sources(path):
+    "Read the text of all code cells of a notebook that are not empty."
+    sources = ["".join(cell["source"]) for cell in read_cells(path, "code")]
+    return [source for source in sources if source.strip()]
+
+
+def list_pictures(path):
+    "List the outputs of a notebook that hold a PNG picture."
+    outputs = [output for cell in read_cells(path, "code") for output in cell["outputs"]]
+    return [output for output in outputs if "image/png" in output.get("data", {})]
+
+
+def execute(path, home):
+    "Run a notebook in its folder with a new kernel and return it; CellExecutionError when a cell fails."
     book = nbformat.read(path, 4)
     environment = os.environ | dict(
         MBS_HOME=str(home),
@@ -50,17 +75,19 @@ def executed(path, home):
         NotebookClient(book, km=kernel, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute(
             env=environment, cleanup_kc=True
         )
-        assert not kernel.has_kernel  # one that stays alive takes half a gigabyte from all tests after it
+        assert not kernel.has_kernel  # a kernel that stays alive takes half a gigabyte from all later tests
     return book
 
 
-def kept(content):
-    "Text as it is compared: without numbers and columns, or as it is."
-    return content if IDENTICAL else " ".join(NUMBER.sub("#", content).split())
+def simplify(text):
+    "Replace numbers in a text and collapse its spaces; return it unchanged when outputs must be identical."
+    return text if IDENTICAL else " ".join(NUMBER.sub("#", text).split())
 
 
-def shown(cell):
-    "What a cell shows, as (kind, content): streams in one piece. Warnings are left out, and cells that say `#| measured`: times, processes, whoever comes first."
+def list_outputs(cell):
+    """List the outputs of a cell as (kind, content), with consecutive prints joined.
+
+    Warnings are left out. A cell marked `#| measured` has no comparable outputs: times, processes, order of arrival."""
     if "#| measured" in "".join(cell["source"]):
         return []
     found = []
@@ -75,96 +102,110 @@ def shown(cell):
                 (kind, "".join(v) if isinstance(v, str | list) else json.dumps(v, sort_keys=True))
                 for kind, v in output.get("data", {}).items()
             )
-    return [(kind, value if kind == "image/png" else kept(value)) for kind, value in found]
+    return [(kind, value if kind == "image/png" else simplify(value)) for kind, value in found]
 
 
-def same(stored, now):
-    "Whether a cell shows what it is stored with; pictures may differ in a tick label's width, unless they have to be identical."
-    if len(stored) != len(now) or any(a[0] != b[0] for a, b in zip(stored, now)):
+def read_size(picture):
+    "Return (width, height) of a base64 PNG."
+    return Image.open(io.BytesIO(base64.b64decode(picture))).size
+
+
+def is_same(kind, stored, new):
+    "Return whether two outputs agree; the size of a picture may differ by the width of a tick label."
+    if stored == new:
+        return True
+    if IDENTICAL or kind != "image/png":
         return False
+    return all(abs(a - b) <= 30 for a, b in zip(read_size(stored), read_size(new)))
 
-    def alike(a, b):
-        sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in (a, b)]
-        return all(abs(m - n) <= 30 for m, n in zip(*sizes))
 
-    return all(
-        a == b or (kind == "image/png" and not IDENTICAL and alike(a, b)) for (kind, a), (_, b) in zip(stored, now)
-    )
+def are_same(stored, new):
+    "Return whether two lists of outputs agree."
+    kinds = [kind for kind, _ in stored]
+    if kinds != [kind for kind, _ in new]:
+        return False
+    return all(is_same(kind, a, b) for kind, (_, a), (_, b) in zip(kinds, stored, new))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_runs_and_shows_what_is_stored(path, tmp_path):
-    "Outputs of a second execution: the same to the byte with MBS_IDENTICAL=1, else the same kinds, words and sizes. A notebook stored without any has nothing to compare."
-    stored, now = (
-        {c["id"]: shown(c) for c in of if c["cell_type"] == "code"}
-        for of in (cells(path, "code"), executed(path, tmp_path).cells)
-    )
+    """A new execution gives the stored outputs: the same kinds, words and sizes; the same bytes with MBS_IDENTICAL=1.
+
+    A notebook without stored outputs only has to run."""
+    stored = {cell["id"]: list_outputs(cell) for cell in read_cells(path, "code")}
+    executed = execute(path, tmp_path).cells
+    new = {cell["id"]: list_outputs(cell) for cell in executed if cell["cell_type"] == "code"}
     if not any(stored.values()):
         return
-    stale = [cell for cell, content in stored.items() if not same(content, now[cell])]
-    assert not stale, "stale outputs, execute the notebook as CONTRIBUTING.md says: " + "".join(
-        f"\n{c}\n{str(stored[c])[:400]}\n{str(now[c])[:400]}" for c in stale
-    )
+    stale = [i for i, outputs in stored.items() if not are_same(outputs, new[i])]
+    details = "".join(f"\n{i}\n{str(stored[i])[:400]}\n{str(new[i])[:400]}" for i in stale)
+    assert not stale, f"stale outputs, execute the notebook as CONTRIBUTING.md says: {details}"
 
 
-def test_number_is_no_word(monkeypatch):
-    "What the comparison lets pass, and what not."
+def test_comparison_ignores_numbers_but_not_words(monkeypatch):
     monkeypatch.setitem(globals(), "IDENTICAL", False)
 
     def stream(text, source=""):
         return dict(source=source, outputs=[dict(output_type="stream", name="stdout", text=text)])
 
-    assert shown(stream("old 61.4 %,\tnan")) == shown(stream("old 7 %, -0.3e-05")) == [("stdout", "old # %, #")]
-    assert shown(stream("step1 old")) != shown(stream("step1 new")) and shown(stream("a1")) != shown(stream("a2"))
-    assert shown(stream("12 s", "#| measured\nx")) == []
+    assert list_outputs(stream("old 61.4 %,\tnan")) == [("stdout", "old # %, #")]
+    assert list_outputs(stream("old 7 %, -0.3e-05")) == [("stdout", "old # %, #")]
+    assert list_outputs(stream("step1 old")) != list_outputs(stream("step1 new"))
+    assert list_outputs(stream("a1")) != list_outputs(stream("a2"))
+    assert list_outputs(stream("12 s", "#| measured\nx")) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_is_kept_well(path):
+def test_is_small_without_errors_and_widgets(path):
     content = json.loads(path.read_text(encoding="utf-8"))
-    outputs = [o for c in cells(path, "code") for o in c["outputs"]]
+    outputs = [output for cell in read_cells(path, "code") for output in cell["outputs"]]
     assert "widgets" not in content["metadata"], "stored widget state"
-    assert not [o for o in outputs if o["output_type"] == "error"], "a stored error"
-    assert path.stat().st_size < 400_000, (
-        f"{path.stat().st_size} bytes: expected under 400,000; make the pictures smaller"
+    assert not [output for output in outputs if output["output_type"] == "error"], "a stored error"
+    size = path.stat().st_size
+    assert size < MAX_BYTES, f"{size:,} bytes: expected under {MAX_BYTES:,}; make the pictures smaller"
+
+
+def test_all_notebooks_together_are_small():
+    total = sum(path.stat().st_size for path in NOTEBOOKS)
+    assert total < MAX_BYTES_TOGETHER, (
+        f"{total:,} bytes: expected under {MAX_BYTES_TOGETHER:,}; make the pictures smaller"
     )
 
 
-def test_are_small_together():
-    total = sum(path.stat().st_size for path in NOTEBOOKS)
-    assert total < TOGETHER, f"{total:,} bytes: expected under {TOGETHER:,}; make the pictures smaller"
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_code_cells_are_short(path):
+    lengths = [len(source.splitlines()) for source in read_sources(path)]
+    assert not lengths or median(lengths) <= MAX_MEDIAN_LINES, (
+        f"the median code cell has {median(lengths):g} lines: expected at most {MAX_MEDIAN_LINES}; "
+        "split long cells, and use each function in a cell of its own"
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
-def test_is_a_tutorial(path):
-    exported = ["".join(c["source"]) for c in cells(path, "code") if "#| export" in "".join(c["source"])]
-    pictures = [o for c in cells(path, "code") for o in c["outputs"] if "image/png" in o.get("data", {})]
-    assert max(len(source.splitlines()) for source in exported) <= 60, "an exported cell is longer than a screen"
-    assert len(cells(path, "markdown")) >= len(exported) / 2, "too little prose"
-    assert pictures, "no picture of what it does"
+def test_module_notebook_is_a_tutorial(path):
+    exported = [source for source in read_sources(path) if "#| export" in source]
+    longest = max(len(source.splitlines()) for source in exported)
+    assert longest <= MAX_EXPORTED_LINES, "an exported cell is longer than a screen"
+    assert len(read_cells(path, "markdown")) >= len(exported) / 2, "too little prose"
+    assert list_pictures(path), "no picture of what it does"
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=name)
-def test_tutorial_shows_and_exports_nothing(path):
-    "A tutorial uses the package: pictures, prose, no exported cell. `test_runs` executes it like every notebook."
-    sources = ["".join(c["source"]) for c in cells(path, "code")]
-    assert path in NOTEBOOKS and not [s for s in sources if "#| export" in s or "#| default_exp" in s]
-    assert [o for c in cells(path, "code") for o in c["outputs"] if "image/png" in o.get("data", {})], "no picture"
-    assert len(cells(path, "markdown")) >= len(sources) / 2, "too little prose"
+def test_tutorial_has_pictures_and_exports_nothing(path):
+    sources = ["".join(cell["source"]) for cell in read_cells(path, "code")]
+    assert path in NOTEBOOKS, "the tutorial is not executed"
+    assert not [source for source in sources if "#| export" in source or "#| default_exp" in source]
+    assert list_pictures(path), "no picture"
+    assert len(read_cells(path, "markdown")) >= len(sources) / 2, "too little prose"
 
 
 def test_train_parameters_are_the_settings():
     "The parameters of the train notebook are exactly the fields of `Settings`, with the same defaults."
-    from mbs.run import Settings
+    from mbs.settings import Settings
 
+    train = read_cells(ROOT / "nbs/runs/train.ipynb", "code")
+    parameters = next(cell for cell in train if "parameters" in cell["metadata"].get("tags", []))
     variables = {}
-    exec(
-        next(
-            "".join(c["source"])
-            for c in cells(ROOT / "nbs/runs/train.ipynb", "code")
-            if "parameters" in c["metadata"].get("tags", [])
-        ),
-        variables,
-    )
+    exec("".join(parameters["source"]), variables)
     del variables["__builtins__"]
     assert variables == {name: field.default for name, field in Settings.model_fields.items()}

@@ -1,4 +1,4 @@
-"Protocols: any split, any order, channels and image lists."
+"Protocols: any split, any order; channels, labels and images of every step."
 
 import json
 
@@ -13,8 +13,10 @@ from mbs.protocol import SETTINGS, SPLITS, VOID, Protocol
 
 @st.composite
 def protocols(draw, settings=SETTINGS):
+    "Draw a protocol of up to 30 classes, which may leave classes out."
     n = draw(st.integers(1, 30))
-    base, new = draw(st.integers(1, n)), draw(st.integers(1, n))
+    base = draw(st.integers(1, n))
+    new = draw(st.integers(1, n))
     order = draw(st.permutations(range(1, n + 1)))[: draw(st.integers(base, n))]
     return Protocol(f"{base}-{new}", n, draw(st.sampled_from(settings)), order)
 
@@ -23,79 +25,82 @@ def protocols(draw, settings=SETTINGS):
 @given(protocols())
 def test_every_class_arrives_once(p):
     arrived = [c for step in p.steps for c in step]
-    assert arrived == p.order and all(p.steps) and p.first_step == sorted(p.first_step)
-    assert [c for t in range(len(p.steps)) for c in p[t].new_channels] == list(range(1, p[len(p.steps) - 1].n_channels))
+    assert arrived == p.order
+    assert all(p.steps)
+    assert p.first_step == sorted(p.first_step)
+    last = p[len(p.steps) - 1]
+    new_channels = [c for t in range(len(p.steps)) for c in p[t].new_channels]
+    assert new_channels == list(range(1, last.n_channels))
 
 
 @settings(max_examples=200, deadline=None)
 @given(protocols(), st.integers(0, 2**32 - 1))
-def test_what_a_step_shows(p, seed):
-    "Labels, test and truth agree with the definitions, pixel by pixel."
+def test_labels_of_a_step_follow_the_definitions(p, seed):
+    "Training labels, test labels and full truth agree with the definitions, pixel by pixel."
     rng = np.random.default_rng(seed)
     mask = rng.choice([*range(p.n_classes + 1), VOID], size=(6, 7)).astype(np.uint8)
     channel = {0: 0, VOID: VOID, **{c: k for k, c in enumerate(p.order, 1)}}
     for t in range(len(p.steps)):
         train, test, truth = (p[t].to_channels(mask, part) for part in ("train", "test", "truth"))
-        new, seen = set(p.steps[t]), {c for step in p.steps[: t + 1] for c in step}
-        shown = seen if p.setting == "sequential" else new
-        for id_, a, b, c in zip(
-            mask.ravel().tolist(), train.ravel().tolist(), test.ravel().tolist(), truth.ravel().tolist()
-        ):
-            assert c == channel.get(id_, 0)
-            assert a == (c if id_ in shown or id_ == VOID else 0)
-            assert b == (c if id_ in seen or id_ not in p.order else VOID)
+        new = set(p.steps[t])
+        seen = {c for step in p.steps[: t + 1] for c in step}
+        labelled = seen if p.setting == "sequential" else new
+        pixels = zip(*(labels.ravel().tolist() for labels in (mask, train, test, truth)))
+        for class_id, in_train, in_test, in_truth in pixels:
+            assert in_truth == channel.get(class_id, 0)
+            assert in_train == (in_truth if class_id in labelled or class_id == VOID else 0)
+            assert in_test == (in_truth if class_id in seen or class_id not in p.order else VOID)
 
 
 @settings(max_examples=200, deadline=None)
 @given(protocols(settings=("overlapped", "disjoint", "sequential")), st.integers(0, 2**32 - 1))
-def test_which_images_a_step_sees(p, seed):
+def test_images_of_a_step_follow_the_definitions(p, seed):
     index = np.random.default_rng(seed).random((20, p.n_classes + 1)) < 0.2
     for t, new in enumerate(p.steps):
-        future = {c for step in p.steps[t + 1 :] for c in step}
-        want = [
-            i
-            for i, row in enumerate(index)
-            if row[new].any() and (p.setting == "overlapped" or not row[list(future)].any())
-        ]
-        assert p[t].select(index).tolist() == want
+        future = [c for step in p.steps[t + 1 :] for c in step]
+        expected = []
+        for i, row in enumerate(index):
+            is_allowed = p.setting == "overlapped" or not row[future].any()
+            if row[new].any() and is_allowed:
+                expected.append(i)
+        assert p[t].select(index).tolist() == expected
 
 
 @settings(max_examples=200, deadline=None)
 @given(protocols(settings=("partitioned",)), st.integers(0, 2**32 - 1))
 def test_partitioned_gives_every_image_to_one_step(p, seed):
     index = np.random.default_rng(seed).random((20, p.n_classes + 1)) < 0.2
-    steps = [p[t].select(index).tolist() for t in range(len(p.steps))]
-    assert sorted(i for seen in steps for i in seen) == np.flatnonzero(index[:, p.order].any(1)).tolist()
-    assert all(index[i, new].any() for seen, new in zip(steps, p.steps) for i in seen)
+    images = [p[t].select(index).tolist() for t in range(len(p.steps))]
+    with_a_class = np.flatnonzero(index[:, p.order].any(1)).tolist()
+    assert sorted(i for positions in images for i in positions) == with_a_class
+    assert all(index[i, new].any() for positions, new in zip(images, p.steps) for i in positions)
 
 
-def test_partitioned_draws_fairly_and_knows_no_split():
-    "Each class of an image is as likely as another; the same image is given to the same class in every split."
+def test_partitioned_draws_fairly_and_alike_in_every_split():
+    "All classes of an image are equally likely, and an image belongs to the same class in every split."
     index = np.ones((3000, 4), bool)
     counts = [len(Protocol("1-1", 3, "partitioned")[t].select(index)) for t in range(3)]
     assert sum(counts) == 3000 and min(counts) > 900
     assert counts[0] + counts[1] == len(Protocol("2-1", 3, "partitioned")[0].select(index))
 
 
-TOY = np.array(
-    [[[1, 0], [0, 2]], [[3, 2], [255, 0]], [[1, 1], [0, 0]], [[2, 3], [1, 0]]], np.uint8
-)  # four masks of 2 × 2 pixels
+FOUR_MASKS = np.array([[[1, 0], [0, 2]], [[3, 2], [255, 0]], [[1, 1], [0, 0]], [[2, 3], [1, 0]]], np.uint8)  # 2 × 2
 
 
 @pytest.mark.parametrize(
-    "setting,seen,shown",
+    "setting,images,labels",
     [
         ("overlapped", [[0, 2, 3], [0, 1, 3], [1, 3]], [[0, 0, 0, 2], [0, 2, 255, 0], [2, 0, 0, 0]]),
         ("disjoint", [[2], [0], [1, 3]], [[0, 0, 0, 2]]),
         ("sequential", [[2], [0], [1, 3]], [[1, 0, 0, 2]]),
     ],
 )
-def test_known_answers_on_tiny_masks(setting, seen, shown):
-    "Images of every step, and the labels of step 1, worked out by hand."
+def test_known_answers_on_tiny_masks(setting, images, labels):
+    "The images of every step and the labels of step 1 are those worked out by hand."
     p = Protocol("1-1", 3, setting)
-    index = np.array([[(mask == c).any() for c in range(4)] for mask in TOY])
-    assert [p[t].select(index).tolist() for t in range(3)] == seen
-    assert [p[1].to_channels(TOY[i]).ravel().tolist() for i in seen[1]] == shown
+    index = np.array([[(mask == c).any() for c in range(4)] for mask in FOUR_MASKS])
+    assert [p[t].select(index).tolist() for t in range(3)] == images
+    assert [p[1].to_channels(FOUR_MASKS[i]).ravel().tolist() for i in images[1]] == labels
 
 
 @needs_golden
@@ -104,20 +109,19 @@ def test_named_splits_are_those_of_the_released_program():
     assert {k: set(v) for k, v in tasks.items()} == {k: set(v) for k, v in SPLITS.items()}
     for dataset, splits in tasks.items():
         for name, steps in splits.items():
-            mine = Protocol(name, dataset).steps
-            assert [[0, *mine[0]], *mine[1:]] == list(steps.values())
+            base, *later = Protocol(name, dataset).steps
+            assert [[0, *base], *later] == list(steps.values())
 
 
-def test_ade_leaves_unlabelled_pixels_out_of_the_test():
+def test_ade_ignores_unlabelled_pixels_in_the_test():
     p = Protocol("100-50", "ade")
     mask = np.array([[0, 5, 120]], np.uint8)
-    assert p[0].to_channels(mask, "test").tolist() == [[VOID, 5, VOID]] and p[0].to_channels(mask).tolist() == [
-        [0, 5, 0]
-    ]
+    assert p[0].to_channels(mask, "test").tolist() == [[VOID, 5, VOID]]
+    assert p[0].to_channels(mask).tolist() == [[0, 5, 0]]
 
 
 @pytest.mark.parametrize(
-    "arguments,says",
+    "arguments,message",
     [
         (dict(name="15-1", dataset="coco"), "expected one of voc, ade"),
         (dict(name="15-1_b", dataset=20), "expected 'A-B'"),
@@ -127,33 +131,32 @@ def test_ade_leaves_unlabelled_pixels_out_of_the_test():
         (dict(name="2-1", dataset=300), "do not fit"),
     ],
 )
-def test_impossible(arguments, says):
-    with pytest.raises(ValueError, match=says):
+def test_impossible_protocols_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         Protocol(**arguments)
 
 
 @settings(max_examples=50, deadline=None)
 @given(protocols(), st.integers(0, 2**32 - 1))
 def test_hidden_shares_are_those_of_the_pixels(p, seed):
-    "Counted from the class index, and counted pixel by pixel in the masks."
+    "Shares computed from the class index equal those counted pixel by pixel in the masks."
     from mbs.inspect import measure_hidden_shares
 
     masks = np.random.default_rng(seed).choice([*range(p.n_classes + 1), VOID], size=(5, 6, 7)).astype(np.uint8)
-    counts = np.array(
-        [np.append(np.bincount(m.ravel(), minlength=256)[: p.n_classes + 1], (m == VOID).sum()) for m in masks]
-    )
+    pixels_per_id = np.array([np.bincount(mask.ravel(), minlength=256) for mask in masks])
+    counts = np.column_stack([pixels_per_id[:, : p.n_classes + 1], pixels_per_id[:, VOID]])
     for t in range(len(p.steps)):
         truth, labels = (np.array([p[t].to_channels(m, part) for m in masks]) for part in ("truth", "train"))
-        first, pixels = np.array(p.first_step)[np.where(truth == VOID, 0, truth)], (truth != VOID).sum()
-        lost = (labels == 0) & (truth != 0)
-        got = measure_hidden_shares(counts, p[t])
-        assert np.isclose(got["hidden_old"] * pixels, (lost & (first < t)).sum()) and np.isclose(
-            got["hidden_future"] * pixels, (lost & (first > t)).sum()
-        )
+        first_step = np.array(p.first_step)[np.where(truth == VOID, 0, truth)]
+        n_pixels = (truth != VOID).sum()
+        is_hidden = (labels == 0) & (truth != 0)
+        shares = measure_hidden_shares(counts, p[t])
+        assert np.isclose(shares["hidden_old"] * n_pixels, (is_hidden & (first_step < t)).sum())
+        assert np.isclose(shares["hidden_future"] * n_pixels, (is_hidden & (first_step > t)).sum())
 
 
-def test_inspect_from_the_command_line(tmp_path, monkeypatch):
-    "Any protocol before any training, with a measured time; a picture on demand; nothing else is written."
+def test_inspect_command_measures_and_writes_only_the_figure(tmp_path, monkeypatch):
+    "`mbs inspect` shows a protocol with a measured time, and saves a figure on demand."
     from typer.testing import CliRunner
 
     from mbs.cli import app
@@ -168,14 +171,12 @@ def test_inspect_from_the_command_line(tmp_path, monkeypatch):
         "training.batch=2",
         "scenes={n_train: 30, n_test: 4, size: 32}",
     ]
-    result = CliRunner().invoke(
-        app, ["inspect", *words, "--setting", "partitioned", "--measure", "--figure", str(tmp_path / "f.png")]
-    )
+    figure = tmp_path / "f.png"
+    options = ["--setting", "partitioned", "--measure", "--figure", str(figure)]
+    result = CliRunner().invoke(app, ["inspect", *words, *options])
     assert result.exit_code == 0, result.output
-    assert (
-        "images seen in 1 step: 30" in result.stdout
-        and "of computation" in result.stdout
-        and (tmp_path / "f.png").stat().st_size > 5000
-    )
+    assert "images seen in 1 step: 30" in result.stdout
+    assert "of computation" in result.stdout
+    assert figure.stat().st_size > 5000
     assert not (tmp_path / "outputs").exists()
     assert CliRunner().invoke(app, ["inspect", "scenes", "5-1", "--setting", "jointly"]).exit_code == 2

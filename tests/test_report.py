@@ -1,4 +1,4 @@
-"Reports: numbers as in the run folders, whatever the format; names that try to break out; unfinished and mixed runs; published rows."
+"Reports: numbers of the run folders in every format, hostile names, unfinished and mixed runs, published rows."
 
 import csv
 import json
@@ -14,21 +14,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mbs.cli import app
+from mbs.comparison import find_runs, group_runs, summarise_runs
 from mbs.experiment import Experiment
 from mbs.metrics import CONVENTIONS
 from mbs.protocol import SETTINGS, Protocol
-from mbs.report import (
-    compare_runs,
-    find_runs,
-    group_runs,
-    make_card_table,
-    make_published_table,
-    read_published,
-    summarise_runs,
-    write_report,
-)
-from mbs.run import Settings, load_run
+from mbs.report import compare_runs, write_report
+from mbs.report_tables import make_card_table, make_published_table, read_published
+from mbs.run import load_run
 from mbs.scenes import write_scenes
+from mbs.settings import Settings
 from mbs.tables import Table, summarise_seeds, to_csv, to_latex, to_markdown
 
 HOSTILE = [
@@ -46,7 +40,7 @@ SHORT = dict(crop=32, batch=4, iterations=2, optimizer="adamw")
 
 
 def run(outputs, name, until=None, **settings):
-    "A tiny run; stopped after step `until`."
+    "Train a tiny run; stop after step `until`."
     experiment = Experiment(Settings(name=name, **dict(training=SHORT) | NETWORK | settings), outputs)
     for step in experiment.steps():
         if step == until:
@@ -56,7 +50,9 @@ def run(outputs, name, until=None, **settings):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    "Runs on scenes whose folder and class names are hostile: three lines, one of two seeds, a joint run, two unfinished ones, another protocol."
+    """Train runs on scenes whose folder and class names are hostile.
+
+    They make three lines, one of them with two seeds; a joint run, two unfinished runs and another protocol."""
     root = tmp_path_factory.mktemp("report")
     data = write_scenes(root / "<i>pets & 50%_data", 40, 8, size=32)
     (data / "classes.txt").write_text("\n".join(HOSTILE), encoding="utf-8")
@@ -75,7 +71,7 @@ def outputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(outputs, tmp_path_factory):
-    "Everything that `write_report` writes, in a folder."
+    "Write the report of all runs, and return its folder."
     return write_report(find_runs([outputs])[0], tmp_path_factory.mktemp("written") / "a" / "report")
 
 
@@ -84,13 +80,13 @@ def stored(outputs, name):
 
 
 def cells(text, method, split):
-    "Cells of the first row of a text table whose first cell is `method`."
+    "Return the cells of the first row of a text table whose first cell is `method`."
     row = next(line for line in text.splitlines() if re.match(rf"\W*{re.escape(method)}\s*[|&]", line))
     return [cell.strip(" \\") for cell in row.strip("| ").split(split)]
 
 
 def test_numbers_are_those_of_the_runs(outputs, written):
-    "CSV to the last digit, LaTeX and Markdown to the printed one; mean and standard deviation over the two seeds."
+    "CSV agrees to the last digit, LaTeX and Markdown to the printed one, over two seeds."
     both = [stored(outputs, f"mbs{seed}") for seed in (0, 1)]
     with open(written / "summary.csv", newline="", encoding="utf-8") as f:
         lines = list(csv.DictReader(f))
@@ -101,24 +97,22 @@ def test_numbers_are_those_of_the_runs(outputs, written):
     )
     columns = ["base step", "old", "new", "all", "old_fg", "all_fg", "harmonic", "released", "accuracy"]
     for k, column in enumerate(columns, 2):
-        values = [100 * (m[0]["scores"]["all"] if column == "base step" else m[-1]["scores"][column]) for m in both]
-        assert (
-            float(mine[column]) == pytest.approx(np.mean(values))
-            and float(mine[f"{column} std"]) == pytest.approx(np.std(values, ddof=1))
-            and mine[f"{column} n"] == "2"
-        )
-        assert md[k] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" and tex[k] == md[k].replace(
-            "±", r"$\pm$"
-        ), column
+        step, key = (0, "all") if column == "base step" else (-1, column)
+        values = [100 * m[step]["scores"][key] for m in both]
+        mean, std = np.mean(values), np.std(values, ddof=1)
+        assert float(mine[column]) == pytest.approx(mean)
+        assert float(mine[f"{column} std"]) == pytest.approx(std)
+        assert mine[f"{column} n"] == "2"
+        assert md[k] == f"{mean:.1f} ± {std:.1f}", column
+        assert tex[k] == md[k].replace("±", r"$\pm$"), column
     for flow in both[0][-1]["shift"]:
         assert float(mine[flow.replace("->", " → ")]) == pytest.approx(
             100 * np.mean([m[-1]["shift"][flow] for m in both])
         )
     iou = [load_run(outputs / f"mbs{seed}").iou() for seed in (0, 1)]
     falls = [np.nanmean((m[0] - m[1])[1:7]) for m in iou]
-    assert float(mine["forgetting"]) == pytest.approx(100 * np.mean(falls)) and float(
-        mine["backward transfer"]
-    ) == pytest.approx(-100 * np.mean(falls))
+    assert float(mine["forgetting"]) == pytest.approx(100 * np.mean(falls))
+    assert float(mine["backward transfer"]) == pytest.approx(-100 * np.mean(falls))
 
 
 def test_csv_of_steps_and_classes(outputs, written):
@@ -135,9 +129,8 @@ def test_csv_of_steps_and_classes(outputs, written):
     }
     line = next(line for line in steps if line["run"] == "kd" and line["step"] == "1")
     kept = stored(outputs, "kd")[1]
-    assert float(line["all"]) == pytest.approx(100 * kept["scores"]["all"]) and float(
-        line["old->background"]
-    ) == pytest.approx(100 * kept["shift"]["old->background"])
+    assert float(line["all"]) == pytest.approx(100 * kept["scores"]["all"])
+    assert float(line["old->background"]) == pytest.approx(100 * kept["shift"]["old->background"])
     with open(written / "classes.csv", newline="", encoding="utf-8") as f:
         classes = list(csv.DictReader(f))
     matrix = load_run(outputs / "kd").iou()
@@ -147,7 +140,7 @@ def test_csv_of_steps_and_classes(outputs, written):
 
 
 class Page(HTMLParser):
-    "Tags, attributes and text of a page; fails on a tag that is not closed."
+    "Collects tags, attributes and text of a page; fails on a tag that is not closed."
 
     def __init__(self):
         super().__init__()
@@ -166,7 +159,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_page_needs_nothing_else_and_shows_names_as_they_are(written):
+def test_page_loads_nothing_and_shows_names_unchanged(written):
     page = Page()
     html = (written / "report.html").read_text(encoding="utf-8")
     page.feed(html)
@@ -196,14 +189,14 @@ def test_latex_and_markdown_are_escaped(written):
     assert "<script>" not in re.sub(r"\\[<>]", "", md) and r"a\|b" in md
 
 
-def test_lines_seeds_and_the_unfinished(outputs, written):
-    runs, left_out = find_runs([outputs, outputs / "nowhere", outputs.parent / "<i>pets & 50%_data" / "classes.txt"])
+def test_lines_seeds_and_unfinished_runs(outputs, written):
+    classes = outputs.parent / "<i>pets & 50%_data" / "classes.txt"
+    runs, left_out = find_runs([outputs, outputs / "nowhere", classes])
     assert len(runs) == 8 and set(left_out.values()) == {"it does not exist", "no run.json in it"}
     six, seven = group_runs(runs)
     assert {label: len(line) for label, line in six.lines.items()} == {"kd": 1, "mbs": 2, "mbs orthogonality=False": 1}
-    assert list(six.at_once) == list(seven.at_once) == ["finetune (all at once)"] and [
-        list(line) for line in seven.lines.values()
-    ] == [[seven.lines["mbs"][0]]]
+    assert list(six.at_once) == list(seven.at_once) == ["finetune (all at once)"]
+    assert list(seven.lines) == ["mbs"] and len(seven.lines["mbs"]) == 1
     assert {run.folder.name for _, run in six.unfinished} == {"stopped", "begun"}
     assert len({(row["table"], row["method"]) for row in summarise_runs(runs)}) == len(summarise_runs(runs)) == 6
     md = (written / "summary.md").read_text(encoding="utf-8")
@@ -213,7 +206,7 @@ def test_lines_seeds_and_the_unfinished(outputs, written):
         and re.search(r"\| begun \| kd \| 0 \| 0 of 2 \| – \|", md)
     )
     scores = md.split("### Background shift")[0]
-    assert "| finetune |" not in scores, "an unfinished run among the finished"
+    assert "| finetune |" not in scores, "an unfinished run is among the finished ones"
 
 
 def test_joint_is_split_as_the_table_is(outputs):
@@ -232,13 +225,12 @@ def test_joint_is_split_as_the_table_is(outputs):
 def test_joint_alone_and_unfinished_alone(outputs, tmp_path):
     for name in ("joint", "stopped", "begun"):
         folder = write_report([load_run(outputs / name)], tmp_path / name)
-        assert f"<td>{name}</td>" in (folder / "report.html").read_text(encoding="utf-8") and name in (
-            folder / "summary.md"
-        ).read_text(encoding="utf-8")
+        assert f"<td>{name}</td>" in (folder / "report.html").read_text(encoding="utf-8")
+        assert name in (folder / "summary.md").read_text(encoding="utf-8")
     assert not (tmp_path / "begun" / "comparison.png").exists()
 
 
-def test_other_recipes_are_other_lines_and_repeats_count_once(outputs, tmp_path):
+def test_recipes_make_lines_and_repeats_count_once(outputs, tmp_path):
     for name in ("kd", "mbs0"):
         shutil.copytree(outputs / name, tmp_path / name)
     shutil.copytree(outputs / "kd", tmp_path / "kd-again")
@@ -266,7 +258,7 @@ def test_other_recipes_are_other_lines_and_repeats_count_once(outputs, tmp_path)
 
 
 def test_runs_without_pictures(outputs, tmp_path):
-    "A run that kept no samples has no comparison, and everything else."
+    "A report on a run without samples lacks only the comparison."
     made = run(tmp_path, "plain", method="kd", protocol="6-2", data=load_run(outputs / "kd").settings.data, samples=0)
     assert {p.name for p in write_report([made], tmp_path / "report").iterdir()} == {
         "report.html",
@@ -280,7 +272,7 @@ def test_runs_without_pictures(outputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
-    "A run of 15-1 on twenty classes that are VOC's by name."
+    "Train a run of 15-1 on a folder in VOC's layout, whose twenty classes have VOC's names."
     root = tmp_path_factory.mktemp("voc")
     data = root / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
@@ -296,7 +288,7 @@ def voc(tmp_path_factory):
     return run(root, "voc", method="mbs", data=str(data), protocol="15-1")
 
 
-def test_published_rows_stand_beside_ours(voc):
+def test_published_rows_appear_beside_ours(voc):
     table = make_published_table(group_runs([voc])[0])
     theirs = {(row[0], row[1]): row[2:] for row in table.rows if not row[1].startswith("this report")}
     assert (
@@ -305,7 +297,8 @@ def test_published_rows_stand_beside_ours(voc):
         and theirs["Incrementer", "the paper"][0] == "all only"
     )
     assert theirs["MBS", "the paper"] == ["a number is missing", None, None, 80.6]
-    ours, scores = {row[2]: row[3:] for row in table.rows if row[1].startswith("this report")}, voc.metrics()["scores"]
+    ours = {row[2]: row[3:] for row in table.rows if row[1].startswith("this report")}
+    scores = voc.metrics()["scores"]
     for name, keys in {
         "foreground": ("old_fg", "new", "all_fg"),
         "both": ("old", "new", "all"),
@@ -345,15 +338,15 @@ def test_cards(outputs):
     (row,) = make_card_table([load_run(outputs / "mbs1")]).rows
     card = load_run(outputs / "mbs1").card
     assert (
-        card["data"]["train"] in row[5]
-        and f"torch {card['versions']['torch']}" in row[4]
+        card.data.train in row[5]
+        and f"torch {card.versions['torch']}" in row[4]
         and row[6] == "random initialisation"
         and row[2] == 1
     )
 
 
 def test_command(outputs, tmp_path):
-    "The command executes the notebook, which writes the files; what is no run is said, not stumbled over."
+    "The command executes the notebook, which writes the files; a path without a run is reported."
     (tmp_path / "README.md").write_text("no run")
     result = CliRunner().invoke(
         app,
@@ -402,7 +395,7 @@ def test_command_refuses(words, says, tmp_path, monkeypatch):
     )
 
 
-def test_command_says_where_it_cannot_write(outputs, tmp_path):
+def test_command_reports_an_unwritable_folder(outputs, tmp_path):
     (tmp_path / "file").write_text("")
     result = CliRunner().invoke(app, ["report", str(outputs / "kd"), "--out", str(tmp_path / "file")])
     assert result.exit_code == 2 and "cannot be written" in result.stderr
@@ -420,12 +413,12 @@ def test_a_run_of_another_version_is_left_out(outputs, tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps(card))
     runs, left_out = find_runs([tmp_path])
     assert [r.folder.name for r in runs] == ["kd"]
-    assert {
-        Path(path).name: "'steps' is missing" in why or "'colour' is not known" in why for path, why in left_out.items()
-    } == {"lacks": True, "unknown": True}
+    reasons = {Path(path).name: why for path, why in left_out.items()}
+    assert reasons.keys() == {"lacks", "unknown"}
+    assert "'steps' is missing" in reasons["lacks"] and "colour' is not known" in reasons["unknown"]
 
 
-def test_tables_of_odd_values():
+def test_tables_of_missing_values():
     table = Table("t", ["a", "b"], [[summarise_seeds([]), 1.25], [summarise_seeds([0.5, float("nan")]), None]])
     assert "–" in to_markdown(table) and "50.0" in to_latex(table)
     lines = list(csv.reader(to_csv([table]).splitlines()))

@@ -1,5 +1,6 @@
-"The loop of a step: it waits for nothing, computes what the plain way computes, and compiled what it computes uncompiled."
+"The training loop never waits for a GPU, equals a plain computation, and gives the same compiled and uncompiled."
 
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -8,36 +9,26 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mbs.evaluation import evaluate
-from mbs.experiment import Experiment, describe_difference
+from mbs.experiment import Experiment
 from mbs.methods import METHODS, Method
 from mbs.metrics import iou_matrix
 from mbs.objective import reference_pixel_terms
-from mbs.run import Settings, Setup, trained_run
+from mbs.protocol import Protocol
+from mbs.recipe import make_accelerator, make_recipe, make_test_view, make_train_view
+from mbs.run import trained_run
+from mbs.run_folder import describe_difference
 from mbs.segmenter import Segmenter
-from mbs.training import (
-    compile_networks,
-    make_accelerator,
-    make_optimizer,
-    make_recipe,
-    make_test_view,
-    make_train_view,
-    run_teacher,
-    train_iterations,
-    train_step,
-)
+from mbs.settings import Settings, Setup
+from mbs.training import Training, make_optimizer, run_teacher, train_step
 from mbs.weights import make_encoder
 
 TINY = dict(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
 RUN = dict(protocol="6-2", samples=0, share_base=False, scenes=dict(n_train=40, n_test=12, size=48))
 TRAINING = dict(crop=48, batch=8, iterations=25, optimizer="adamw", lr=1e-3)
 make_test_view.__test__ = False
-WAITS = {
-    "aten::item",
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::is_nonzero",
-    "aten::equal",
-}  # what a GPU would have to be asked for
+# operations that read a number from the device: a program on a GPU would wait for it
+WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+STEP = Protocol("2-2", 4)[1]  # three old channels, two new ones
 
 
 @pytest.fixture(autouse=True)
@@ -48,46 +39,67 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def eager_compiler(monkeypatch):
-    "torch.compile without a C++ compiler: traced, differentiated ahead of time, run by PyTorch; a graph that breaks is an error."
+    "torch.compile without a C++ compiler: trace and differentiate ahead of time; a graph break is an error."
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
 
 
-def networks(method, drop_path=0.0):
+def make_networks(method, drop_path=0.0):
+    "A frozen teacher and a student that has grown by two classes."
     torch.manual_seed(0)
     old = Segmenter(make_encoder("vit_tiny_patch16_224", **TINY), [1, 2], drop_path=drop_path)
-    return old.frozen(), method.grow(old, 2).train()
+    return old.frozen(), method.grow(old, STEP).train()
 
 
-def loop(name="mbs", n=3, **choices):
-    "The losses of a few iterations on the same pictures, the optimiser's among what is run, as `train_step` calls them; and the student."
-    method, recipe = Method(name), make_recipe(lr=1e-2, **choices)
-    teacher, student = networks(method)
-    accelerator = make_accelerator(recipe)
-    method.found = dict(thresholds=[0.5, 0.5, 0.5])
+def make_batch(device):
     generator = torch.Generator().manual_seed(1)
-    images, labels = (
-        torch.randn(2, 3, 30, 37, generator=generator),
-        torch.randint(0, 5, (2, 30, 37), generator=generator),
-    )
-    labels = torch.where(labels < 3, 0, labels).to(accelerator.device)
-    student, optimizer = accelerator.prepare(student, make_optimizer(student, recipe, 1))
-    teacher = teacher.to(accelerator.device)
-    with compile_networks(recipe.compile, student, teacher) as networks_to_call:
-        yield from train_iterations(
-            *networks_to_call, method, [(images.to(accelerator.device), labels)] * n, optimizer, accelerator, 2, recipe
-        )
-    yield accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    images = torch.randn(2, 3, 30, 37, generator=generator)
+    labels = torch.randint(0, 5, (2, 30, 37), generator=generator)
+    return images.to(device), torch.where(labels < 3, 0, labels).to(device)
+
+
+class RecordedTraining(Training):
+    "Keeps the loss terms of every iteration."
+
+    def update_weights(self, terms):
+        terms = super().update_weights(terms)
+        self.terms = [*getattr(self, "terms", []), terms]
+        return terms
+
+
+def train(name="mbs", n=3, watch=None, **choices):
+    "Train `n` iterations on the same batch, all but the first under `watch`; the terms of each, and the student."
+    method, recipe = Method(name), make_recipe(lr=1e-2, **choices)
+    teacher, student = make_networks(method)
+    method.found = dict(thresholds=[0.5, 0.5, 0.5])
+    training = RecordedTraining(student, teacher, method, STEP, recipe, total=1000)
+    batch = make_batch(training.device)
+
+    def batches():
+        yield batch  # the first iteration may ask, for example for the weights of an interpolation
+        with watch or nullcontext():
+            for _ in range(n - 1):
+                yield batch
+
+    training.run(batches())
+    return training.terms, training.accelerator.unwrap_model(training.student, keep_fp32_wrapper=False)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_iteration_asks_for_no_number(name):
-    "Nothing that a step computes is read by the program: a GPU need not be waited for between log lines. (AdamW on a CPU reads its own count, which a GPU's does not.)"
-    step = loop(name, 4)
-    next(step)  # the first one may ask, e.g. for the weights of the interpolation
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        [next(step) for _ in range(3)]
-    asked = {event.key: event.count for event in record.key_averages()}
-    assert asked["aten::addmm"] > 20 and not {k: n for k, n in asked.items() if k in WAITS}
+def test_an_iteration_reads_no_number_from_the_device(name):
+    "Between log records a GPU is never waited for. (AdamW on a CPU reads its own count, which a GPU's does not.)"
+    record = profile(activities=[ProfilerActivity.CPU])
+    train(name, 4, record)
+    counts = {event.key: event.count for event in record.key_averages()}
+    assert counts["aten::addmm"] > 20 and not {k: n for k, n in counts.items() if k in WAITS}
+
+
+@contextmanager
+def forbid_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
@@ -95,20 +107,14 @@ def test_an_iteration_asks_for_no_number(name):
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", METHODS)
 def test_an_iteration_does_not_wait_for_the_gpu(name, precision, optimizer):
-    step = loop(name, 4, precision=precision, optimizer=optimizer)
-    next(step)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        [next(step) for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    train(name, 4, forbid_waiting(), precision=precision, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("name,precision", [("mbs", "fp32"), ("kd", "bf16")])
 def test_compiled_is_the_same(name, precision, eager_compiler):
-    "Losses and parameters after three iterations, with no break in any graph: each loss depends on the gradients before it."
-    *plain, student = loop(name, cpu_precision=precision)
-    *found, other = loop(name, cpu_precision=precision, compile=True)
+    "Losses and parameters after three iterations, with no graph break: each loss depends on the gradients before it."
+    plain, student = train(name, cpu_precision=precision)
+    found, other = train(name, cpu_precision=precision, compile=True)
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     assert len({float(terms["loss"]) for terms in plain}) == 3
     for a, b in zip(plain, found):
@@ -120,15 +126,15 @@ def test_compiled_is_the_same(name, precision, eager_compiler):
 
 
 def test_compiled_run(home, eager_compiler):
-    "All steps, each with more classes than the one before; the same names on disk; a run that was stopped uncompiled goes on compiled."
+    "All steps, each with more classes than the one before; a run that was stopped uncompiled resumes compiled."
     seen = []
 
     class Counting(Method):
-        def loss(self, student, teacher, target, n_new):
+        def loss(self, student, teacher, target, step):
             seen.append(student.n_channels)
             if stop_at and len(seen) == stop_at:
                 raise KeyboardInterrupt
-            return super().loss(student, teacher, target, n_new)
+            return super().loss(student, teacher, target, step)
 
     def settings(compile):
         return Settings(
@@ -151,15 +157,18 @@ def test_compiled_run(home, eager_compiler):
     np.testing.assert_allclose(run.iou(), plain.iou(), rtol=0, atol=1e-3)
 
 
-def test_what_may_change_on_the_way():
-    card = dict(
-        settings=dict(training=dict(lr=1, compile=True), workers=2), recipe=dict(compile=True, lr=1), parts={}, data={}
-    )
-    other = dict(settings=dict(training=dict(lr=1), workers=0), recipe=dict(compile=False, lr=1), parts={}, data={})
-    assert describe_difference(card, other) == "" and "recipe.lr: 1 there, 2 now" in describe_difference(
-        card, other | dict(recipe=dict(compile=True, lr=2))
-    )
-    assert "settings.training" in describe_difference(card, other | dict(settings=dict(training=dict(lr=2))))
+def test_parameters_that_do_not_change_the_result_may_change_on_resuming():
+    card = trained_run().card
+
+    def change(**choices):
+        "The card with other choices in `training`, and in the recipe that it gives."
+        settings = dict(training=card.settings.training | choices, workers=2)
+        recipe = card.recipe.model_copy(update=choices)
+        return card.model_copy(update=dict(settings=card.settings.model_copy(update=settings), recipe=recipe))
+
+    assert describe_difference(card, change(compile=True)) == ""
+    difference = describe_difference(card, change(lr=2.0))
+    assert f"recipe.lr: {card.recipe.lr} there, 2.0 now" in difference and "settings.training" in difference
 
 
 def test_no_compiler_is_one_sentence(monkeypatch):
@@ -170,12 +179,12 @@ def test_no_compiler_is_one_sentence(monkeypatch):
     with pytest.raises(
         ValueError, match=r"training\.compile=true needs a compiler .*No working C.* expected a working C"
     ):
-        list(loop(compile=True))
+        train(compile=True)
 
 
 def test_teacher_in_inference_mode():
     "Its output may be kept for a backward pass, and is what it gives otherwise."
-    teacher, student = networks(Method("mbs"))
+    teacher, student = make_networks(Method("mbs"))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         want = teacher(images)
@@ -190,8 +199,8 @@ def test_teacher_in_inference_mode():
 
 @pytest.mark.parametrize("name", ["mbs", "kd"])
 def test_teacher_in_bf16(name):
-    "Rounds the teacher, and only the teacher: the first loss is that of float32 to a few thousandths, and is not the same."
-    (plain, *_), (found, *_) = loop(name), loop(name, teacher_precision="bf16")
+    "Round the teacher, and only the teacher: the first loss differs from that of float32 by a few thousandths."
+    plain, found = train(name, 1)[0][0], train(name, 1, teacher_precision="bf16")[0][0]
     assert found["loss"].dtype == torch.float32 and found["loss"] != plain["loss"]
     torch.testing.assert_close(found["loss"], plain["loss"], rtol=5e-3, atol=0)
     if name == "kd":
@@ -200,7 +209,7 @@ def test_teacher_in_bf16(name):
 
 def test_attention_is_fused():
     "In every block of encoder and decoder, forward and backward: the kernel that keeps no tokens × tokens tensor."
-    _, student = networks(Method("mbs"))
+    _, student = make_networks(Method("mbs"))
     with profile(activities=[ProfilerActivity.CPU]) as record:
         student(torch.randn(1, 3, 32, 32)).patch_logits.sum().backward()
     counts = {event.key: event.count for event in record.key_averages()}
@@ -215,7 +224,7 @@ def test_several_precisions_in_one_process():
 
 
 def two_steps(kind, name, **choices):
-    "Step × class IoU, and all logged losses, of two steps after the base step of the trained run that comes with mbs: there is something to forget."
+    "Step × class IoU and all logged losses of two steps after the base step of the packaged run: something to forget."
     trained = trained_run("mbs")
     training = trained.settings.training | dict(new_iterations=20) | choices
     settings = trained.settings.model_copy(
@@ -223,27 +232,28 @@ def two_steps(kind, name, **choices):
     )
     setup, model, log = Setup(settings, kind), trained.model(0), []
     tested = []
-    for step in (1, 2):
-        teacher, statistics = model.frozen(), setup.statistics(model)
-        torch.manual_seed(step)
-        view = make_train_view(setup.train, setup.protocol, step, statistics, setup.recipe, setup.positions[step])
-        model = train_step(
-            setup.method.grow(model, 1), teacher, setup.method, view, setup.recipe, seed=step, log=log.append
-        )
-        tested.append(evaluate(model, make_test_view(setup.test, setup.protocol, step, statistics, setup.recipe)))
+    normalisation = setup.normalisation(model)
+    for step in (setup.protocol[1], setup.protocol[2]):
+        teacher = model.frozen()
+        torch.manual_seed(step.number)
+        positions = setup.positions[step.number]
+        view = make_train_view(setup.train, step, normalisation, setup.recipe, positions)
+        student = setup.method.grow(model, step)
+        model = train_step(student, teacher, setup.method, view, setup.recipe, seed=step.number, log=log.append)
+        tested.append(evaluate(model, make_test_view(setup.test, step, normalisation, setup.recipe)))
     return iou_matrix(tested), [r["loss"] for r in log]
 
 
 @pytest.mark.parametrize("name", ["mbs", "kd"])
 def test_fast_and_plain_runs_are_the_same(name, monkeypatch):
-    "Bands, fused attention and optimiser, inference mode, against full-size tensors, explicit attention, a plain optimiser, no_grad."
+    "Bands, fused kernels and inference mode against full-size tensors, explicit attention, a plain optimiser, no_grad."
 
     class Plain(Method):
-        def loss(self, student, teacher, target, n_new):
+        def loss(self, student, teacher, target, step):
             terms, _ = reference_pixel_terms(
-                *(out and out._replace(full=out.logits) for out in (student, teacher)), target, self.parts, n_new, None
+                *(out and out._replace(full=out.logits) for out in (student, teacher)), target, self.parts, step, None
             )
-            rest = super().loss(student, teacher, target, n_new)
+            rest = super().loss(student, teacher, target, step)
             terms = {k: terms.get(k, v) for k, v in rest.items() if k != "loss"}
             return dict(loss=sum(terms.values()), **terms)
 
@@ -272,7 +282,7 @@ def test_fast_and_plain_runs_are_the_same(name, monkeypatch):
 
 
 def test_a_teacher_in_bf16_teaches_nearly_the_same():
-    "Not the same: where a pseudo-label hangs on the threshold, rounding decides. Mean IoU moved by 0.008 when this was written."
+    "Near the threshold of pseudo-labels rounding decides: mean IoU moved by 0.008 when this was written."
     (plain, _), (found, _) = two_steps(Method, "mbs"), two_steps(Method, "mbs", teacher_precision="bf16")
     assert (
         0 < np.abs(found - plain)[~np.isnan(plain)].max() and abs(np.nanmean(found[-1]) - np.nanmean(plain[-1])) < 0.03
