@@ -33,6 +33,7 @@ setup(
         "mbs.trained": "nbs/trained",
     },
     package_data={
+        "mbs": ["py.typed", "*.pyi"],
         "mbs.explore": ["*.js", "*.css", "*.html"],
         "mbs.runs": ["*.ipynb", "*.yaml"],
         "mbs.runs.protocols": ["*.yaml"],

@@ -1,4 +1,4 @@
-"""How everything here is measured: in one process, the ways one after the other, again and again; what counts is each round's ratio."""
+"""Measure implementations in interleaved rounds in one process; the result is the ratio of each round."""
 
 import statistics
 import time
@@ -8,26 +8,33 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def seconds(way):
-    "What one call costs: on a CPU the processor time of this process, which others on the machine do not change; on a GPU the time until it is done."
+    """Measure the seconds of one call of `way`.
+
+    On a CPU this is the processor time of this process, which other programs on the machine hardly change; on a GPU it
+    is the time until the call is complete.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        begun = time.perf_counter()
+        began = time.perf_counter()
         way()
         torch.cuda.synchronize()
-        return time.perf_counter() - begun
-    begun = time.process_time()
+        return time.perf_counter() - began
+    began = time.process_time()
     way()
-    return time.process_time() - begun
+    return time.process_time() - began
 
 
 def rounds(ways, repeats):
-    "Seconds of every way, by name, in `repeats` interleaved rounds. Call each way once before: first calls allocate and compile."
-    spent = [{name: seconds(way) for name, way in ways.items()} for _ in range(repeats)]
-    return {name: [one[name] for one in spent] for name in ways}
+    "Measure the seconds of each of `ways` in `repeats` rounds; call each once before, so that it has compiled."
+    measured = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            measured[name].append(seconds(way))
+    return measured
 
 
 def row(what, spent, ours, baseline="plain", unit="s", **more):
-    "Medians of both, and the median, lowest and highest ratio of a round."
+    "Make a row of results: medians of both, and the median, lowest and highest ratio of a round."
     ratios = sorted(b / o for b, o in zip(spent[baseline], spent[ours]))
     return dict(
         what=what,
@@ -42,7 +49,7 @@ def row(what, spent, ours, baseline="plain", unit="s", **more):
 
 
 def peak(way):
-    "Most memory at once of the tensors that a call makes, MiB."
+    "Measure the peak memory of the tensors that one call of `way` allocates, MiB."
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -59,9 +66,11 @@ def peak(way):
 
 
 def same(found, rtol=1e-4, atol=1e-6):
-    "AssertionError unless all ways give the numbers of the first."
-    (first, want), *others = found.items()
+    "Raise AssertionError unless all implementations give the numbers of the first."
+    (first, expected), *others = found.items()
     for name, got in others:
-        torch.testing.assert_close(
-            got, want, rtol=rtol, atol=atol, msg=lambda m: f"{name} is not what {first} gives: {m}"
-        )
+
+        def explain(message, name=name):
+            return f"{name} is not what {first} gives: {message}"
+
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=explain)

@@ -1,4 +1,4 @@
-"""All benchmarks with one command, as ratios to the plain eager way, into benchmarks/RESULTS.md.
+"""Run all benchmarks and write their ratios to plain eager PyTorch into benchmarks/RESULTS.md.
 
 OMP_NUM_THREADS=1 python benchmarks/run.py [--repeats 3] [--only objective attention …] [--out FILE]
 """
@@ -20,47 +20,68 @@ PARTS = ("objective", "attention", "step", "input", "evaluation")
 HERE = Path(__file__).parent
 
 
-def processor():
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return named[1].strip() if named else platform.processor() or platform.machine()
+def _name_processor():
+    "Return the name of the CPU."
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def machine():
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, {gpu}; torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def line(r):
-    memory = (
-        f"{r['memory'][0]:,.1f} → {r['memory'][1]:,.1f} (1/{r['memory'][0] / r['memory'][1]:.1f})"
-        if r.get("memory")
-        else ""
-    )
-    return f"| {r['what']} | {r['baseline']:.4g} {r['unit']} | {r['ours']:.4g} {r['unit']} | **{r['ratio']:.1f}** ({r['low']:.1f} … {r['high']:.1f}) | {memory} |"
-
-
-def on_gpu(repeats):
-    "The table of absolute numbers, and what the time is made of; the same table without figures where there is no GPU."
-    tasks = [
-        (task, incremental, compile)
-        for task in full_size.TASKS
-        for incremental in (False, True)
-        for compile in (False, True)
+def _describe_machine():
+    "Describe processor, threads, GPU and versions in one line."
+    n_threads = torch.get_num_threads()
+    parts = [
+        _name_processor(),
+        f"{os.cpu_count()} cores",
+        f"{n_threads} thread{'s' * (n_threads > 1)}",
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
     ]
+    return f"{', '.join(parts)}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _format_row(r):
+    "Format a row of results as a line of a Markdown table."
+    memory = ""
+    if r.get("memory"):
+        baseline, ours = r["memory"]
+        memory = f"{baseline:,.1f} → {ours:,.1f} (1/{baseline / ours:.1f})"
+    cells = [
+        r["what"],
+        f"{r['baseline']:.4g} {r['unit']}",
+        f"{r['ours']:.4g} {r['unit']}",
+        f"**{r['ratio']:.1f}** ({r['low']:.1f} … {r['high']:.1f})",
+        memory,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+NO_GPU = """No GPU was available: nothing below was measured, and nothing is guessed. \
+The same command fills the rows on a machine that has one.
+
+"""
+
+
+def _list_tasks():
+    "List task, incremental or base step, compiled or not, of the table on a GPU."
+    flags = (False, True)
+    return [(task, incremental, compile) for task in full_size.TASKS for incremental in flags for compile in flags]
+
+
+def _make_empty_rows():
+    "Make the rows of the table on a GPU without numbers."
+    return [
+        f"| {task} | {'incremental' if incremental else 'base'} | 16 | {'yes' if compile else 'no'} |  |  |  |  |  |"
+        for task, incremental, compile in _list_tasks()
+    ]
+
+
+def _measure_gpu(repeats):
+    "Measure the absolute numbers and profiles on a GPU; without one, return the table with empty rows."
     if not torch.cuda.is_available():
-        rows = [
-            f"| {task} | {'incremental' if incremental else 'base'} | 16 | {'yes' if compile else 'no'} |  |  |  |  |  |"
-            for task, incremental, compile in tasks
-        ]
-        return (
-            "No GPU was at hand: nothing below was measured, and nothing is guessed. The same command fills the rows on a machine that has one.\n\n"
-            + full_size.HEAD
-            + "\n".join(rows)
-        )
+        return NO_GPU + full_size.HEAD + "\n".join(_make_empty_rows())
     rows = [
         full_size.line(full_size.absolute(task, incremental, 16, repeats, compile))
-        for task, incremental, compile in tasks
+        for task, incremental, compile in _list_tasks()
     ]
     for task, (n_base, n_new) in full_size.TASKS.items():
         batch = full_size.largest_batch(n_base, n_new, True)
@@ -69,29 +90,28 @@ def on_gpu(repeats):
         f"### {task}, incremental, batch 16\n\n```\n{full_size.profile_table(task, 16)}\n```"
         for task in full_size.TASKS
     ]
-    return (
-        full_size.HEAD
-        + "\n".join(rows)
-        + "\n\nBytes are counted as if every operation went to memory.\n\n"
-        + "\n\n".join(profiles)
-    )
+    counted = "Bytes are counted as if every operation went to memory."
+    return "\n\n".join([full_size.HEAD + "\n".join(rows), counted, *profiles])
 
 
 TEXT = """# Benchmarks
 
 Measured by `python benchmarks/run.py` on {date} at commit {commit}: {machine}.
 
-Medians of {repeats} rounds in one process, in which the plain and the fast way take turns; the ratio is that of each round, with the lowest and the highest.
-On a CPU times are processor time, so that other programs on the machine change little.
-Plain is `benchmarks/plain.py`: the formulas of the method written down one by one in eager PyTorch (float32, explicit attention, all tensors at full size);
-all ways in float32 give the same numbers, or the command fails; bf16 is not held to that. Memory is the most that the tensors of one call take at once, in MiB, plain → ours.
+Medians of {repeats} rounds in one process, in which the plain and the fast implementation take turns. The ratio is the
+median over the rounds, with the lowest and the highest in brackets. On a CPU, times are processor time, which other
+programs on the machine hardly change.
+Plain is `benchmarks/plain.py`: the formulas of the method one by one in eager PyTorch (float32, explicit attention, all
+tensors at full size). All float32 implementations give the same numbers, or the command fails; bf16 is exempt. Memory
+is the peak of the tensors of one call, in MiB, plain → ours.
 
 | what | plain | ours | × faster | memory, MiB |
 |---|---:|---:|---:|---:|
 {rows}
 
-A step in bf16 rounds more than float32, so it is not what a CPU does unless asked:
-of the teacher alone (`training.teacher_precision=bf16`) or of both networks (`training.cpu_precision=bf16`). On a GPU bf16 is the default of both.
+bf16 rounds more than float32, so on a CPU it is off by default; it can be chosen for the teacher only
+(`training.teacher_precision=bf16`) or for both networks (`training.cpu_precision=bf16`). On a GPU, bf16 is the default
+of both.
 
 ## On a GPU
 
@@ -108,15 +128,16 @@ def main(words=None):
     rows = []
     for part in options.only:
         for r in importlib.import_module(part).measure(options.repeats):
-            rows.append(line(r))
+            rows.append(_format_row(r))
             print(rows[-1], flush=True)
     facts = dict(
         date=datetime.date.today().isoformat(),
         commit=_read_git_commit() or "unknown",
-        machine=machine(),
+        machine=_describe_machine(),
         repeats=options.repeats,
     )
-    options.out.write_text(TEXT.format(rows="\n".join(rows), gpu=on_gpu(options.repeats), **facts), encoding="utf-8")
+    text = TEXT.format(rows="\n".join(rows), gpu=_measure_gpu(options.repeats), **facts)
+    options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,9 @@ def find_source(module):
 
 
 def read_homes():
-    "Return {public name of the package: module that defines it}, as `mbs/__init__.py` lists them."
-    tree = ast.parse((ROOT / "mbs/__init__.py").read_text(encoding="utf-8"))
-    nodes = [n for n in tree.body if isinstance(n, ast.Assign)]
-    return next(ast.literal_eval(n.value) for n in nodes if n.targets[0].id == "_HOME")
+    "Return {public name of the package: module that defines it}, as `mbs/__init__.pyi` lists them."
+    tree = ast.parse((ROOT / "mbs/__init__.pyi").read_text(encoding="utf-8"))
+    return {alias.name: n.module for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names}
 
 
 class Site:
@@ -96,7 +95,7 @@ class Site:
         inside = [m for m in self.modules if m == home or m.startswith(f"{home}.")]
         found = [m for m in inside if name in self.modules[m].exported]
         if not found:
-            raise ValueError(f"mbs/__init__.py lists {name}, which mbs.{home} does not export: correct its _HOME")
+            raise ValueError(f"mbs/__init__.pyi lists {name}, which mbs.{home} does not export: correct the stub")
         return found[0]
 
     def find_role(self, text, module):

@@ -24,36 +24,24 @@ Modules:
 
 __version__ = "0.1.0"
 
+import ast
 from importlib import import_module
+from pathlib import Path
 
-# Public names and their modules, imported at first use: `import mbs` itself loads neither torch nor numpy.
-# `output_distillation` and `orthogonality` are modules here; their functions of the same name are imported from them.
-_HOME = {
-    "Protocol": "protocol",
-    "draw_scene": "scenes", "write_scenes": "scenes",
-    "describe_folder": "layouts",
-    "SegmentationFolder": "data", "StepView": "data", "open_data": "data",
-    "Segmenter": "segmenter", "SegmenterOutput": "segmenter", "MaskTransformer": "segmenter", "MaskNorm": "segmenter", "make_encoder": "segmenter",
-    "selective_pseudo_labels": "pseudo_labels", "entropy_pseudo_labels": "pseudo_labels", "entropy_thresholds": "pseudo_labels",
-    "reliability": "feature_distillation", "adaptive_feature_distillation": "feature_distillation", "local_pod": "feature_distillation",
-    "label_guided_distillation": "output_distillation", "unbiased_distillation": "output_distillation",
-    "Parts": "parts", "step_loss": "objective",
-    "Method": "methods", "METHODS": "methods", "ABLATIONS": "methods",
-    "Confusion": "metrics", "scores": "metrics", "background_shift": "metrics", "check_row": "metrics",
-    "PseudoLabelCounts": "metrics", "pseudo_label_quality": "metrics", "forgetting": "metrics", "backward_transfer": "metrics",
-    "Recipe": "training",
-    "Settings": "run", "Run": "run", "load_run": "run", "trained_run": "run",
-    "Experiment": "experiment",
-    "Batch": "batch", "Local": "executors", "OnRay": "executors",
-    "explore_pseudo_labels": "explore", "explore_features": "explore", "explore_class_tokens": "explore",
-    "find_runs": "comparison", "write_report": "report",
-}
+# Public names and their modules, imported at first use: `import mbs` loads neither torch nor numpy. The stub lists
+# them once, for this module as for editors and type checkers. `output_distillation` and `orthogonality` are modules
+# here; their functions of the same name are imported from them.
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_HOME = {alias.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name):
-    if name not in _HOME: raise AttributeError(f"module 'mbs' has no attribute {name!r}: expected one of {', '.join(__all__)}, or a submodule")
+    if name not in _HOME:
+        known = ", ".join(__all__)
+        raise AttributeError(f"module 'mbs' has no attribute {name!r}: expected one of {known}, or a submodule")
     return getattr(import_module(f"mbs.{_HOME[name]}"), name)
 
 
-def __dir__(): return [*globals(), *__all__]
+def __dir__():
+    return [*globals(), *__all__]

@@ -148,7 +148,7 @@ class _Speed:
 # %% ../nbs/70_batch.ipynb #8e6f5f3f
 _ENDED = ("done", "failed", "stopped")  # states of a run that no process works on any more
 
-
+# %% ../nbs/70_batch.ipynb #1fbf03ee
 class Job:
     "A run of a batch: its settings, its status, and the process that executes it."
 
@@ -285,16 +285,20 @@ def _collect_seconds(outputs: Path) -> dict[str, float]:
     return {work: median(seconds) for work, seconds in measured.items()}
 
 # %% ../nbs/70_batch.ipynb #41422f87
+def _find_notebook(grid: Grid) -> Path:
+    "Find the notebook that the runs of `grid` execute; ValueError if it does not exist."
+    notebook = Path(grid.notebook or find_runs_folder() / "train.ipynb").absolute()
+    if not notebook.is_file():
+        raise ValueError(f"notebook {notebook} does not exist: expected one with the parameters of train.ipynb")
+    return notebook
+
+# %% ../nbs/70_batch.ipynb #1db14a9f
 class Batch:
     "The runs of a grid: `plan` shows the remaining work, `run` executes it."
 
     def __init__(self, grid: Grid | Path | str | dict):
         self.grid = read_grid(grid)
-        self.notebook = Path(self.grid.notebook or find_runs_folder() / "train.ipynb").absolute()
-        if not self.notebook.is_file():
-            raise ValueError(
-                f"notebook {self.notebook} does not exist: expected one with the parameters of train.ipynb"
-            )
+        self.notebook = _find_notebook(self.grid)
         settings = expand_grid(self.grid)
         self.jobs = [Job(one) for one in tqdm(settings, "checking runs", leave=False, disable=None)]
         self.processes = max(one.processes for one in settings)
@@ -410,7 +414,7 @@ def _estimate_seconds(batch: Batch, measure: bool) -> tuple[list[float | None], 
         estimates.append(sum(n * known[work][0] for _, work, n in todo) if is_known else None)
     return estimates, sources
 
-
+# %% ../nbs/70_batch.ipynb #263fa5a8
 def _make_title(batch: Batch) -> str:
     "Count the jobs in each state, and estimate the time that is left."
     counts = Counter(job.state for job in batch.jobs)

@@ -66,7 +66,7 @@ def save_model(model: Segmenter, path: Path):
     "Write the tensors of `model` to a .safetensors file."
     save_tensors(path, model.state_dict())
 
-
+# %% ../nbs/45_checkpoint.ipynb #00f41509
 _HALF_SIZE = {torch.float32: torch.float16}  # the type that a small file may hold instead
 
 
@@ -151,7 +151,7 @@ def _equal_bits(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
         return False
     return all(torch.equal(view_as_bytes(tensor), view_as_bytes(others[name])) for name, tensor in some.items())
 
-
+# %% ../nbs/45_checkpoint.ipynb #904cbbb2
 def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "Return the tensors whose names begin with `prefix` and a dot, without both."
     return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}

@@ -115,7 +115,7 @@ def _print_summary(runs: list):
     from rich.console import Console
     from rich.table import Table
 
-    from mbs.comparison import summarise_runs
+    from mbs.report import summarise_runs
     from mbs.tables import format_cell
 
     for title, rows in groupby(summarise_runs(runs), key=lambda row: row["table"]):
@@ -247,17 +247,17 @@ def explore(
 ):
     "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens."
     with explain_errors():
-        from mbs.explore.explorers import check_comparable, write_tour
+        from mbs.explore import comparable, write_tour
         from mbs.run import load_run
 
         runs = [load_run(folder) for folder in (run, other) if folder is not None]
         if len(runs) == 2:
-            check_comparable(*runs, None)
+            comparable(*runs, None)
         if as_app and find_spec("voila") is None:
             raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
         raise typer.Exit(_serve_notebook(write_tour(*runs), as_app, browser))
 
-
+# %% ../nbs/80_cli.ipynb #13546a7f
 def _serve_notebook(notebook: Path, as_app: bool, browser: bool) -> int:
     "Serve `notebook` on this machine only, protected by a token, until Ctrl-C; return the exit code of the server."
     server = ["jupyterlab", "--ServerApp.ip=127.0.0.1"]
@@ -279,9 +279,8 @@ def report(
 ):
     "Compare runs: an executed notebook, an HTML page, CSV, LaTeX and Markdown tables, with published numbers."
     with explain_errors():
-        from mbs.comparison import find_runs
         from mbs.folders import home
-        from mbs.report import report_notebook
+        from mbs.report import find_runs, report_notebook
 
         runs, left_out = find_runs(paths or [home("outputs")])
         folder = report_notebook(runs, out or home("outputs", "report"))
@@ -383,7 +382,7 @@ def coco(
     test: Annotated[float, typer.Option(help="Share of the pictures that become test pictures.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of the draw of test pictures.")] = 0,
 ):
-    "Draw masks from polygons in the format of COCO, as a data folder of your own."
+    "Draw masks from polygons in the format of COCO, as a new data folder."
     with explain_errors():
         from mbs.prepare import prepare_coco
 
@@ -457,7 +456,7 @@ def _print_views(counts: list[int]):
     parts = [f"{k} step{'s' * (k != 1)}: {n:,}" for k, n in enumerate(counts) if n]
     typer.echo("images seen in " + ", ".join(parts))
 
-
+# %% ../nbs/80_cli.ipynb #bef22253
 def _print_cost(setup, rows: list[dict]):
     "Print the estimated computing time of all steps, and the network that it holds for."
     from mbs.tables import format_duration
@@ -466,12 +465,12 @@ def _print_cost(setup, rows: list[dict]):
     seconds = sum(row["seconds"] for row in rows)
     typer.echo(f"in all {format_duration(seconds)} of computation with {network}, without loading and evaluation")
 
-# %% ../nbs/80_cli.ipynb #a67d4ec4
+# %% ../nbs/80_cli.ipynb #202a1e9a
 def _name_classes(names: list[str]) -> str:
     "Join up to five names; name the first, the last and the number of more."
     return ", ".join(names) if len(names) <= 5 else f"{names[0]} … {names[-1]} ({len(names)})"
 
-
+# %% ../nbs/80_cli.ipynb #a0544f8b
 def _format_step(row: dict) -> list[str]:
     "Format the cells of a row of `inspect_steps`."
     from mbs.tables import format_duration
@@ -487,7 +486,7 @@ def _format_step(row: dict) -> list[str]:
     ]
     return cells + ([format_duration(row["seconds"])] if "seconds" in row else [])
 
-
+# %% ../nbs/80_cli.ipynb #9c182a46
 def _print_steps(rows: list[dict]):
     "Print a table with a line for each step."
     from rich.box import SIMPLE

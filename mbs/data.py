@@ -112,7 +112,7 @@ def _is_well_formed(stored: Index, n: int, n_classes: int) -> bool:
         return False
     return bool((stored.counts >= 0).all() and (stored.counts.sum(1) == stored.sizes.prod(1)).all())
 
-
+# %% ../nbs/10_data.ipynb #53d2a898
 def _is_index_current(layout: Layout, part: Part, stored: Index, n_checks: int = 8) -> bool:
     "Whether `n_checks` pairs, spread over the part, are as the index says."
 
@@ -230,7 +230,8 @@ def locate_data(name: str) -> Path:
     if name in ("voc", "ade"):
         if not home("data", name).is_dir():
             raise ValueError(
-                f"data set {name!r} is not at {home('data', name)}: run `mbs data {name}`, or name the folder that holds it"
+                f"data set {name!r} is not at {home('data', name)}: expected it there; "
+                f"run `mbs data {name}`, or give its folder"
             )
         return home("data", name)
     if not Path(name).expanduser().is_dir():
@@ -248,7 +249,7 @@ def _check_separate(layout: Layout):
             "expected no image in both"
         )
 
-
+# %% ../nbs/10_data.ipynb #f74ad2cd
 def _warn_on_overlap(train: SegmentationFolder, test: SegmentationFolder):
     "Warn when a test picture looks like a training picture, under any name."
     copies = set(train.digests) & set(test.digests)

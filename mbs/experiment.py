@@ -46,7 +46,7 @@ def _make_validation_views(setup: Setup, step: Step, normalisation: Normalisatio
         views["held-out"] = make_test_view(setup.train, step, normalisation, recipe, labels="train", positions=held_out)
     return views
 
-
+# %% ../nbs/52_experiment.ipynb #4a3687a7
 def _score_iterate(setup: Setup, model: Segmenter, view: StepView) -> float:
     "Return the mIoU of the step's new classes in `view`."
     recipe = setup.recipe
@@ -63,7 +63,7 @@ def _choose_columns(recipe: Recipe) -> dict[str, tuple[str, str]]:
     test = "window" if recipe.test == "window" else "whole"
     return dict(published=("test", "crop"), clean=(selection, test))
 
-
+# %% ../nbs/52_experiment.ipynb #9c5fa0a9
 def _evaluate_state(setup: Setup, student: Segmenter, step: Step, state: dict[str, Tensor], test: str) -> Confusion:
     "Load `state` into `student` and return its confusion matrix on the test part, tested as `test` says."
     recipe = setup.recipe
@@ -148,7 +148,7 @@ def _use_cache(setup: Setup):
         with get_processes().main_process_first():
             setup.train, setup.test = cache_pictures(setup.train), cache_pictures(setup.test)
 
-
+# %% ../nbs/52_experiment.ipynb #1e4966e8
 def _train_and_write(experiment: Experiment, student: Segmenter, teacher: Segmenter | None, step: Step) -> Segmenter:
     "Train, test and write `step`; return the iterate that the recipe keeps."
     setup, writer, settings = experiment.setup, experiment.writer, experiment.settings

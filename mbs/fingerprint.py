@@ -29,7 +29,7 @@ def _strip_docstrings(tree: ast.AST) -> ast.AST:
                 body[0] = ast.Pass()
     return tree
 
-
+# %% ../nbs/47_fingerprint.ipynb #74c894ec
 def _list_imports(tree: ast.AST) -> Iterator[tuple[str, Name]]:
     "Yield the local name, module and name of everything that `tree` imports from modules of the package."
     for node in ast.walk(tree):
@@ -38,7 +38,7 @@ def _list_imports(tree: ast.AST) -> Iterator[tuple[str, Name]]:
             for alias in node.names:
                 yield alias.asname or alias.name, (module, alias.name)
 
-
+# %% ../nbs/47_fingerprint.ipynb #ae8da9bc
 def _list_names(statement: ast.stmt) -> list[str]:
     "Return the names that a statement at the top of a module defines."
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
@@ -69,7 +69,7 @@ def _find_file(package: Path, module: str) -> Path:
     path = package.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
-
+# %% ../nbs/47_fingerprint.ipynb #a560daf5
 def reach_definitions(
     entries: Sequence[Name],  # where the computation starts
     package: Path = Path(mbs.__file__).parent,
@@ -100,7 +100,7 @@ def _describe_code(code: CodeType, docstring: str | None) -> list:
     values = [_describe_code(v, None) if isinstance(v, CodeType) else repr(v) for v in constants]
     return [code.co_code.hex(), code.co_names, code.co_varnames, values]
 
-
+# %% ../nbs/47_fingerprint.ipynb #81b973ac
 def hash_class(kind: type) -> str:
     "Return a hash of the methods and attributes that a class defines itself."
     facts = []

@@ -22,11 +22,12 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from .protocol import Step
-from .recipe import make_accelerator
+from .recipe import count_iterations
 from .settings import Setup
-from .training import make_optimizer, step_iterations, train_iterations
+from .training import Training
 
 # %% ../nbs/53_inspect.ipynb #adf797c1
 def measure_hidden_shares(
@@ -54,9 +55,14 @@ def inspect_steps(setup: Setup) -> list[dict]:
     rows = []
     views = np.zeros(len(setup.train), int)  # by how many earlier steps each image is seen
     for t, positions in enumerate(setup.positions):
-        row = dict(step=t, classes=setup.new_names(t), images=len(positions), again=int((views[positions] > 0).sum()))
+        row = dict(
+            step=t,
+            classes=setup.new_names(setup.protocol[t]),
+            images=len(positions),
+            again=int((views[positions] > 0).sum()),
+        )
         row |= measure_hidden_shares(setup.train.counts[positions], setup.protocol[t])
-        row["iterations"] = step_iterations(setup.recipe, len(positions), t)
+        row["iterations"] = count_iterations(setup.recipe, len(positions), t)
         rows.append(row)
         views[positions] += 1
     return rows
@@ -68,35 +74,27 @@ def count_views(setup: Setup) -> list[int]:
     return np.bincount(views).tolist()
 
 # %% ../nbs/53_inspect.ipynb #f44e8df8
+def _make_random_batch(step: Step, size: int, crop: int, device) -> tuple[Tensor, Tensor]:
+    "Return random pictures (size, 3, crop, crop) and labels of the classes that `step` brings."
+    images = torch.randn(size, 3, crop, crop, device=device)
+    labels = torch.randint(0, 1 + step.n_new, (size, crop, crop), device=device)
+    return images, torch.where(labels > 0, labels + step.n_old - 1, 0)
+
+
 def time_iteration(setup: Setup, step: int, repeats: int = 1) -> float:
     "Measure the seconds of one training iteration of `step` on this machine: the fastest of `repeats` after a warm-up."
-    accelerator, n_new = make_accelerator(setup.recipe), setup.protocol.sizes[step]
-    batch = setup.recipe.batch if accelerator.device.type == "cuda" else 1
-    student = setup.model(step)
-    teacher = setup.model(step - 1).frozen().to(accelerator.device) if step and setup.method.needs_teacher else None
-    optimizer = make_optimizer(student.train(), setup.recipe, step)
-    student, optimizer = accelerator.prepare(student, optimizer)
-    images = torch.randn(batch, 3, setup.recipe.crop, setup.recipe.crop)
-    labels = torch.randint(0, 1 + n_new, (batch, *images.shape[2:]))
-    labels = torch.where(labels > 0, labels + setup.protocol[step].n_channels - 1 - n_new, 0)
-    iterations, took = (
-        train_iterations(
-            student,
-            teacher,
-            setup.method,
-            iter([(images, labels)] * (1 + repeats)),
-            optimizer,
-            accelerator,
-            n_new,
-            setup.recipe,
-        ),
-        [],
-    )
+    teacher = setup.model(step - 1).frozen() if step and setup.method.needs_teacher else None
+    recipe, current = setup.recipe, setup.protocol[step]
+    training = Training(setup.model(step), teacher, setup.method, current, recipe, total=1_000_000)
+    n_pictures = recipe.batch if training.device.type == "cuda" else 1
+    batch = _make_random_batch(current, n_pictures, recipe.crop, training.device)
+    seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        next(iterations)["loss"].item()
-        took.append(time.perf_counter() - start)
-    return min(took[1:]) * setup.recipe.batch / batch
+        training.run([batch])
+        training.window.pop()["loss"].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]) * recipe.batch / n_pictures
 
 # %% ../nbs/53_inspect.ipynb #8e179887
 def time_steps(setup: Setup, rows: list[dict]) -> list[dict]:

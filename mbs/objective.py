@@ -152,6 +152,9 @@ def _band_pixel_terms(
     return terms, labels
 
 # %% ../nbs/34_objective.ipynb #0aae4075
+_BASE_PARTS = Parts()  # every method trains the base step with plain cross-entropy, so that runs can share it
+
+
 def step_loss(
     student: SegmenterOutput,
     teacher: SegmenterOutput | None,  # of the previous model; None in the base step
@@ -161,6 +164,8 @@ def step_loss(
     thresholds: Sequence[float] | None = None,  # of entropy pseudo-labels
 ) -> dict[str, Tensor]:  # "loss", and the terms that it is the sum of
     "Compute the loss of one batch, term by term: (13). λ and the shares of new classes are already in the terms."
+    if step.number == 0:
+        parts = _BASE_PARTS
     # Training runs in bands whenever `can_use_bands`; the rivals' parts, and outputs of full size, take the reference.
     # `reference_pixel_terms` defines the result: bands must give its value and gradient (tests/test_bands.py).
     if can_use_bands(student, parts):

@@ -74,6 +74,6 @@ def predict_files(
         except ValueError as e:
             yield str(e)
             continue
-        labels = segment(model, image, run.card.normalisation, choose_window(run, image))
+        labels = segment(model, image, run.card.normalisation, choose_window(run.card.recipe, image))
         _write_labels(labels, out / f"{path.stem}-labels.png")
         Image.fromarray(overlay(image, labels)).save(out / f"{path.stem}-overlay.png")

@@ -85,7 +85,7 @@ def count_iterations(recipe: Recipe, n_images: int, step: int) -> int:
     fixed = recipe.new_iterations if step and recipe.new_iterations else recipe.iterations
     return fixed or recipe.epochs * max(1, n_images // recipe.batch)
 
-
+# %% ../nbs/46_recipe.ipynb #59640757
 def learning_rate(recipe: Recipe, step: int, iteration: int, total: int) -> float:
     "Return the learning rate of `iteration` (from 0) of a step of `total` iterations."
     base = recipe.lr * (recipe.lr_factor if step else 1)

@@ -39,7 +39,7 @@ class _Open(Parameters):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-
+# %% ../nbs/51_run.ipynb #c19c4c90
 class DataFacts(_Open):
     "Fingerprints and sizes of the train and the test part."
 
@@ -48,7 +48,7 @@ class DataFacts(_Open):
     n_train: Annotated[int, Field(ge=1, strict=True)]
     n_test: Annotated[int, Field(ge=1, strict=True)]
 
-
+# %% ../nbs/51_run.ipynb #1d3ab50c
 class Receipt(_Open):
     "Where the weights of the encoder come from, with the numbers of tensors."
 
@@ -113,7 +113,7 @@ def _describe_data(setup: Setup) -> DataFacts:
     train, test = setup.train, setup.test
     return DataFacts(train=train.fingerprint, test=test.fingerprint, n_train=len(train), n_test=len(test))
 
-
+# %% ../nbs/51_run.ipynb #e35af813
 def make_card(setup: Setup, model: Segmenter) -> Card:
     "Return the card of a run that is about to start."
     accelerator = make_accelerator(setup.recipe)
@@ -148,7 +148,7 @@ def _damaged(file: Path, reason) -> ValueError:
         "read it with the version that wrote it, or run it anew"
     )
 
-
+# %% ../nbs/51_run.ipynb #8541d9c9
 def read_card(file: Path) -> Card:
     "Read a run card; ValueError when it is of another version or damaged."
     content = read_json(file)
@@ -157,7 +157,7 @@ def read_card(file: Path) -> Card:
     except (TypeError, ValueError) as e:
         raise _damaged(file, e) from None
 
-
+# %% ../nbs/51_run.ipynb #33810d37
 def make_protocol(card: Card, file: Path) -> Protocol:
     "Return the protocol of a card; ValueError, naming its `file`, when the card contradicts itself."
     order = [class_id for step in card.steps for class_id in step]
@@ -181,7 +181,7 @@ def _is_record(record: Any) -> bool:
     has_numbers = all(type(value) in (int, float) for value in record.values())
     return has_numbers and type(record["step"]) is type(record["iteration"]) is int
 
-
+# %% ../nbs/51_run.ipynb #2e909c66
 def read_log(file: Path) -> list[dict]:
     """Read the records of a log.jsonl; none where the file does not exist.
 
@@ -212,7 +212,7 @@ class _Metrics(Parameters):
     pseudo_labels: dict[str, float] = {}
     base_from: str = ""
 
-
+# %% ../nbs/51_run.ipynb #9452cc9f
 def read_metrics(file: Path) -> dict:
     "Read a metrics.json; ValueError when a field is missing or has the wrong type."
     metrics = read_json(file)
@@ -232,7 +232,7 @@ class Sample(NamedTuple):
     truth: np.ndarray  # (H, W) uint8 channels, later classes included; 255 void
     predictions: list[np.ndarray]  # (H, W) uint8 channels after each complete step
 
-
+# %% ../nbs/51_run.ipynb #c153a930
 def _check_sample(sample: Sample, n_channels: list[int], folder: Path):
     "Raise ValueError when the maps do not fit the photo, or hold labels that are no channels."
     labels = [sample.truth, *sample.predictions]
@@ -379,7 +379,7 @@ def _render_run(run: Run) -> str:
         facts["mIoU of all classes"] = f"{100 * run.metrics()['scores']['all']:.1f} % after step {run.n_steps - 1}"
     return render_values(f"Run {run.folder.name}", facts)
 
-
+# %% ../nbs/51_run.ipynb #71a8bc2e
 def load_run(folder: Path | str) -> Run:
     "Open the run in `folder`; ValueError when there is none."
     return Run(folder)
@@ -412,7 +412,7 @@ class StepExamples(NamedTuple):
     labels: torch.Tensor  # (N, H, W) uint8 channels that the step's labels show
     batch: torch.Tensor  # (N, 3, H, W) float32 network input
 
-
+# %% ../nbs/51_run.ipynb #80468ca9
 def make_step_examples(
     run: Run,  # on generated scenes
     step: int,

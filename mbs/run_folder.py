@@ -39,7 +39,7 @@ def _list_fixed(facts: BaseModel) -> dict:
         fields["training"] = {k: v for k, v in training.items() if k not in _FREE}
     return fields
 
-
+# %% ../nbs/51b_run_folder.ipynb #73f8414d
 def describe_difference(there: Card, now: Card) -> str:
     "Return what differs between two cards in settings, recipe, parts or data; '' when nothing does."
     found = []
@@ -61,7 +61,7 @@ def refuse_other_run(folder: Path, setup: Setup, model: Segmenter) -> bool:
         )
     return True
 
-
+# %% ../nbs/51b_run_folder.ipynb #181c2f4d
 def explain_unwritable(folder: Path, error: OSError) -> ValueError:
     "Return the error for a run folder that cannot be written."
     return ValueError(
@@ -69,7 +69,7 @@ def explain_unwritable(folder: Path, error: OSError) -> ValueError:
         "its content is intact, rerun the same command to resume"
     )
 
-
+# %% ../nbs/51b_run_folder.ipynb #3076342a
 @contextmanager
 def explain_write_errors(folder: Path) -> Iterator[None]:
     "Turn an OSError while the block writes a run folder into a ValueError of one sentence."
@@ -86,7 +86,7 @@ def choose_samples(test: SegmentationFolder, protocol: Protocol, n: int) -> np.n
     n_classes = test.index[:, protocol.order].sum(1)
     return np.argsort(-n_classes, kind="stable")[:n]
 
-
+# %% ../nbs/51b_run_folder.ipynb #412d6a5e
 def _write_samples(folder: Path, setup: Setup):
     "Write the sample pictures with their whole truth."
     last = setup.protocol[len(setup.protocol) - 1]
@@ -96,7 +96,7 @@ def _write_samples(folder: Path, setup: Setup):
         arrays |= {f"image{k}": image, f"truth{k}": last.to_channels(mask, "truth")}
     write_arrays(folder / "samples.npz", **arrays)
 
-
+# %% ../nbs/51b_run_folder.ipynb #88b5bc1a
 def create_run_folder(folder: Path, setup: Setup, model: Segmenter):
     "Create the run folder with card and sample pictures, if it does not exist; ValueError for another run's folder."
     if refuse_other_run(folder, setup, model):

@@ -64,7 +64,7 @@ def has_equal_encoder(student: Segmenter, teacher: Segmenter) -> bool:
     mine, theirs = (list(model.encoder.state_dict().values()) for model in (student, teacher))
     return not student.has_trainable_encoder and len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
-
+# %% ../nbs/50_training.ipynb #9137c6ce
 def run_teacher(teacher: Segmenter, images: Tensor, tokens: Tensor | None = None) -> SegmenterOutput:
     "Return the teacher's output in inference mode, as float32 copies that a loss may keep for its backward pass."
     with torch.inference_mode():
@@ -104,7 +104,7 @@ def measure_gradient(model: nn.Module) -> Tensor:
     norms = torch._foreach_norm([p.grad.float() for p in model.parameters() if p.grad is not None])
     return torch.stack(norms).norm()
 
-
+# %% ../nbs/50_training.ipynb #16372c7d
 def _explain_not_finite(
     name: str,  # "loss" or "gradient"
     window: list[dict],  # terms of the last iterations, {} where one was skipped
@@ -168,7 +168,7 @@ class Validator:
         self.best = best
         self.state = tensors or None
 
-
+# %% ../nbs/50_training.ipynb #54dcbd15
 def list_validation_iterations(total: int) -> set[int]:
     "Return the iterations to validate after: every max(100, total / 10), as the released program, and the last."
     every = max(100, total // 10)
@@ -258,7 +258,7 @@ def _check_same_tensors(tensors: dict[str, Tensor], model: nn.Module):
     if tensors and {k: v.shape for k, v in tensors.items()} != shapes:
         raise ValueError("the best iterate is of another network")
 
-
+# %% ../nbs/50_training.ipynb #2351d279
 def _unpack_window(tensors: dict[str, Tensor], facts: dict, total: int) -> list[dict[str, Tensor]]:
     "Return the loss terms since the last log record; ValueError when they contradict the iteration."
     names = [str(name) for name in facts["terms"]]
@@ -292,7 +292,7 @@ def teacher_autocast(recipe: Recipe, accelerator: Accelerator) -> AbstractContex
         return torch.autocast(accelerator.device.type, torch.bfloat16)
     return accelerator.autocast()
 
-
+# %% ../nbs/50_training.ipynb #eebaa5f5
 def is_stop_requested(signals: list[int], accelerator: Accelerator, iteration: int) -> bool:
     "Whether any process received a signal; several processes ask only at log records, because asking makes them wait."
     if accelerator.num_processes == 1:
@@ -373,7 +373,7 @@ def check_channels(student: Segmenter, teacher: Segmenter | None, step: Step):
         expected = "no teacher" if step.number == 0 else step.n_old
         raise ValueError(f"the teacher of {place} has {teacher.n_channels} channels: expected {expected}")
 
-
+# %% ../nbs/50_training.ipynb #cd3e1a90
 def iterate_once(view: StepView, batch: int, workers: int, device: torch.device | str, seed: int = 0) -> Iterator:
     "Yield every picture of `view` with its labels once, in batches on `device`; each process gets all of them."
     loader = DataLoader(
@@ -395,7 +395,7 @@ def prepare_method(training: Training, view: StepView, workers: int, seed: int):
     with teacher_autocast(training.recipe, training.accelerator), explain_worker_errors(), closing(batches):
         training.method.prepare(training.teacher, batches)
 
-
+# %% ../nbs/50_training.ipynb #6aaf431b
 def resume(training: Training):
     "Continue from the newest saved state, if there is one; ValueError when it is of another run."
     saved = training.checkpoints.load_latest() if training.checkpoints else None

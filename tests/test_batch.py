@@ -1,4 +1,4 @@
-"Batches: the same twelve runs on this machine and on a Ray cluster, whoever dies meanwhile; plans, names, shared base steps, and what cannot be."
+"Batches: the same twelve runs on this machine and on a Ray cluster with processes dying; plans, names, refusals."
 
 import json
 import os
@@ -46,12 +46,12 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")  # so that sums come out alike everywhere
+        monkeypatch.setenv(name, "1")  # so that sums are equal on every machine
     return tmp_path
 
 
 def write_batch(home, **grid) -> Path:
-    "The file of a batch, with a notebook that trains like train.ipynb but draws nothing."
+    "Write the file of a batch, with a notebook that trains like train.ipynb but draws nothing."
     train = nbformat.read(find_runs_folder() / "train.ipynb", 4)
     train.cells = [
         next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])),
@@ -65,7 +65,7 @@ def write_batch(home, **grid) -> Path:
 
 
 class Driver(subprocess.Popen):
-    "The command in a process of its own; what it says goes into a file."
+    "The command in its own process, with its output in a file."
 
     def __init__(self, *words):
         self.file = Path(f"said-{time.monotonic_ns()}.txt").absolute()
@@ -76,7 +76,7 @@ class Driver(subprocess.Popen):
         return self.file.read_text()
 
     def until(self, what, seconds=300):
-        "What `what` gives, as soon as it is something; the process must not end before."
+        "Wait until `what()` is true and return it; the process must not end before."
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert self.poll() is None and time.monotonic() < deadline, self.said()
@@ -93,7 +93,7 @@ def finished(folder: Path, n: int) -> list:
 
 
 def at_work(folder: Path):
-    "A run that trains its first step now, with the number of its process."
+    "Find a run that is training its first step, with the pid of its process."
     for run in runs_in(folder):
         if run.n_steps == 0 and run.log() and psutil.pid_exists(read_worker(run.folder)["pid"]):
             return run.folder, read_worker(run.folder)["pid"]
@@ -114,7 +114,7 @@ def result(folder: Path) -> dict:
 
 
 def on_this_machine(home) -> dict:
-    "A worker is killed, then the driver; nothing is left running, nothing that was finished is lost or done again, and the next call ends it all."
+    "Kill a worker, then the driver: nothing is left running, and the next call completes the rest, repeating nothing."
     grid, folder = write_batch(home), home / "outputs" / "twelve"
     (home / "trouble").touch()
     driver = Driver("batch", grid, "--workers", 2)
@@ -147,7 +147,7 @@ def on_this_machine(home) -> dict:
 
 
 def on_two_nodes(home) -> dict:
-    "A Ray worker dies, then a node; Ray starts their runs again, and they end like those of this machine."
+    "Kill a Ray worker, then a node: Ray starts their runs again, and they end like those of this machine."
     from ray.cluster_utils import Cluster
 
     grid, folder = write_batch(home), home / "outputs" / "twelve"
@@ -162,7 +162,7 @@ def on_two_nodes(home) -> dict:
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
         assert driver.wait(600) == 0 and "12 done" in driver.said(), driver.said()
-        assert "on_node" in driver.said() and "step 1" in driver.said()  # the runs' own words came back
+        assert "on_node" in driver.said() and "step 1" in driver.said()  # the output of the runs came back
         assert before.items() <= stamps(folder).items()
     finally:
         cluster.shutdown()
@@ -170,7 +170,7 @@ def on_two_nodes(home) -> dict:
 
 
 def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch):
-    "The same grid under both executors, with everybody dying in turn, ends with the same losses and the same confusion matrices."
+    "Both executors end with the same losses and confusion matrices, although processes and machines die."
     pytest.importorskip("ray")
     here = on_this_machine(home)
     assert len(here) == 12 and all(len(steps) == 2 for _, steps in here.values())
@@ -182,7 +182,7 @@ def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch):
 
 
 def test_an_interrupt_ends_all(home):
-    "Ctrl-C: exit code 75 and not one process left, not even of a run that has several; a finished step stays."
+    "Ctrl-C: exit code 75; no process is left, also of a run with several; a finished step is kept."
     grid = write_batch(
         home,
         grid=dict(method=["finetune"]),
@@ -193,14 +193,14 @@ def test_an_interrupt_ends_all(home):
         lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 5), None)
     )
     others = psutil.Process(driver.pid).children(recursive=True)
-    assert len(others) >= 5  # the run's process, its kernel, the launcher and two that train
+    assert len(others) >= 5  # the run, its kernel, the launcher and two that train
     driver.send_signal(signal.SIGINT)
     assert driver.wait(60) == 75 and "rerun the same command to resume" in driver.said()
     assert not psutil.wait_procs(others, 15)[1] and load_run(run.folder).n_steps == 1
 
 
 def test_a_plan_costs_nothing(home):
-    "Names, shared base steps and iterations are known before anything is written; time is measured once for the same work."
+    "Names, base steps and iterations are known before anything is written; equal work is timed once."
     batch = Batch(write_batch(home))
     plan = batch.plan()
     assert [row[0] for row in plan.rows[:3]] == [
@@ -225,7 +225,7 @@ def test_a_plan_costs_nothing(home):
 
 
 def test_names():
-    "Readable, of what differs, the same when the batch grows."
+    "Names are readable, tell what differs, and stay the same when the batch grows."
 
     def names(**grid):
         return [s.name.removeprefix("x/") for s in expand_grid(read_grid(dict(name="x") | grid))]
@@ -274,14 +274,14 @@ def test_names():
         (dict(name="../x", grid=dict(seed=[1])), "'name' cannot be"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_runs(home, grid, words):
+def test_an_invalid_batch_is_refused_before_anything_runs(home, grid, words):
     with pytest.raises(ValueError, match="(?s)" + words.replace("(", r"\(").replace("?", r"\?")):
         Batch(dict(name="x") | grid)
     assert not (home / "outputs").exists()
 
 
 def test_a_changed_batch_is_refused(home):
-    "A folder holds the run that its name says, or the batch does not start."
+    "A batch does not start if one of its folders holds another run."
     from mbs.experiment import Experiment
 
     first = Batch(dict(name="x", parameters=TINY, grid=dict(seed=[0])))
@@ -300,7 +300,7 @@ def test_without_ray(monkeypatch):
 
 
 def test_a_notebook_that_does_not_train(home):
-    "Ending without an error is not enough: the run must be finished; those that wait for its base step do not wait forever."
+    "A notebook that ends without error before its run is finished has failed, and so have the runs that wait for it."
     path = write_batch(home, grid=dict(method=["finetune", "kd"]))
     book = nbformat.read(home / "plain.ipynb", 4)
     book.cells = book.cells[:1]
@@ -310,7 +310,7 @@ def test_a_notebook_that_does_not_train(home):
 
 
 def test_the_table_in_a_notebook_and_in_a_terminal(monkeypatch, capsys):
-    "A widget that changes in place; a table with colours; nothing of a run's name is taken for markup."
+    "A notebook gets a widget that changes in place, a terminal a table; the name of a run is never markup."
     import IPython.display
     from rich.console import Console
 
@@ -331,7 +331,7 @@ def test_the_table_in_a_notebook_and_in_a_terminal(monkeypatch, capsys):
 
 
 def test_curves(home):
-    "Event files in TensorBoard's format, drawn anew where a run has begun a step again."
+    "Event files have TensorBoard's format, and are rewritten where a run has begun a step again."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from mbs.curves import CurveWriter

@@ -1,4 +1,4 @@
-"The benchmarks run, at sizes where nothing can be measured, and all ways that they compare give the same numbers."
+"The benchmarks run at tiny sizes, and all implementations that they compare give the same numbers."
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ def beside(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in [name for name, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(FOLDER))]:
-        del sys.modules[name]  # names as common as `step`
+        del sys.modules[name]  # their names are as common as `step`
 
 
 def is_row(r):
@@ -36,7 +36,7 @@ def is_row(r):
     ],
 )
 def test_all_ways_agree(part, sizes, n):
-    "`measure` compares them before it returns."
+    "`measure` compares all implementations before it returns."
     found = __import__(part).measure(2, **sizes)
     assert len(found) == n and all(map(is_row, found))
 
@@ -57,7 +57,7 @@ def test_ways_that_differ_are_refused(part, name, wrong, monkeypatch):
 
 
 def test_absolute_numbers():
-    "Arithmetic and traffic of an iteration grow with the batch; without a known GPU nothing is said of its peaks."
+    "Arithmetic and traffic of an iteration grow with the batch; shares of the peaks need a known GPU."
     import full_size
 
     one, two = (full_size.absolute("VOC 15-5", True, batch, 1, side=64, **NETWORK) for batch in (1, 2))
@@ -66,7 +66,7 @@ def test_absolute_numbers():
 
 
 def test_results_are_written(tmp_path, monkeypatch):
-    "What was measured, on which machine; the GPU's rows stay empty without one."
+    "The file names measurements and machine; without a GPU its rows stay empty."
     import run
     import torch
 
@@ -76,4 +76,4 @@ def test_results_are_written(tmp_path, monkeypatch):
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| attention, 33 tokens |" in text and torch.__version__ in text and str(FOLDER) not in text
     if not torch.cuda.is_available():
-        assert "No GPU was at hand" in text and text.count("| 16 | yes |  |  |  |  |  |") == 4
+        assert "No GPU was available" in text and text.count("| 16 | yes |  |  |  |  |  |") == 4

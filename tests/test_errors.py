@@ -1,4 +1,4 @@
-"Bad input: one clear sentence, exit code 2, nothing half-written."
+"Invalid input gives one clear sentence and exit code 2, and leaves nothing half-written."
 
 import shutil
 
@@ -23,7 +23,7 @@ def scenes(tmp_path_factory):
 
 
 def refused(*words):
-    "The sentence with which `mbs run` refuses `words`."
+    "Return the sentence with which `mbs run` refuses `words`."
     result = CliRunner().invoke(app, ["run", *words])
     assert result.exit_code == 2, result.output
     message = result.stderr.strip()
@@ -62,7 +62,7 @@ def test_parameters(home, words, says):
 
 
 def broken(scenes, tmp_path, change):
-    "A copy of the scenes with one pair changed."
+    "Copy the scenes and change one pair."
     root = tmp_path / "broken"
     shutil.copytree(scenes, root)
     change(root / "JPEGImages" / "train_00003.png", root / "SegmentationClassAug" / "train_00003.png")
@@ -104,7 +104,7 @@ def test_outputs_cannot_be_written(home, scenes):
     assert (home / "outputs").read_text() == "a file where the folder should be"
 
 
-def test_one_bad_run_stops_the_plan(home):
+def test_one_invalid_run_stops_the_plan(home):
     "All runs are checked before the first one writes anything."
     result = CliRunner().invoke(app, ["demo", "--methods", "finetune,magic"])
     assert result.exit_code == 2 and "'magic' is not known" in result.stderr
@@ -112,14 +112,14 @@ def test_one_bad_run_stops_the_plan(home):
 
 
 def test_step_without_images(home, tmp_path):
-    "Two scenes never hold all eight classes: some one-class step stays empty."
+    "Two scenes never hold all eight classes, so a one-class step has no image."
     root = write_scenes(tmp_path / "few", 1, 1, size=32)
     assert "sees no training image: expected at least one that holds" in refused(f"data={root}", "protocol=1-1")
     assert not (home / "outputs").exists()
 
 
 def test_unknown_parameter_in_the_notebook(home, tmp_path):
-    "papermill itself only warns about unknown names; the notebook refuses them before anything runs."
+    "papermill only warns about unknown names; the notebook refuses them before anything runs."
     import papermill
 
     from mbs.folders import find_runs_folder

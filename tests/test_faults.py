@@ -1,4 +1,4 @@
-"Full disks, read-only folders, data that vanish, processes that die, numbers that are none: one sentence each, and the run goes on from there to the same end."
+"Full disks, vanished data, dead processes, NaN gradients: each gives one sentence, and the resumed run ends the same."
 
 import errno
 import io
@@ -43,17 +43,19 @@ def home(tmp_path, monkeypatch):
 
 
 def go(outputs, **changes):
+    "Run a tiny experiment, resuming it if it exists."
     return Experiment(Settings(**TINY | changes), outputs).run()
 
 
 def sentence(error):
-    "The one sentence of an error."
+    "Check that an error is one sentence, and return it."
     text = str(error.value if hasattr(error, "value") else error)
     assert "\n" not in text and "Traceback" not in text and len(text) > 20, text
     return text
 
 
 def same_end(run, whole):
+    "Check that two runs ended with the same log and bit for bit the same models."
     assert run.finished and run.log() == whole.log()
     for t in range(whole.n_steps):
         mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (run, whole))
@@ -61,7 +63,7 @@ def same_end(run, whole):
 
 
 class Faults:
-    "What writes to the run folder, counted; call number `at` leaves half of what it should and raises OSError."
+    "Count the calls that write to the run folder; call number `at` writes half of its data and raises OSError."
 
     def __init__(self, monkeypatch, folder, at=None, code=errno.ENOSPC):
         self.n, self.at, self.code, self.folder = 0, at, code, str(folder)
@@ -77,11 +79,8 @@ class Faults:
         opened = io.open
 
         def log_open(file, mode="r", *args, **kwargs):
-            return (
-                Broken(self, opened(file, mode, *args, **kwargs))
-                if str(file).endswith("log.jsonl")
-                else opened(file, mode, *args, **kwargs)
-            )
+            handle = opened(file, mode, *args, **kwargs)
+            return Broken(self, handle) if str(file).endswith("log.jsonl") else handle
 
         monkeypatch.setattr(mbs.experiment, "open", log_open, raising=False)
 
@@ -89,17 +88,16 @@ class Faults:
         self.n += 1
         return self.n == self.at
 
+    def find_target(self, args, where):
+        "Return the path among the arguments of a call; `where` is its position, None if the call has none."
+        if where is None:
+            return ""
+        target = args[where]
+        return str(target if isinstance(target, (str, Path)) else getattr(target, "name", target))
+
     def wrapped(self, real, where):
         def call(*args, **kwargs):
-            target = (
-                ""
-                if where is None
-                else str(
-                    getattr(args[where], "name", args[where])
-                    if not isinstance(args[where], (str, Path))
-                    else args[where]
-                )
-            )
+            target = self.find_target(args, where)
             if where is not None and self.folder not in target:
                 return real(*args, **kwargs)
             if real.__name__ == "mkdir" and Path(target).is_dir():
@@ -115,7 +113,7 @@ class Faults:
 
 
 class Broken:
-    "The log, whose line is cut short when it is due."
+    "The log, which writes half a line when the fault is due."
 
     def __init__(self, faults, file):
         self.faults, self.file = faults, file
@@ -139,7 +137,7 @@ class Broken:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
 def test_writing_fails_somewhere(home, code):
-    "Any single write of a run fails: one sentence, and the next attempt ends bit for bit like a run whose disk was sound."
+    "Any single write of a run fails: the error is one sentence, and the resumed run ends like an undisturbed one."
     whole = go(home / "whole")
     with pytest.MonkeyPatch.context() as patch:
         counted = Faults(patch, home / "count")
@@ -153,13 +151,14 @@ def test_writing_fails_somewhere(home, code):
             with pytest.raises(ValueError, match="cannot be written") as error:
                 go(outputs)
         assert os.strerror(code) in sentence(error)
-        assert not [p for p in outputs.rglob(".step-*")]  # half a step would fill the disk for good
+        assert not list(outputs.rglob(".step-*"))  # half a step would keep the disk full
         same_end(go(outputs), whole)
         shutil.rmtree(outputs)
         kept("write faults injected and survived", 1)
 
 
 def mounted(folder, options):
+    "Mount a file system in memory on `folder`, or skip the test."
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
     if done.returncode:
@@ -167,7 +166,7 @@ def mounted(folder, options):
 
 
 def test_a_disk_that_is_really_full_and_then_read_only(home):
-    "A file system of half a megabyte: the run stops with a sentence, and goes on when there is room; nothing can be written when it is mounted read-only."
+    "A run stops with a sentence on a full file system, resumes when there is room, and is refused on a read-only one."
     disk = home / "disk"
     mounted(disk, "size=500k")
     try:
@@ -187,7 +186,7 @@ def test_a_disk_that_is_really_full_and_then_read_only(home):
 
 
 def said_by(home, *words):
-    "Exit code and last line of the command `mbs`."
+    "Run the command `mbs`; return its exit code and last line."
     process = command(home, *words)
     text = process.communicate(timeout=300)[0]
     assert "Traceback" not in text, text
@@ -195,7 +194,10 @@ def said_by(home, *words):
 
 
 def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
-    "What a user sees: one sentence – exit code 2 before a run, 1 in the middle of it – and the same command goes on when there is room, also where there was none for the notebook."
+    """A user sees one sentence, with exit code 2 before a run and 1 during it.
+
+    The same command resumes when there is room, even if there was none for the notebook.
+    """
     disk = home / "outputs"
     mounted(disk, "size=24k")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -204,12 +206,8 @@ def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
         for size in ("24k", "300k"):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
             code, line = said_by(home, "run", *words)
-            assert (
-                code
-                and line.startswith("mbs: ")
-                and "No space left on device" in line
-                and "the same command goes on" in line
-            ), line
+            assert code and line.startswith("mbs: "), line
+            assert "No space left on device" in line and "rerun the same command to resume" in line, line
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         assert said_by(home, "run", *words)[0] == 0
         same_end(load_run(disk / "run"), go(home / "whole", samples=0))
@@ -222,7 +220,7 @@ def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
 
 
 def test_files_may_not_grow(home):
-    "A quota, as the system enforces it: the model does not fit."
+    "The system enforces a limit on the size of files that is too small for the model."
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
@@ -238,15 +236,17 @@ def test_files_may_not_grow(home):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_vanish_while_training(home, workers):
-    "The data disk is gone in the middle of a step: the picture is named, and the run goes on when the disk is back."
-    whole, data = go(home / "whole"), next((home / "data").iterdir())
+    "The data disk disappears during a step: the error names the picture, and the run resumes when the disk is back."
+    whole = go(home / "whole")
+    data = next((home / "data").iterdir())
     experiment = Experiment(Settings(**TINY | dict(workers=workers)), home / "cut")
     seen = []
 
     def log(record):
         experiment.writer.__class__.log_real(record)
         seen.append(record)
-        data.rename(home / "elsewhere") if len(seen) == 3 else None
+        if len(seen) == 3:
+            data.rename(home / "elsewhere")
 
     experiment.writer.__class__.log_real = staticmethod(experiment.writer.log)
     experiment.writer.log = log
@@ -260,12 +260,14 @@ def test_data_vanish_while_training(home, workers):
 
 
 def children():
+    "Return the ids of this process's children."
     return [int(p) for p in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
 
 
 def test_a_loader_process_dies(home):
-    "Killed for its memory: a sentence; the run goes on."
-    whole, experiment = go(home / "whole"), Experiment(Settings(**TINY | dict(workers=2)), home / "killed")
+    "A dataloader worker is killed, as for its memory: the error is a sentence, and the run resumes."
+    whole = go(home / "whole")
+    experiment = Experiment(Settings(**TINY | dict(workers=2)), home / "killed")
     real = experiment.writer.log
 
     def log(record):
@@ -283,7 +285,7 @@ def test_a_loader_process_dies(home):
 
 
 def test_loader_processes_do_not_hear_signals(home, monkeypatch):
-    "Ctrl-C in a terminal, and Slurm, signal every process of a job: the loaders live until the run has saved."
+    "Ctrl-C in a terminal and Slurm signal every process of a job: the workers must live until the run has saved."
     from mbs.lifeline import Interrupted
 
     experiment = Experiment(Settings(**TINY | dict(workers=2)), home / "asked")
@@ -298,7 +300,7 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
             time.sleep(0.3)
 
     log.cut, experiment.writer.log = real.cut, log
-    with pytest.raises(Interrupted, match="saved, the same command goes on"):
+    with pytest.raises(Interrupted, match="saved, rerun the same command to resume"):
         experiment.run()
     same_end(go(home / "asked"), go(home / "whole"))
 
@@ -334,7 +336,7 @@ def spoiled(home, bad, name="spoiled", **recipe):
 
 
 def test_a_gradient_that_is_not_finite(home):
-    "By default it ends the run before anything is saved, naming iteration and pictures; by choice it is left out and counted."
+    "By default the run ends before anything is saved, naming iteration and pictures; 'skip' omits and counts it."
     experiment = spoiled(home, {5})
     with pytest.raises(
         ValueError,
@@ -344,16 +346,15 @@ def test_a_gradient_that_is_not_finite(home):
     sentence(error)
     assert not list((experiment.folder / "resume").glob("*")) and not load_run(experiment.folder).log()
     run = spoiled(home, {5, 15}, "skipped", non_finite="skip").run()
-    assert [r.get("left_out", 0) for r in run.log()] == [1, 0, 1, 0, 0, 0] and all(
-        np.isfinite(r["loss"]) for r in run.log()
-    )
+    assert [r.get("left_out", 0) for r in run.log()] == [1, 0, 1, 0, 0, 0]
+    assert all(np.isfinite(r["loss"]) for r in run.log())
     assert all(torch.isfinite(v).all() for v in load_file(run.step(0, "model.safetensors")).values())
     with pytest.raises(ValueError, match="not finite in any of the last 10 iterations"):
         spoiled(home, set(range(1, 30)), "never", non_finite="skip").run()
 
 
 def test_skipping_survives_an_interruption(home):
-    "Iterations that were left out are remembered in the saved state, so the log comes out the same."
+    "Checkpoints remember skipped iterations, so the resumed log is the same."
     whole = spoiled(home, {3}, "whole", non_finite="skip").run()
     stopped = spoiled(home, {3}, "stopped", non_finite="skip")
     kind, real = type(stopped.setup.method), type(stopped.setup.method).loss
@@ -383,13 +384,16 @@ def test_teacher_and_student_must_fit_the_step(home):
 
 
 def test_a_class_that_no_picture_of_its_step_holds(home):
-    "Loud, with the step, the class and the number of pictures."
+    "The warning names the step, the class and the number of images."
     with pytest.warns(UserWarning, match=r"step \d sees no pixel of \S+.* in its \d+ training images"):
         Experiment(Settings(**TINY | dict(scenes=dict(n_train=3, n_test=4, size=32), protocol="4-4")))
 
 
 def test_changed_data_under_an_index(home):
-    "Content that changed while size and time stayed: seen when the data set is opened, and at the latest when the picture is read."
+    """Content that changes without its size and time is noticed.
+
+    A new fingerprint shows it when the data set is opened; at the latest, reading the picture is an error.
+    """
     from PIL import Image
 
     from mbs.data import SegmentationFolder
@@ -398,7 +402,7 @@ def test_changed_data_under_an_index(home):
     root = write_scenes(home / "s", 20, 4, size=32)
     before = SegmentationFolder(root)
     mask, ids = before.masks[0], before[0][1]
-    Image.fromarray(ids).save(mask, "BMP")  # whose size does not depend on what is in it
+    Image.fromarray(ids).save(mask, "BMP")  # the size of a BMP does not depend on its content
     before, times = SegmentationFolder(root), mask.stat()
     Image.fromarray(np.where(ids == ids.max(), 0, ids)).save(mask, "BMP")
     os.utime(mask, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -410,7 +414,7 @@ def test_changed_data_under_an_index(home):
 
 
 def test_what_is_not_measured_alike_is_said(home):
-    "A report of runs that were tested in different ways, or on other data, says so with the values."
+    "A report of runs that were tested in different ways, or on different data, warns with the values."
     from mbs.report import write_report
 
     a, b = (
@@ -431,20 +435,20 @@ def test_what_is_not_measured_alike_is_said(home):
 
 
 def test_same_seed_same_weights(home):
-    "On one machine, whatever ran before in the process."
+    "On one machine, earlier computation in the process does not matter."
     one = go(home / "one")
     torch.rand(7)
-    np.random.rand(3)
+    np.random.rand(3)  # noqa: NPY002 - the global state is meant
     random.random()
     two = go(home / "two")
     same_end(two, one)
-    assert not torch.equal(
-        *(load_file(r.step(0, "model.safetensors"))["decoder.proj_patch"] for r in (one, go(home / "three", seed=1)))
-    )
+    other = go(home / "three", seed=1)
+    weights = [load_file(run.step(0, "model.safetensors"))["decoder.proj_patch"] for run in (one, other)]
+    assert not torch.equal(*weights)
 
 
 def test_deterministic_is_a_choice():
-    "The flags are set, and taken back; what they do on a GPU is for a machine with one."
+    "The flags are set and reset; their effect on a GPU is tested on machines with one."
     from mbs.recipe import make_accelerator
 
     make_accelerator(make_recipe("clean", deterministic=True))
@@ -454,7 +458,7 @@ def test_deterministic_is_a_choice():
 
 
 def test_runs_from_before_a_choice_existed_go_on(home):
-    "A choice that is new counts as its default when a run folder is taken up again; the transform itself is untouched."
+    "A parameter that an older run card lacks counts as its default when the run is resumed."
     run = go(home / "o")
     card = read_json(run.folder / "run.json")
     del card["recipe"]["non_finite"], card["recipe"]["deterministic"]

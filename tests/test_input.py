@@ -196,7 +196,7 @@ def test_the_same_weights_with_and_without(home, recipe, workers, tuning, capsys
     assert ("decoding 24 pictures" in capsys.readouterr().out) and list(home.glob("data/*/.mbs-decoded-train.npy"))
     assert plain.log() == fast.log()
     for t in range(2):
-        mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (plain, fast))
+        mine, theirs = (load_file(r.step_path(t, "model.safetensors")) for r in (plain, fast))
         assert all(torch.equal(mine[k], theirs[k]) for k in mine) and np.array_equal(
             plain.confusion(t).counts, fast.confusion(t).counts
         )

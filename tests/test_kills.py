@@ -1,4 +1,7 @@
-"Killed at every moment that there is: each write, each iteration, each evaluation, and each save of the notebook. The same command ends as if nothing had happened."
+"""A process is killed at each write, iteration, evaluation and save of the notebook.
+
+The same command then ends like an uninterrupted run.
+"""
 
 import json
 import os
@@ -9,23 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_interruption
 import torch
 from figures import kept
 from test_faults import TINY, same_end
-from test_interruption import forked  # noqa: F401 - a fixture
 from test_stopping import plain
 
 import mbs.checkpoint
 import mbs.evaluation
 import mbs.experiment
+import mbs.run_folder
 import mbs.training
 from mbs.experiment import Experiment
 from mbs.notebooks import read_failure
 from mbs.run import load_run
 from mbs.settings import Settings
 
-EVERY = int(os.environ.get("MBS_EVERY_KILL", 25))  # every how many-th moment a process is killed; 1 with make stress
-SAVES = int(os.environ.get("MBS_NOTEBOOK_SAVES", 1))  # kills while papermill saves; more with make stress
+forked = test_interruption.forked  # a fixture
+EVERY = int(os.environ.get("MBS_EVERY_KILL", 25))  # kill at every n-th moment; 1 with make stress
+SAVES = int(os.environ.get("MBS_NOTEBOOK_SAVES", 1))  # number of kills while papermill saves; more with make stress
 SHORT = TINY | dict(samples=1, training=TINY["training"] | dict(iterations=12, both=True))
 
 
@@ -38,16 +43,16 @@ def home(tmp_path, monkeypatch):
 
 
 class Moments:
-    "Counts the moments of a run; at number `at` this process kills itself, half of what it writes being on the disk."
+    "Counts the moments of a run; at moment `at` this process kills itself, with half of a write on the disk."
 
     def __init__(self, told: Path, at=None):
         self.told, self.at, self.seen = told, at, []
         for owner, name, what in (
-            (mbs.experiment, "measured", "in evaluation"),
-            (mbs.training, "gradient_norm", "in an iteration"),
-            (mbs.experiment, "write_samples", "before the first step"),
-            (mbs.experiment, "write_step", "between steps"),
-            (mbs.experiment.RunLog, "cut", "between steps"),
+            (mbs.experiment, "_evaluate_state", "in evaluation"),
+            (mbs.training, "measure_gradient", "in an iteration"),
+            (mbs.run_folder, "_write_samples", "before the first step"),
+            (mbs.run_folder, "_write_step", "between steps"),
+            (mbs.run_folder.RunLog, "truncate", "between steps"),
             (os, "replace", "while a file is renamed"),
             (Path, "unlink", "while states are removed"),
         ):
@@ -55,7 +60,7 @@ class Moments:
         mbs.checkpoint.save_file = self.half(mbs.checkpoint.save_file, 1, "while a checkpoint is written")
         np.savez_compressed = self.half(np.savez_compressed, 0, "while counts or pictures are written")
         Path.write_text = self.half(Path.write_text, 0, "while a text file is written")
-        mbs.experiment.open = self.half_line
+        mbs.run_folder.open = self.half_line
 
     def due(self, what):
         self.seen.append(what)
@@ -69,7 +74,7 @@ class Moments:
         def call(*args, **kwargs):
             now = (
                 "in evaluation of an iterate"
-                if what == "in evaluation" and sys._getframe(1).f_code.co_name != "train"
+                if what == "in evaluation" and sys._getframe(1).f_code.co_name != "_train_and_write"
                 else what
             )
             if self.due(now):
@@ -106,7 +111,7 @@ class Moments:
 
 
 def child(outputs, told, at):
-    "Train in a forked process, and die at moment `at`; without it, leave the names of all moments in `told`."
+    "Train in a forked process and die at moment `at`; if it is None, write the names of all moments to `told`."
     moments = Moments(told, at)
     Experiment(Settings(**SHORT), outputs).run()
     told.write_bytes(json.dumps(moments.seen).encode())
@@ -120,7 +125,7 @@ def fork(forked, *args):
 
 
 def test_killed_at_every_moment(home, forked):
-    "From the first file to the last, whatever is half-written."
+    "A kill at any moment, with any file half-written, loses nothing."
     told = home / "told"
     Experiment(Settings(**SHORT), home / "count")  # makes the data, once
     assert fork(forked, home / "count", told, None) == 0
@@ -172,7 +177,7 @@ main(*sys.argv[2:])
 
 
 def test_killed_while_the_notebook_is_saved(home):
-    "papermill writes the executed notebook again with every cell: a kill leaves half of it, which the same command makes whole."
+    "papermill writes the notebook again with every cell: a kill leaves half of it, the same command completes it."
     book = json.loads(plain(home).read_text())
     book["cells"] = book["cells"][:4]
     (home / "plain.ipynb").write_text(json.dumps(book))
@@ -194,7 +199,7 @@ def test_killed_while_the_notebook_is_saved(home):
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         with pytest.raises(ValueError):
             json.loads(output.read_text())
-        assert read_failure(output) == ""  # half a notebook is no failure
+        assert read_failure(output) == ""  # half a notebook tells no failure
         kept("kills survived: while papermill saves", 1)
     done = execute("-m", "mbs.notebooks")
     assert done.returncode == 0, done.stdout + done.stderr

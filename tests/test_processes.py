@@ -1,4 +1,4 @@
-"One run on several processes: the same numbers as one, a clean end when one of them dies, and going on afterwards."
+"One run on several processes: the same numbers as one process, a clean end when one of them dies, and a resume."
 
 import signal
 import subprocess
@@ -32,34 +32,37 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["mbs", "plop"])
 def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
-    "The same losses, and the same model up to rounding; then the same confusion matrix of the same weights, exactly."
+    "Losses and model are the same up to rounding; the confusion matrix of the same weights is the same exactly."
     monkeypatch.setattr("mbs.training.LOG_EVERY", 1)
     settings = Settings(name="one", method=method, training=QUIET, **SMALL)
     one = Experiment(settings, tmp_path).run()
-    worker = tmp_path / "worker.py"  # logs each iteration; evaluates the first run's weights in turns
+    worker = tmp_path / "worker.py"  # logs each iteration, and also evaluates the weights of the first run
     worker.write_text(
         textwrap.dedent(f"""
         import sys
-        import mbs.training, mbs.experiment
+        import mbs.experiment, mbs.processes, mbs.training
         import numpy as np
         from mbs import load_run
-        from mbs.launch import train
+        from mbs.launch import train_in_process
         mbs.training.LOG_EVERY = 1
         inner = mbs.experiment._evaluate_state
-        def measured(setup, student, step, state, test):
+        one = load_run({str(tmp_path / "one")!r})
+        def evaluate_both(setup, student, step, state, test):
             own = inner(setup, student, step, state, test)
-            np.save({str(tmp_path)!r} + f"/counts-{{step}}-{{mbs.processes.get_processes().process_index}}.npy",
-                    inner(setup, load_run({str(tmp_path / "one")!r}).model(step), step, load_run({str(tmp_path / "one")!r}).model(step).state_dict(), test).counts)
+            model = one.model(step.number)
+            counts = inner(setup, model, step, model.state_dict(), test).counts
+            rank = mbs.processes.get_processes().process_index
+            np.save({str(tmp_path)!r} + f"/counts-{{step.number}}-{{rank}}.npy", counts)
             return own
-        mbs.experiment._evaluate_state = measured
-        if __name__ == "__main__": train(*sys.argv[1:3])
+        mbs.experiment._evaluate_state = evaluate_both
+        if __name__ == "__main__": train_in_process(*sys.argv[1:3])
         """)
     )
     two = launch(settings.model_copy(update=dict(name="two", processes=2)), tmp_path, [str(worker)])
     assert two.finished and len(one.log()) == len(two.log()) == 80
     later = launch(
         settings.model_copy(update=dict(name="later", processes=2, share_base=True)), tmp_path, [str(worker)]
-    )  # the base step of the first: both begin step 1 with the same weights
+    )  # takes the base step of the first run: both begin step 1 with the same weights
     assert later.metrics(0)["base_from"] == "one"
     for a, b, c in zip(one.log(), two.log(), later.log()):
         if a["step"] == 0:
@@ -74,21 +77,22 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
 
 DYING = """
 import sys
-from mbs.launch import train
+from mbs.launch import train_in_process
 from mbs.methods import Method
-from mbs.processes import processes
+from mbs.processes import get_processes
 class Dying(Method):
     seen = 0
-    def loss(self, student, teacher, target, n_new):
+    def loss(self, student, teacher, target, step):
         Dying.seen += 1
-        if Dying.seen == 30 and processes().process_index == 1: raise RuntimeError("the second GPU fell off the bus")
-        return super().loss(student, teacher, target, n_new)
-if __name__ == "__main__": train(*sys.argv[1:3], Dying)
+        if Dying.seen == 30 and get_processes().process_index == 1:
+            raise RuntimeError("the second GPU fell off the bus")
+        return super().loss(student, teacher, target, step)
+if __name__ == "__main__": train_in_process(*sys.argv[1:3], Dying)
 """
 
 
 def test_one_process_dies(tmp_path, capsys):
-    "All end within 30 s, with the traceback of the one that died; the same call goes on with the step that was not finished."
+    "All end within 30 s with the traceback of the one that died; the same call resumes at the unfinished step."
     (tmp_path / "dying.py").write_text(DYING)
     settings = Settings(name="run", method="finetune", processes=2, training=QUIET, **SMALL)
     began = time.monotonic()
@@ -112,25 +116,25 @@ def test_an_interrupt_ends_all(tmp_path):
     parent.write_text(f"""import signal
 from mbs import Settings
 from mbs.launch import launch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells take it from what they start in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore SIGINT in background processes
 launch(Settings(name='run', processes=2, training={QUIET | dict(iterations=5000)}, **{SMALL}), {str(tmp_path)!r})""")
     program = subprocess.Popen(
         [sys.executable, str(parent)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
-    def others():
+    def list_others():
         return subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
 
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "log.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert len(others()) == 4  # this one's child, the launcher, two workers
+    assert len(list_others()) == 4  # the child, the launcher, two workers
     program.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in program.communicate(timeout=30)[0]
-    assert others() == []
+    assert list_others() == []
 
 
-def test_what_cannot_be_shared(tmp_path, capsys):
+def test_unequal_shares_are_refused(tmp_path, capsys):
     with pytest.raises(ChildProcessError, match="a batch of 8 pictures cannot be shared by 3 processes"):
         launch(Settings(name="three", processes=3, training=QUIET, **SMALL), tmp_path)
     network = dict(encoder="tf_efficientnet_lite0", encoder_options={}, decoder=dict(depth=1, dim=32, heads=2))

@@ -1,4 +1,4 @@
-"Every published protocol file runs, one iteration a step, on generated data in VOC's and ADE20K's own folder layouts."
+"Every published protocol file runs, one iteration a step, on generated data in the layouts of VOC and ADE20K."
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ ONE = dict(crop=16, batch=2, iterations=1, test_batch=64)
 
 
 def write_pairs(root, images, masks, part, n_classes):
-    "A picture of each class alone and one of it with the class before, 16 pixels a side; their ids."
+    "Write for each class a picture of it alone and one with the class before it, 16 × 20 pixels; return the ids."
     ids = []
     for folder in (images, masks):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_pairs(root, images, masks, part, n_classes):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "Generated data where `mbs data` would put the real ones."
+    "Write generated data where `mbs data` puts the real data."
     root = tmp_path_factory.mktemp("home")
     voc, ade = root / "data" / "voc", root / "data" / "ade"
     (voc / "ImageSets" / "Segmentation").mkdir(parents=True)
@@ -67,7 +67,7 @@ def at_home(home, monkeypatch):
     monkeypatch.setenv("MBS_HOME", str(home))
 
 
-def test_there_is_a_file_for_every_published_split():
+def test_every_published_split_has_a_file():
     want = {
         f"{data}-{split}" + (f"-{setting}" if split != "offline" else "")
         for data, splits in SPLITS.items()
@@ -80,7 +80,7 @@ def test_there_is_a_file_for_every_published_split():
 
 @pytest.mark.parametrize("name", FILES)
 def test_protocol_file(name, home):
-    "Parameters as published; every step sees pictures, grows, learns an iteration and is tested."
+    "Parameters are as published; every step sees pictures, grows, learns one iteration and is tested."
     values = read_parameters(name)
     assert (values["encoder"], values["weights"], values["recipe"], values["training"]) == (
         "vit_base_patch16_384",
@@ -95,15 +95,15 @@ def test_protocol_file(name, home):
     n = 20 if values["data"] == "voc" else 150
     assert run.finished and run.protocol.dataset == values["data"] and run.confusion().n == n + 1
     recipe = run.card.recipe
-    assert recipe["epochs"], recipe["lr_factor"] == ((32, 0.1) if n == 20 else (64, 0.5))
+    assert (recipe.epochs, recipe.lr_factor) == ((32, 0.1) if n == 20 else (64, 0.5))
     assert run.card.parts.output_weight == (25 if n == 20 else 50)
     assert (
         run.confusion().counts[0].sum() == 0 if n == 150 else run.confusion().counts[0].sum() > 0
-    )  # ADE20K's test leaves unlabelled pixels out
+    )  # the test of ADE20K leaves unlabelled pixels out
 
 
 def test_through_papermill_as_documented(home, tmp_path):
-    "The documented command, with the file's parameters and overrides; and `mbs run`, its short form, gives the same run."
+    "The documented papermill command runs a file with changed parameters; `mbs run` gives the same run."
     import papermill
 
     file = find_runs_folder() / "protocols" / "voc-19-1-disjoint.yaml"
@@ -122,6 +122,7 @@ def test_through_papermill_as_documented(home, tmp_path):
 
 
 def test_clean_is_one_flag(home):
+    "`recipe=clean` replaces the published recipe as a whole."
     settings = Settings.checked(**read_parameters("voc-15-1-overlapped") | SMALL | dict(recipe="clean"))
     recipe = Experiment(settings, home / "outputs").setup.recipe
     assert (

@@ -30,7 +30,7 @@ def home(tmp_path, monkeypatch):
 
 
 def weights(run: Run) -> list[dict]:
-    return [load_file(run.step(t, "model.safetensors")) for t in range(run.n_steps)]
+    return [load_file(run.step_path(t, "model.safetensors")) for t in range(run.n_steps)]
 
 
 def kill_in_step(home, step: int, outputs: str):

@@ -1,4 +1,4 @@
-"Whole runs: the command line on real and generated data, both recipes, and the claim of the demo."
+"Complete runs: the command line on real and generated data, both recipes, and the claim of the demo."
 
 import json
 import os
@@ -17,7 +17,7 @@ VOC = Path(os.environ.get("MBS_VOC", Path(__file__).parents[2] / "shared/data/VO
 
 
 def mbs(home, *words, timeout=900):
-    "Output of the command, in a process of its own."
+    "Run the command in its own process and return its output."
     command = [sys.executable, "-m", "mbs", "--home", str(home), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"COLUMNS": "160"})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,22 +25,18 @@ def mbs(home, *words, timeout=900):
 
 
 def test_paper_recipe_selects_on_the_test_images(tmp_path):
-    "The quirks of the released recipe are really used: selection, centre crops, ImageNet statistics."
+    "The peculiarities of the released recipe are used: selection, centre crops, ImageNet statistics."
     short = dict(crop=48, batch=8, iterations=4)
     run = Experiment(Settings(name="paper", recipe="paper", protocol="6-2", training=short), tmp_path).run()
     recipe = run.card.recipe
-    assert (recipe["selection"], recipe["test"], recipe["normalisation"], recipe["lr_factor"]) == (
-        "test",
-        "crop",
-        "imagenet",
-        0.1,
-    )
-    assert run.card.normalisation[0][0] == 0.485 and run.finished
+    assert (recipe.selection, recipe.test) == ("test", "crop")
+    assert (recipe.normalisation, recipe.lr_factor) == ("imagenet", 0.1)
+    assert run.card.normalisation.mean[0] == 0.485 and run.finished
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason=f"no real VOC part at {VOC}; set MBS_VOC to a VOC2012 folder")
 def test_voc_from_the_command_line(tmp_path):
-    "Real photos, a permuted subset of classes, real weights; a few iterations a step, on a tenth of the pictures."
+    "Real photos, a permuted subset of classes and real weights, on a tenth of the pictures, a few iterations a step."
     part = tmp_path / "part"
     lists = part / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
@@ -63,14 +59,15 @@ def test_voc_from_the_command_line(tmp_path):
     )
     run = load_run(tmp_path / "outputs" / "voc")
     assert run.finished and run.names == ["background", "cat", "dog", "person", "horse", "sheep", "cow"]
-    assert run.card.weights.sha256.startswith("57934424") and run.card.normalisation == [[0.5] * 3, [0.5] * 3]
+    assert run.card.weights.sha256.startswith("57934424")
+    assert run.card.normalisation == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert run.confusion().counts[4:].sum() > 0 and (tmp_path / "outputs/voc/train.ipynb").is_file()
-    image = run.samples()[0][0]
+    image = run.samples()[0].photo
     assert run.predict(image).shape == image.shape[:2]
 
 
 def test_relative_paths_and_names_of_ablations(tmp_path, monkeypatch):
-    "A relative data folder means the same to the command and to the notebook; runs that differ in a part have different names."
+    "A relative data folder means the same to command and notebook; runs that differ in a part differ in name."
     from mbs.scenes import write_scenes
 
     write_scenes(tmp_path / "mine", 30, 6, size=32)
@@ -85,7 +82,7 @@ def test_relative_paths_and_names_of_ablations(tmp_path, monkeypatch):
 
 
 def test_demo_shows_the_claim(tmp_path):
-    "One seed of the demo as a user runs it: mbs clearly above kd, kd above finetune, and a base step of at least 0.6."
+    "In one seed of the demo, mbs is clearly above kd, kd above finetune, and the base step is at least 0.6."
     out = mbs(tmp_path, "demo", timeout=1500)
     runs = {m: load_run(tmp_path / "outputs" / f"demo-{m}-s0") for m in ("finetune", "kd", "mbs")}
     last = {m: run.metrics()["scores"]["all"] for m, run in runs.items()}

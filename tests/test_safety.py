@@ -1,4 +1,4 @@
-"Nothing that is read can run: no pickle, no code in parameters, pages that only show text, servers that ask who is there."
+"Nothing that is read can run: no pickle, no code in parameters, pages show only text, servers demand a token."
 
 import ast
 import json
@@ -24,32 +24,37 @@ PACKAGE = Path(mbs.__file__).parent
 RUNNING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-def word(node):
-    "A dotted name, as it stands."
-    return (
-        node.id
-        if isinstance(node, ast.Name)
-        else f"{word(node.value)}.{node.attr}"
-        if isinstance(node, ast.Attribute)
-        else ""
-    )
+OPEN_SERVER = r"(?:token|password)=(?:''|\"\"|\s|$)|disable_check_xsrf|0\.0\.0\.0"
 
 
-def dangers(source: str) -> list[str]:
-    "Places in a program where what is read could run."
+def dotted_name(node):
+    "Return the dotted name that a node of a program is; empty for any other expression."
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted_name(node.value)}.{node.attr}"
+    return ""
+
+
+def list_imports(node) -> list[str]:
+    "Return the modules that a node of a program imports."
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return []
+
+
+def find_dangers(source: str) -> list[str]:
+    "Find the places in a program where data could run as code, or a server would be open."
     found = []
     for node in ast.walk(ast.parse(source)):
-        names = (
-            [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-        found += [f"{node.lineno}: import of {name}" for name in names if name.split(".")[0] in RUNNING]
+        imports = list_imports(node)
+        found += [f"{node.lineno}: import of {name}" for name in imports if name.split(".")[0] in RUNNING]
         if not isinstance(node, ast.Call):
             continue
-        called, given = word(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        called = dotted_name(node.func)
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
         bad = [
             called in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"),
             called.startswith("yaml.") and "load" in called and called != "yaml.safe_load",
@@ -62,16 +67,13 @@ def dangers(source: str) -> list[str]:
         ]
         if any(bad):
             found.append(f"{node.lineno}: {ast.unparse(node)[:80]}")
-    found += [
-        f"authentication off: {m}"
-        for m in re.findall(r"(?:token|password)=(?:''|\"\"|\s|$)|disable_check_xsrf|0\.0\.0\.0", source)
-    ]
+    found += [f"authentication off: {match}" for match in re.findall(OPEN_SERVER, source)]
     return found
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.name)
-def test_nothing_read_can_run(path):
-    assert dangers(path.read_text(encoding="utf-8")) == []
+def test_no_module_can_run_what_it_reads(path):
+    assert find_dangers(path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
@@ -94,8 +96,8 @@ def test_nothing_read_can_run(path):
         "run('--ip=0.0.0.0')",
     ],
 )
-def test_what_would_be_found(source):
-    assert dangers(source)
+def test_dangers_are_found(source):
+    assert find_dangers(source)
 
 
 # --- pages
@@ -113,7 +115,7 @@ HOSTILE = [
 
 
 class Elements(HTMLParser):
-    "Names and attributes of all elements."
+    "The names and the attributes of all elements of a page, in `found`."
 
     def __init__(self, page):
         super().__init__()
@@ -126,7 +128,7 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("kind", [explore_pseudo_labels, explore_features, explore_class_tokens])
 def test_names_in_pages_make_no_elements(runs, tmp_path, monkeypatch, kind):
-    "A page with hostile names of classes, folder and method has the very elements of one with plain names."
+    "A page with hostile names of classes and folder has exactly the elements of a page with plain names."
     plain = Elements(kind(runs[0]).to_html(tmp_path / "plain.html").read_text(encoding="utf-8")).found
     monkeypatch.setattr(runs[0], "names", (HOSTILE * 2)[: len(runs[0].names)])
     folder = tmp_path / "<img src=x onerror=alert(1)>"
@@ -139,8 +141,8 @@ def test_names_in_pages_make_no_elements(runs, tmp_path, monkeypatch, kind):
 # --- servers
 
 
-def started(words, monkeypatch):
-    "Command line and environment with which `mbs explore` would start a server."
+def catch_start(words, monkeypatch):
+    "Return command line and environment with which `mbs explore` would start a server."
     seen = []
     monkeypatch.setattr(subprocess, "call", lambda command, env: seen.append((command, env)) or 0)
     result = CliRunner().invoke(app, ["explore", *map(str, words)])
@@ -150,33 +152,32 @@ def started(words, monkeypatch):
 
 @pytest.mark.parametrize("as_app", [False, True])
 @pytest.mark.parametrize("given", [None, ""])
-def test_servers_are_started_closed(runs, monkeypatch, as_app, given):
-    "On the loopback, with a token, also where the environment says that none is wanted."
+def test_servers_listen_locally_and_demand_a_token(runs, monkeypatch, as_app, given):
+    "A server gets a token even if the environment asks for none."
     monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
     if given is not None:
         monkeypatch.setenv("JUPYTER_TOKEN", given)
-    command, environment = started([runs[0].folder, *["--app"] * as_app, "--no-browser"], monkeypatch)
-    assert (
-        command[1:3] == ["-m", "voila" if as_app else "jupyterlab"]
-        and any(w.endswith(".ip=127.0.0.1") for w in command)
-        and not [w for w in command if re.search("(token|password)=(?!True)", w)]
-    )
-    assert len(environment["JUPYTER_TOKEN"]) >= 32 and ("--Voila.auto_token=True" in command) == as_app
+    command, environment = catch_start([runs[0].folder, *["--app"] * as_app, "--no-browser"], monkeypatch)
+    assert command[1:3] == ["-m", "voila" if as_app else "jupyterlab"]
+    assert any(w.endswith(".ip=127.0.0.1") for w in command)
+    assert not [w for w in command if re.search("(token|password)=(?!True)", w)]
+    assert len(environment["JUPYTER_TOKEN"]) >= 32
+    assert ("--Voila.auto_token=True" in command) == as_app
 
 
 def free_port():
+    "Return a port that no program listens on."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def answer(url, **headers):
+def get_status(url, **headers):
+    "Return the status of an answer, without following redirections."
+    opener = urllib.request.build_opener(NoRedirect)
+    request = urllib.request.Request(url, headers=headers)
     try:
-        return (
-            urllib.request.build_opener(NoRedirect)
-            .open(urllib.request.Request(url, headers=headers), timeout=20)
-            .status
-        )
+        return opener.open(request, timeout=20).status
     except urllib.error.HTTPError as e:
         return e.code
 
@@ -187,38 +188,34 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 @pytest.mark.parametrize("as_app", [False, True])
-def test_servers_ask_who_is_there(runs, monkeypatch, tmp_path, as_app):
-    "Really started: without the token nothing is to be had, with it everything."
+def test_servers_answer_only_with_the_token(runs, monkeypatch, tmp_path, as_app):
+    "A real server refuses requests without the token and answers those with it."
     if as_app:
         pytest.importorskip("voila")
-    command, environment = started([runs[0].folder, *["--app"] * as_app, "--no-browser"], monkeypatch)
+    command, environment = catch_start([runs[0].folder, *["--app"] * as_app, "--no-browser"], monkeypatch)
     port = free_port()
     command = [*command, f"--port={port}", *([] if as_app else ["--allow-root"])]
+    token = "s3cret" * 8
+    environment = environment | dict(JUPYTER_TOKEN=token)
     monkeypatch.undo()
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            command,
-            env=environment | dict(JUPYTER_TOKEN="s3cret" * 8),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        base, limit = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        page = f"{base}/" if as_app else f"{base}/api/contents"
+        limit = time.monotonic() + 120
+        page = f"http://127.0.0.1:{port}/" + ("" if as_app else "api/contents")
         while True:
             try:
-                code = answer(page)
+                code = get_status(page)
                 break
             except OSError:
                 assert time.monotonic() < limit and process.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.3)
         assert code in (302, 403), code
         if not as_app:
-            assert (
-                answer(page, Authorization=f"token {'s3cret' * 8}") == 200
-                and answer(page, Authorization="token wrong") == 403
-            )
+            assert get_status(page, Authorization=f"token {token}") == 200
+            assert get_status(page, Authorization="token wrong") == 403
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
@@ -227,38 +224,44 @@ def test_servers_ask_who_is_there(runs, monkeypatch, tmp_path, as_app):
 # --- durability
 
 
-def test_the_log_is_on_the_disk_before_a_state_counts_on_it(tmp_path, monkeypatch):
-    "After a power cut only what was synchronised is there: no line may be missing that a saved state or step has behind it."
+def test_log_is_on_disk_before_a_checkpoint_relies_on_it(tmp_path, monkeypatch):
+    "A power cut keeps only what was synchronised, so every line before a checkpoint or step must be synchronised."
     from test_faults import TINY
 
     from mbs.experiment import Experiment
     from mbs.settings import Settings
 
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
-    lines, safe, replaced, synced = [0], [0], os.replace, os.fsync
+    relied_on = [0]  # lines of the log before each checkpoint or step
+    synchronised = [0]  # lines of the log at each synchronisation
+    real_replace, real_fsync = os.replace, os.fsync
     log = tmp_path / "outputs" / "run" / "log.jsonl"
+
+    def count_lines(path):
+        return len(Path(path).read_text().splitlines())
 
     def sync(handle):
         if log.exists() and os.fstat(handle).st_ino == log.stat().st_ino:
-            safe.append(len(log.read_text().splitlines()))
-        return synced(handle)
+            synchronised.append(count_lines(log))
+        return real_fsync(handle)
 
     def replace(source, target):
         if Path(target).suffix == ".safetensors" or Path(target).name.startswith("step-"):
-            assert not log.exists() or safe[-1] == len(log.read_text().splitlines()), target
-            lines.append(safe[-1])
+            assert not log.exists() or synchronised[-1] == count_lines(log), target
+            relied_on.append(synchronised[-1])
         if Path(target).name == "log.jsonl":
-            safe.append(len(Path(source).read_text().splitlines()))
-        return replaced(source, target)
+            synchronised.append(count_lines(source))
+        return real_replace(source, target)
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
     run = Experiment(Settings(**TINY)).run()
-    assert max(lines) == len(run.log()) == 6 and json.loads(log.read_text().splitlines()[-1])["step"] == 2
+    assert max(relied_on) == len(run.log()) == 6
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 2
 
 
 def test_a_damaged_neighbour_does_not_stop_a_run(tmp_path, monkeypatch):
-    "Who looks for a base step to share passes over folders that are no runs any more."
+    "The search for a base step to share ignores folders that are no valid runs."
     from test_faults import TINY
 
     from mbs.experiment import Experiment

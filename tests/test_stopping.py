@@ -1,4 +1,4 @@
-"Commands that are asked to stop, or killed, while papermill executes and saves the notebook: exit code 75, nothing lost, nothing left running."
+"Commands are stopped or killed while papermill executes and saves the notebook: nothing is lost or left running."
 
 import json
 import os
@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from figures import kept
-from test_interruption import PARAMETERS, same
+from test_interruption import PARAMETERS, assert_same
 
 from mbs.batch import Batch
 from mbs.experiment import Experiment
@@ -26,7 +26,10 @@ from mbs.settings import Settings
 
 KILLS = int(os.environ.get("MBS_NOTEBOOK_KILLS", 2))
 LONG = PARAMETERS | dict(save_minutes=1000, training=PARAMETERS["training"] | dict(iterations=400, both=False))
-TRAIN = "from mbs.experiment import Experiment; from mbs.settings import settings_from_notebook; settings = settings_from_notebook(globals())\nfor step in Experiment(settings).steps(): print('step', step)"
+TRAIN = """from mbs.experiment import Experiment
+from mbs.settings import settings_from_notebook
+settings = settings_from_notebook(globals())
+for step in Experiment(settings).steps(): print('step', step)"""
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +40,7 @@ def home(tmp_path, monkeypatch):
 
 
 def command(home, *words):
-    "`mbs WORDS`, which hears that its terminal has gone, even when these tests run under nohup."
+    "Start `mbs WORDS` so that it receives SIGHUP, even when these tests run under nohup."
     return subprocess.Popen(
         [sys.executable, "-m", "mbs", *words],
         stdout=subprocess.PIPE,
@@ -58,7 +61,7 @@ def records(home, name="run"):
 
 
 def until(what, process, seconds=120):
-    "Wait until `what` is so, while `process` runs."
+    "Wait until `what()` is true, while `process` runs."
     deadline = time.monotonic() + seconds
     while not what():
         assert process.poll() is None and time.monotonic() < deadline, (
@@ -73,7 +76,7 @@ def gone(processes):
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_mbs_run_saves_and_says_resume(home, asked):
-    "The command passes the signal on to the kernel, which saves; exit code 75 and one sentence; no process is left; what is saved is in the middle of a step."
+    "The kernel saves in the middle of a step; exit code 75 and one sentence; no process is left."
     if asked != signal.SIGTERM and not os.environ.get("MBS_NOTEBOOK_KILLS"):
         pytest.skip("in full with make stress")
     process = command(home, "run", *parameters(LONG))
@@ -95,10 +98,13 @@ def test_mbs_run_saves_and_says_resume(home, asked):
 
 
 def test_asked_while_nothing_trains(home):
-    "Between two cells a kernel does not hear an interrupt: the next cell is not begun all the same. Nor where it is busy with something else than training."
+    "No further cell begins after a signal, whether the kernel was between two cells or busy with other work."
     from mbs.notebooks import execute_notebook
 
-    ask = "import os, signal, threading, time; ask = threading.Timer({}, os.kill, (os.getppid(), signal.SIGTERM)); ask.start()"
+    ask = (
+        "import os, signal, threading, time; "
+        "ask = threading.Timer({}, os.kill, (os.getppid(), signal.SIGTERM)); ask.start()"
+    )
     for code in (ask.format(0.3) + "; time.sleep(30)", ask.format(0)):
         book = nbformat.v4.new_notebook(
             cells=[
@@ -113,7 +119,7 @@ def test_asked_while_nothing_trains(home):
 
 
 def plain(home):
-    "A notebook that trains and draws nothing, so that many kills cost little."
+    "Write a notebook that trains and draws nothing, so that many kills cost little."
     train = nbformat.read(find_runs_folder() / "train.ipynb", 4)
     train.cells = [
         next(c for c in train.cells if "parameters" in c.metadata.get("tags", [])),
@@ -124,7 +130,7 @@ def plain(home):
 
 
 def executing(home, values):
-    "The process that executes the notebook of a run."
+    "Start the process that executes the notebook of a run."
     words = [str(plain(home)), str(home / "outputs/run/train.ipynb"), json.dumps(values)]
     return subprocess.Popen(
         [sys.executable, "-m", "mbs.notebooks", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -132,7 +138,7 @@ def executing(home, values):
 
 
 def test_a_kernel_that_dies(home):
-    "Killed for its memory: one sentence, exit code 1, and the same command goes on."
+    "A kernel that is killed, as for its memory, gives one sentence and exit code 1."
     process = executing(home, LONG)
     until(lambda: records(home) >= 2, process)
     kernel = next(
@@ -152,7 +158,7 @@ def written_since(path, began):
 
 
 def test_killed_while_papermill_saves(home):
-    "kill -9 of the process that writes the notebook, at random moments of the run and while the file is being written: the run ends like one that was never killed, and its notebook is whole."
+    "kill -9 of the process that writes the notebook, at random moments: run and notebook end complete."
     short = PARAMETERS | dict(training=PARAMETERS["training"] | dict(both=False))
     Experiment(Settings(**short), home / "whole").run()
     output, drawn, torn = home / "outputs/run/train.ipynb", random.Random(1), 0
@@ -161,7 +167,7 @@ def test_killed_while_papermill_saves(home):
         began = time.time()
         until(
             partial(written_since, output, began), process
-        )  # the notebook is written before the first cell, and again with every cell
+        )  # written before the first cell, and again with every cell
         if k % 2:
             time.sleep(drawn.uniform(0, 2))
         children = psutil.Process(process.pid).children(recursive=True)
@@ -175,14 +181,14 @@ def test_killed_while_papermill_saves(home):
     last = executing(home, short)
     said = last.communicate(timeout=300)[0]
     assert last.returncode == 0, said
-    same(load_run(home / "outputs/run"), load_run(home / "whole/run"), left={".lock", ".worker"})
+    assert_same(load_run(home / "outputs/run"), load_run(home / "whole/run"), left={".lock", ".worker"})
     assert not read_failure(output) and len(json.loads(output.read_text())["cells"]) == 23
     kept("kills of a run under papermill survived", KILLS)
     kept("of these, with the notebook half-written", torn)
 
 
 def test_a_batch_that_is_asked_to_stop(home):
-    "SIGTERM to the batch: its runs save, exit code 75, and the same command goes on; SIGTERM to one run alone: that run is stopped, not failed."
+    "SIGTERM to a batch: its runs save, exit code 75. SIGTERM to one run only: that run is stopped, not failed."
     grid = dict(
         notebook=str(plain(home)), parameters={k: v for k, v in LONG.items() if k != "name"}, grid=dict(seed=[0])
     )
@@ -214,9 +220,9 @@ def test_a_batch_that_is_asked_to_stop(home):
 
 
 def test_in_process(home):
-    "`Experiment.run()` in a program of one's own: Interrupted, also where nothing trains at that moment."
+    "`Experiment.run()` in a Python program raises Interrupted, also while nothing trains."
     experiment = Experiment(Settings(**LONG))
-    experiment.base = lambda student: signal.raise_signal(signal.SIGUSR1)
+    experiment.train_step = lambda student, step: signal.raise_signal(signal.SIGUSR1)
     with pytest.raises(Interrupted, match=r"asked to stop \(SIGUSR1\)"):
         experiment.run()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL

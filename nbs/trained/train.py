@@ -37,7 +37,7 @@ The other runs keep their scores and predictions.
 def slim(run):
     "Store the models of the run that keeps them as float16, remove those of other runs, and remove files of training."
     for t in range(run.n_steps):
-        path = run.step(t, "model.safetensors")
+        path = run.step_path(t, "model.safetensors")
         if run.settings.method != KEPT:
             path.unlink(missing_ok=True)
         else:
