@@ -88,11 +88,12 @@ def test_run_notebooks_and_trained_runs_are_packaged(built):
 
 
 def test_all_modules_are_packaged(built):
-    "The wheel holds every module of mbs/, those of sub-packages included."
+    "The wheel holds every module of mbs/, those of sub-packages included, and what the explorers' pages are made of."
     with zipfile.ZipFile(built[1]) as z:
         inside = set(z.namelist())
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mbs").rglob("*.py")}
-    assert {"mbs/cli.py", "mbs/__main__.py"} <= modules
+    kinds = {".py", ".js", ".css", ".html"}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mbs").rglob("*") if path.suffix in kinds}
+    assert {"mbs/cli.py", "mbs/__main__.py", "mbs/explore/explore.js"} <= modules
     assert modules <= inside, f"not packaged: {', '.join(sorted(modules - inside))}"
 
 

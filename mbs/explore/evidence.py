@@ -109,7 +109,7 @@ def _find_neighbours(
     first = min(int(place), n - 1)
     return first, min(first + 1, n - 1), place - first
 
-
+# %% ../../nbs/61a_evidence.ipynb #b16017dc
 def interpolate_probabilities(
     patch_logits: np.ndarray,  # (C, h, w)
     stride: int,  # side of a patch, pixels
@@ -139,7 +139,7 @@ def make_step_labels(
     label_of_channel[VOID] = label_of_class[VOID]
     return label_of_channel[truth]
 
-
+# %% ../../nbs/61a_evidence.ipynb #fa08336b
 def hide_later_classes(truth: np.ndarray, n_channels: int) -> np.ndarray:
     "Set classes that arrive after the step to 255, as a test after the step does; (H, W) uint8."
     return np.where(truth < n_channels, truth, VOID).astype(np.uint8)
@@ -170,7 +170,7 @@ FLOWS = {
 }  # name → colour; the position is the code; ignored pixels are hatched
 IGNORED_OLD, IGNORED_OTHER = UNCOUNTED + 1, UNCOUNTED + 2
 
-
+# %% ../../nbs/61a_evidence.ipynb #47876bb3
 def classify_flow(
     truth: np.ndarray,  # (H, W) channels seen so far; 255 void or later
     labels: np.ndarray,  # (H, W) prediction, or training labels with 255 ignored
@@ -184,7 +184,7 @@ def classify_flow(
     flow[is_ignored & ~is_old] = IGNORED_OTHER
     return flow
 
-
+# %% ../../nbs/61a_evidence.ipynb #3e3c1417
 def count_codes(codes: np.ndarray, names: Sequence[str]) -> dict[str, int]:
     "Count the pixels of each code, by name; the position of a name is its code."
     return dict(zip(names, np.bincount(codes.ravel(), minlength=len(names)).tolist()))
@@ -244,7 +244,7 @@ class ColourBasis(NamedTuple):
     high: np.ndarray  # (3,) 99th percentile: bright
     explained: float  # share of the variance, 0..1
 
-
+# %% ../../nbs/61a_evidence.ipynb #0f7a08cb
 def fit_colours(features: np.ndarray) -> ColourBasis:  # (N, D)
     "Fit principal components to patch features; the largest entry of each component is positive."
     features = features.astype(np.float64)
@@ -257,7 +257,7 @@ def fit_colours(features: np.ndarray) -> ColourBasis:  # (N, D)
     explained = float(variances[-3:].sum() / max(variances.sum(), 1e-12))
     return ColourBasis(mean, components, low, high, explained)
 
-
+# %% ../../nbs/61a_evidence.ipynb #9f76e493
 def project_colours(features: np.ndarray, basis: ColourBasis) -> np.ndarray:
     "Turn (…, D) features into (…, 3) uint8 colours."
     projected = (features - basis.mean) @ basis.components
@@ -271,7 +271,7 @@ def compare_to_patch(features: np.ndarray, row: int, column: int) -> np.ndarray:
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
     return unit @ unit[row, column]
 
-
+# %% ../../nbs/61a_evidence.ipynb #7000275d
 def measure_distance(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     "Compute the (h, w) mean squared difference over the D features of two (h, w, D) maps."
     return np.square(student - teacher).mean(-1)

@@ -68,7 +68,7 @@ class Display(NamedTuple):
     palette: np.ndarray | None = None  # (C, 3) uint8 colours of the channels; None: those of VOC
     is_wide: bool = False  # panels in one row and tables below, for two runs one below the other
 
-
+# %% ../../nbs/61d_page.ipynb #80612b34
 class Panel(NamedTuple):
     "One canvas of an explorer."
 
@@ -82,7 +82,7 @@ class Panel(NamedTuple):
     cell: float = 1  # side of a patch in shown pixels
     range: tuple[float, float] = (0, 1)  # of numbers
 
-
+# %% ../../nbs/61d_page.ipynb #756fd924
 def describe_moment(state: PictureState) -> str:
     "Name the step and the picture that are shown."
     return f"step {state.step} picture {state.index}"
@@ -100,13 +100,13 @@ KEYS = (
 )
 TAU_KEYS = " · [ / ]: lower / raise τ by 0.01"
 
-
+# %% ../../nbs/61d_page.ipynb #d30ced5f
 def _list_groups(state: PictureState) -> list[tuple[str, list[int]]]:
     "Name the groups that one key shows or hides, with their channels."
     old, new = range(1, state.n_old), range(state.n_old, state.n_channels)
     return [("background", [0]), ("old", list(old)), ("new", list(new)), ("ignored", [VOID])]
 
-
+# %% ../../nbs/61d_page.ipynb #6d1655a5
 def _list_classes(state: PictureState, style: Style) -> list[tuple[int, str, list[int]]]:
     "List channel, name and colour of the classes in truth, prediction or the teacher's best."
     m = state.moment
@@ -114,7 +114,7 @@ def _list_classes(state: PictureState, style: Style) -> list[tuple[int, str, lis
     names = {c: style.names[c] + (" (later)" if c >= state.n_channels else "") for c in present}
     return [(c, names[c], style.colours[c, :3].tolist()) for c in sorted(present)]
 
-
+# %% ../../nbs/61d_page.ipynb #eeed9ca5
 def _describe_style(style: Style) -> dict:
     return dict(
         colours=style.colours.tobytes(),
@@ -169,13 +169,13 @@ CURVE_LINES = {  # field of `ThresholdCurve` → colour and dashes
     "recall": (PURPLE, "2 2"),
 }
 
-
+# %% ../../nbs/61d_page.ipynb #e9ce9093
 def scale_curve(state: ShiftState) -> dict[str, np.ndarray]:
     "Return the curve over τ as shares, 0..1: fates of the picture's pixels, precision and recall as they are."
     n_pixels = {name: state.moment.truth.size for name in ("kept", "relabelled", "ignored")}
     return {name: values / n_pixels.get(name, 1) for name, values in state.curve._asdict().items()}
 
-
+# %% ../../nbs/61d_page.ipynb #6a712fdf
 def _describe_curve(state: ShiftState) -> dict:
     "Describe the lines over τ and the run's own τ; values that do not exist are None."
     lines = []
@@ -202,7 +202,7 @@ def _note_differences(state: ShiftState) -> str:
         notes.append("This run does not weight its feature distillation: the panel shows what the weights would be.")
     return " ".join(notes)
 
-
+# %% ../../nbs/61d_page.ipynb #800868c8
 def describe_shift_picture(state: ShiftState, display: Display) -> dict:
     "Describe the part of the pseudo-label explorer that changes with picture, step or rule 2."
     m = state.moment
@@ -236,7 +236,7 @@ def _describe_rows(counts: dict[str, int], style: Style) -> list[dict]:
         )
     return rows
 
-
+# %% ../../nbs/61d_page.ipynb #26d80855
 def _describe_tables(state: ShiftState) -> list[dict]:
     "Describe the tables of fates and of flows."
     fates, flows = ({name: state.counts[name] for name in names} for names in (FATES, FLOWS))
@@ -296,7 +296,7 @@ def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
         ),
     ]
 
-
+# %% ../../nbs/61d_page.ipynb #22616978
 def describe_shift_panels(state: ShiftState, display: Display) -> dict:
     "Describe the part of the pseudo-label explorer that changes with τ: panels, maps and tables."
     m, shift = state.moment, state.shift
@@ -341,7 +341,7 @@ def find_cosine_range(cosines: Sequence[np.ndarray]) -> tuple[float, float]:
     "Return the second and 98th percentile of all cosines, since the colours of -1..1 would look alike."
     return tuple(np.percentile(np.concatenate([c.ravel() for c in cosines]), (2, 98)).tolist())
 
-
+# %% ../../nbs/61d_page.ipynb #c55a17b5
 def describe_feature_picture(state: FeatureState, display: Display) -> dict:
     "Describe the part of the feature explorer that changes with picture, step or level."
     explained = state.get_basis(state.level).explained
@@ -358,7 +358,7 @@ def describe_feature_picture(state: FeatureState, display: Display) -> dict:
 # %% ../../nbs/61d_page.ipynb #3edd69fa
 MODEL_NAMES = dict(teacher="old model", student="new model")
 
-
+# %% ../../nbs/61d_page.ipynb #cbbd3f51
 def _list_feature_panels(state: FeatureState, cell: float) -> list[Panel]:
     "List the six panels; `cell` is the side of a patch in shown pixels."
     kind, shown = ("colours", "components") if state.kind == "components" else ("numbers", f"channel {state.channel}")
@@ -375,7 +375,7 @@ def _list_feature_panels(state: FeatureState, cell: float) -> list[Panel]:
         panels.append(Panel(f"cosine_{model}", title, about, f"cosine ({model})", kind="numbers", **grid))
     return panels
 
-
+# %% ../../nbs/61d_page.ipynb #cca273f2
 def describe_feature_panels(state: FeatureState, display: Display) -> dict:
     "Describe the part of the feature explorer that changes with what is shown."
     maps = state.maps
@@ -414,12 +414,12 @@ def read_asset(name: str) -> str:
     "Read the text of a file that comes with the explorers."
     return files("mbs.explore").joinpath(name).read_text(encoding="utf-8")
 
-
+# %% ../../nbs/61d_page.ipynb #aafa29b9
 def format_run(run: Run) -> str:
     "Name a run in a heading: folder, method, protocol."
     return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
 
-
+# %% ../../nbs/61d_page.ipynb #f7c63e6b
 def encode_script(content: Any) -> str:
     "Write JSON for a script element of a page; bytes become {'base64': …}."
 
@@ -443,7 +443,7 @@ def pack_cosines(state: FeatureState) -> dict[str, dict]:
         packed[f"cosine_{model}"] = dict(values=pack(np.stack(rows)), low=low, high=high)
     return packed
 
-
+# %% ../../nbs/61d_page.ipynb #7eb9d0b7
 def write_page(
     path: Path | str,
     title: str,

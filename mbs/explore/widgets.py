@@ -69,7 +69,7 @@ class Observer:
         "Stop observing."
         self.state.unobserve(self.call, self.names)
 
-
+# %% ../../nbs/61f_widgets.ipynb #a881cfcf
 def close_widgets(widget):
     "Close a widget with its children, layout and style, and the link between its value and a state."
     for child in getattr(widget, "children", ()):
@@ -101,7 +101,7 @@ def make_control(
         control.state_link = T.link((state, name), (control, "value"))
     return control
 
-
+# %% ../../nbs/61f_widgets.ipynb #5ae849c1
 def make_choice(description: str, state: T.HasTraits, name: str, options: Sequence):
     "Make a row of buttons of which one is pressed, with a label before them."
     import ipywidgets as W
@@ -111,7 +111,7 @@ def make_choice(description: str, state: T.HasTraits, name: str, options: Sequen
     buttons.style.button_width = "auto"
     return W.HBox([W.Label(description), buttons], layout=W.Layout(width="max-content"))
 
-
+# %% ../../nbs/61f_widgets.ipynb #4fb4695d
 def wrap_row(*controls):
     "Put controls in a row that breaks when it is too long."
     import ipywidgets as W
@@ -129,7 +129,7 @@ class PictureControls(NamedTuple):
     pictures: tuple  # previous, rank, next
     links: list
 
-
+# %% ../../nbs/61f_widgets.ipynb #21421ff6
 def _make_picture_buttons(state: PictureState) -> tuple:
     "Make the buttons for the previous and the next picture."
     previous = make_control("Button", "◀", width="36px", tooltip="previous picture (key p)")
@@ -138,7 +138,7 @@ def _make_picture_buttons(state: PictureState) -> tuple:
     following.on_click(lambda _: state.move(1))
     return previous, following
 
-
+# %% ../../nbs/61f_widgets.ipynb #10ef2037
 def make_picture_controls(state: PictureState, canvases: Sequence) -> PictureControls:
     "Make the controls for opacity, step, order and picture."
     import ipywidgets as W
