@@ -235,15 +235,12 @@ def _print_plan(plan):
 
 
 # %% ../nbs/80_cli.ipynb #bc56100d
-_DEMO_HELP = "Show what forgetting is and what MBS does about it, on generated scenes; takes minutes on two cores."
-
-
-@app.command(help=_DEMO_HELP)
+@app.command()
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "finetune,kd,mbs",
 ):
-    "Run the demo and write its report."
+    "Show what forgetting is and what MBS does about it, on generated scenes; takes minutes on two cores."
     with explain_errors(), interrupt_on_signals():
         from mbs.folders import home
         from mbs.report import write_report
@@ -424,12 +421,9 @@ def coco(
 
 
 # %% ../nbs/80_cli.ipynb #18da9e33
-_CHECK_HELP = "List missing, unreadable and wrongly labelled pairs, and pairs of unequal size; exit code 2 if any."
-
-
-@data.command(help=_CHECK_HELP)
+@data.command()
 def check(folder: Annotated[str, typer.Argument(help="Folder, or voc or ade.")]):
-    "List the problems of a data set; exit code 2 if there are any."
+    "List missing, unreadable and wrongly labelled pairs, and pairs of unequal size; exit code 2 if any."
     with explain_errors():
         from mbs.data import find_problems, locate_data
 
@@ -442,14 +436,10 @@ def check(folder: Annotated[str, typer.Argument(help="Folder, or voc or ade.")])
 
 
 # %% ../nbs/80_cli.ipynb #32d435d4
-_INSPECT_HELP = (
-    "Show what each step of a protocol sees, how much of it is hidden in the background, and what it costs, "
-    "with the published recipe unless parameters change it."
-)
 _MEASURE_STEPS_HELP = "Measure an iteration on this machine and estimate the computing time of each step."
 
 
-@app.command(help=_INSPECT_HELP)
+@app.command()
 def inspect(
     data: Annotated[str, typer.Argument(help="voc, ade, scenes or a folder.")],
     protocol: Annotated[str, typer.Argument(help="For example 15-1.")],
@@ -460,7 +450,7 @@ def inspect(
     measure: Annotated[bool, typer.Option("--measure", help=_MEASURE_STEPS_HELP)] = False,
     figure: Annotated[Path | None, typer.Option(help="Also write the table as a picture (.png, .pdf, .svg).")] = None,
 ):
-    "Show what each step of a protocol sees, hides and costs."
+    "Show what each step of a protocol sees, hides in the background and costs, by default with the published recipe."
     with explain_errors():
         from mbs.inspect import count_views, inspect_steps, show_inspection, time_steps
 

@@ -1017,7 +1017,7 @@ def test_states_of_another_run(home):
         if records[0]["iteration"] == 20:
             raise Stop
 
-    log.cut, experiment.writer.log = real.cut, log
+    log.truncate, experiment.writer.log = real.truncate, log
     with pytest.raises(Stop):
         experiment.run()
     tensors, facts = experiment.writer.progress(0).latest()

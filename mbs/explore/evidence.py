@@ -109,6 +109,7 @@ def _find_neighbours(
     first = min(int(place), n - 1)
     return first, min(first + 1, n - 1), place - first
 
+
 # %% ../../nbs/61a_evidence.ipynb #b16017dc
 def interpolate_probabilities(
     patch_logits: np.ndarray,  # (C, h, w)
@@ -138,6 +139,7 @@ def make_step_labels(
     label_of_channel[: 1 + len(order)] = label_of_class[[0, *order]]
     label_of_channel[VOID] = label_of_class[VOID]
     return label_of_channel[truth]
+
 
 # %% ../../nbs/61a_evidence.ipynb #fa08336b
 def hide_later_classes(truth: np.ndarray, n_channels: int) -> np.ndarray:
@@ -170,6 +172,7 @@ FLOWS = {
 }  # name → colour; the position is the code; ignored pixels are hatched
 IGNORED_OLD, IGNORED_OTHER = UNCOUNTED + 1, UNCOUNTED + 2
 
+
 # %% ../../nbs/61a_evidence.ipynb #47876bb3
 def classify_flow(
     truth: np.ndarray,  # (H, W) channels seen so far; 255 void or later
@@ -183,6 +186,7 @@ def classify_flow(
     flow[is_ignored & is_old] = IGNORED_OLD
     flow[is_ignored & ~is_old] = IGNORED_OTHER
     return flow
+
 
 # %% ../../nbs/61a_evidence.ipynb #3e3c1417
 def count_codes(codes: np.ndarray, names: Sequence[str]) -> dict[str, int]:
@@ -244,6 +248,7 @@ class ColourBasis(NamedTuple):
     high: np.ndarray  # (3,) 99th percentile: bright
     explained: float  # share of the variance, 0..1
 
+
 # %% ../../nbs/61a_evidence.ipynb #0f7a08cb
 def fit_colours(features: np.ndarray) -> ColourBasis:  # (N, D)
     "Fit principal components to patch features; the largest entry of each component is positive."
@@ -256,6 +261,7 @@ def fit_colours(features: np.ndarray) -> ColourBasis:  # (N, D)
     low, high = np.percentile((features - mean) @ components, (1, 99), axis=0)
     explained = float(variances[-3:].sum() / max(variances.sum(), 1e-12))
     return ColourBasis(mean, components, low, high, explained)
+
 
 # %% ../../nbs/61a_evidence.ipynb #9f76e493
 def project_colours(features: np.ndarray, basis: ColourBasis) -> np.ndarray:
@@ -270,6 +276,7 @@ def compare_to_patch(features: np.ndarray, row: int, column: int) -> np.ndarray:
     "Compute the (h, w) cosines between (h, w, D) features and the feature of patch (row, column)."
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
     return unit @ unit[row, column]
+
 
 # %% ../../nbs/61a_evidence.ipynb #7000275d
 def measure_distance(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:

@@ -53,6 +53,7 @@ class NotebookFigure(Figure):
 
         return print_figure(self, bbox_inches="tight")
 
+
 # %% ../../nbs/61e_figures.ipynb #e1bf84c4
 def encode_png(figure: Figure) -> str:
     "Encode a figure as base64 PNG, small enough to be stored with a notebook."
@@ -60,6 +61,7 @@ def encode_png(figure: Figure) -> str:
     figure.savefig(drawn, format="png", dpi=72)
     Image.open(drawn).convert("RGB").save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
+
 
 # %% ../../nbs/61e_figures.ipynb #feafce13
 def _split_rows(figure: Figure, n: int) -> list:
@@ -73,6 +75,7 @@ def _title(state: PictureState) -> str:
 
 # %% ../../nbs/61e_figures.ipynb #c9d8d6b5
 SHIFT_PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
+
 
 # %% ../../nbs/61e_figures.ipynb #a3c20d5a
 class _LabelMap(NamedTuple):
@@ -117,6 +120,7 @@ def _make_legend(style: Style, labels: np.ndarray, hidden: Sequence[int]) -> lis
         )
     return handles
 
+
 # %% ../../nbs/61e_figures.ipynb #303f6f67
 def _draw_weights(ax, weights: np.ndarray, annotate: bool):
     "Draw the distillation weights, with a colour bar below if `annotate`."
@@ -151,6 +155,7 @@ def _draw_shift_panels(
         handles += _make_legend(style, labels, hidden)
     return handles
 
+
 # %% ../../nbs/61e_figures.ipynb #c9f00f71
 def _draw_curve(ax, state: ShiftState):
     "Draw kept, relabelled and ignored shares, precision and recall over τ, with a line at the chosen τ."
@@ -177,6 +182,7 @@ def _draw_shift_state(fig, state: ShiftState, panels: Sequence[str], palette: np
     show_probabilities(*state.probabilities, state.run.names, state.tau, ax=right)
     right.set_title(f"pixel {state.pick}", fontsize=8, loc="left")
     return handles
+
 
 # %% ../../nbs/61e_figures.ipynb #a0deb708
 def draw_shift_figure(
@@ -238,6 +244,7 @@ def _draw_feature_maps(fig, state: FeatureState):
     maps_only = {title: values for title, (values, _) in values.items()}
     show_maps(axes[1:], maps_only, {title: bounds for title, (_, bounds) in values.items()})
 
+
 # %% ../../nbs/61e_figures.ipynb #d2baed6a
 def draw_feature_figure(states: Sequence[FeatureState]) -> Figure:
     "Draw feature states, one below the other."
@@ -259,6 +266,7 @@ def _group_patches(moment: Moment, n_old: int) -> np.ndarray:  # (h, w) str
     conditions = [centre == 0, centre == VOID, centre < n_old]
     return np.select(conditions, ["background", "not counted", "old"], "new")
 
+
 # %% ../../nbs/61e_figures.ipynb #ce6b0708
 def _measure_groups(pictures: Pictures, step: int, index: int) -> list[dict]:
     "Measure distance and cosine between the models for each level and group of patches of one picture."
@@ -277,6 +285,7 @@ def _measure_groups(pictures: Pictures, step: int, index: int) -> list[dict]:
             rows.append(place | dict(level=level, patches_of=name, patches=int(here.sum())) | means)
     return rows
 
+
 # %% ../../nbs/61e_figures.ipynb #d83e4698
 def tabulate_features(states: Sequence[FeatureState]):
     "Make a pandas table with a row for every picture, level and group of patches."
@@ -294,12 +303,14 @@ def find_change_limit(states: Sequence[TokenState]) -> float:
     "Return the largest change of a cosine in all runs, at which the colours end; 1 if there is no change."
     return max((float(np.abs(s.change).max()) for s in states if s.change is not None), default=1)
 
+
 # %% ../../nbs/61e_figures.ipynb #4461facc
 def format_token_title(state: TokenState) -> str:
     "Name run, method and step, and the mean |cos| that the orthogonal objective lowers."
     objective = f"{'with' if state.run.card.parts.orthogonality else 'without'} orthogonality"
     mean = "" if np.isnan(state.mean_cosine) else f": new tokens |cos| {state.mean_cosine:.3f}"
     return f"{state.run.folder.name} ({state.run.settings.method}, {objective}), step {state.step}{mean}"
+
 
 # %% ../../nbs/61e_figures.ipynb #9e1bb27a
 def draw_token_figure(states: Sequence[TokenState]) -> Figure:
@@ -332,10 +343,12 @@ def _add_matrix(fig, state: TokenState, values: np.ndarray, row: int, column: in
         fig.add_hline(edge, line=line, row=row, col=column)
         fig.add_vline(edge, line=line, row=row, col=column)
 
+
 # %% ../../nbs/61e_figures.ipynb #baa78e7d
 def _scale(limit: float, x: float) -> dict:
     "Describe a plotly colour axis from -limit to limit with its bar at `x`."
     return dict(cmin=-limit, cmax=limit, colorscale="RdBu_r", colorbar=dict(x=x, thickness=12))
+
 
 # %% ../../nbs/61e_figures.ipynb #89ea69c5
 def make_token_chart(states: Sequence[TokenState]):
@@ -363,6 +376,7 @@ def make_token_chart(states: Sequence[TokenState]):
         plot_bgcolor="rgba(0,0,0,0)",
         font=dict(size=11, color="#777777"),
     )
+
 
 # %% ../../nbs/61e_figures.ipynb #bcc18956
 def tabulate_tokens(states: Sequence[TokenState]):

@@ -68,6 +68,7 @@ class Display(NamedTuple):
     palette: np.ndarray | None = None  # (C, 3) uint8 colours of the channels; None: those of VOC
     is_wide: bool = False  # panels in one row and tables below, for two runs one below the other
 
+
 # %% ../../nbs/61d_page.ipynb #80612b34
 class Panel(NamedTuple):
     "One canvas of an explorer."
@@ -81,6 +82,7 @@ class Panel(NamedTuple):
     columns: int = 0  # patches in a row
     cell: float = 1  # side of a patch in shown pixels
     range: tuple[float, float] = (0, 1)  # of numbers
+
 
 # %% ../../nbs/61d_page.ipynb #756fd924
 def describe_moment(state: PictureState) -> str:
@@ -100,11 +102,13 @@ KEYS = (
 )
 TAU_KEYS = " · [ / ]: lower / raise τ by 0.01"
 
+
 # %% ../../nbs/61d_page.ipynb #d30ced5f
 def _list_groups(state: PictureState) -> list[tuple[str, list[int]]]:
     "Name the groups that one key shows or hides, with their channels."
     old, new = range(1, state.n_old), range(state.n_old, state.n_channels)
     return [("background", [0]), ("old", list(old)), ("new", list(new)), ("ignored", [VOID])]
+
 
 # %% ../../nbs/61d_page.ipynb #6d1655a5
 def _list_classes(state: PictureState, style: Style) -> list[tuple[int, str, list[int]]]:
@@ -113,6 +117,7 @@ def _list_classes(state: PictureState, style: Style) -> list[tuple[int, str, lis
     present = {int(c) for labels in (m.truth, m.prediction, m.teacher.best) for c in np.unique(labels)} - {0, VOID}
     names = {c: style.names[c] + (" (later)" if c >= state.n_channels else "") for c in present}
     return [(c, names[c], style.colours[c, :3].tolist()) for c in sorted(present)]
+
 
 # %% ../../nbs/61d_page.ipynb #eeed9ca5
 def _describe_style(style: Style) -> dict:
@@ -169,11 +174,13 @@ CURVE_LINES = {  # field of `ThresholdCurve` → colour and dashes
     "recall": (PURPLE, "2 2"),
 }
 
+
 # %% ../../nbs/61d_page.ipynb #e9ce9093
 def scale_curve(state: ShiftState) -> dict[str, np.ndarray]:
     "Return the curve over τ as shares, 0..1: fates of the picture's pixels, precision and recall as they are."
     n_pixels = {name: state.moment.truth.size for name in ("kept", "relabelled", "ignored")}
     return {name: values / n_pixels.get(name, 1) for name, values in state.curve._asdict().items()}
+
 
 # %% ../../nbs/61d_page.ipynb #6a712fdf
 def _describe_curve(state: ShiftState) -> dict:
@@ -201,6 +208,7 @@ def _note_differences(state: ShiftState) -> str:
     if parts.feature_distillation != "adaptive":
         notes.append("This run does not weight its feature distillation: the panel shows what the weights would be.")
     return " ".join(notes)
+
 
 # %% ../../nbs/61d_page.ipynb #800868c8
 def describe_shift_picture(state: ShiftState, display: Display) -> dict:
@@ -235,6 +243,7 @@ def _describe_rows(counts: dict[str, int], style: Style) -> list[dict]:
             )
         )
     return rows
+
 
 # %% ../../nbs/61d_page.ipynb #26d80855
 def _describe_tables(state: ShiftState) -> list[dict]:
@@ -296,6 +305,7 @@ def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
         ),
     ]
 
+
 # %% ../../nbs/61d_page.ipynb #22616978
 def describe_shift_panels(state: ShiftState, display: Display) -> dict:
     "Describe the part of the pseudo-label explorer that changes with τ: panels, maps and tables."
@@ -341,6 +351,7 @@ def find_cosine_range(cosines: Sequence[np.ndarray]) -> tuple[float, float]:
     "Return the second and 98th percentile of all cosines, since the colours of -1..1 would look alike."
     return tuple(np.percentile(np.concatenate([c.ravel() for c in cosines]), (2, 98)).tolist())
 
+
 # %% ../../nbs/61d_page.ipynb #c55a17b5
 def describe_feature_picture(state: FeatureState, display: Display) -> dict:
     "Describe the part of the feature explorer that changes with picture, step or level."
@@ -358,6 +369,7 @@ def describe_feature_picture(state: FeatureState, display: Display) -> dict:
 # %% ../../nbs/61d_page.ipynb #3edd69fa
 MODEL_NAMES = dict(teacher="old model", student="new model")
 
+
 # %% ../../nbs/61d_page.ipynb #cbbd3f51
 def _list_feature_panels(state: FeatureState, cell: float) -> list[Panel]:
     "List the six panels; `cell` is the side of a patch in shown pixels."
@@ -374,6 +386,7 @@ def _list_feature_panels(state: FeatureState, cell: float) -> list[Panel]:
         title, about = f"{model}: cosine to the pick", "similarity of each patch to the picked one"
         panels.append(Panel(f"cosine_{model}", title, about, f"cosine ({model})", kind="numbers", **grid))
     return panels
+
 
 # %% ../../nbs/61d_page.ipynb #cca273f2
 def describe_feature_panels(state: FeatureState, display: Display) -> dict:
@@ -414,10 +427,12 @@ def read_asset(name: str) -> str:
     "Read the text of a file that comes with the explorers."
     return files("mbs.explore").joinpath(name).read_text(encoding="utf-8")
 
+
 # %% ../../nbs/61d_page.ipynb #aafa29b9
 def format_run(run: Run) -> str:
     "Name a run in a heading: folder, method, protocol."
     return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
+
 
 # %% ../../nbs/61d_page.ipynb #f7c63e6b
 def encode_script(content: Any) -> str:
@@ -442,6 +457,7 @@ def pack_cosines(state: FeatureState) -> dict[str, dict]:
         rows = [quantise(getattr(pair, model), *bound) for pair, bound in zip(cosines, bounds)]
         packed[f"cosine_{model}"] = dict(values=pack(np.stack(rows)), low=low, high=high)
     return packed
+
 
 # %% ../../nbs/61d_page.ipynb #7eb9d0b7
 def write_page(

@@ -44,6 +44,7 @@ class Style(NamedTuple):
     hatched: tuple[int, ...] = ()  # labels under diagonal lines
     has_outline: bool = False  # white lines between labels
 
+
 # %% ../../nbs/61c_paint.ipynb #3f87008b
 def make_style(
     colours: dict[str, str],  # name → matplotlib colour, for labels 0, 1, 2, …
@@ -57,6 +58,7 @@ def make_style(
     table[: len(colours), 3] = strength
     table[list(darkened)] = DARKENED
     return Style(table, dict(enumerate(colours)), tuple(hatched))
+
 
 # %% ../../nbs/61c_paint.ipynb #7c99250c
 FATE_STYLE = make_style(FATES, 200, hatched=[3], darkened=[1])  # ignored; kept background
@@ -81,6 +83,7 @@ def make_class_style(
     table[0] = DARKENED
     table[VOID] = _IGNORED
     return Style(table, {**dict(enumerate(names)), VOID: "ignored or void"}, hatched=(VOID,), has_outline=True)
+
 
 # %% ../../nbs/61c_paint.ipynb #0d7f8cbe
 def make_group_style(
@@ -109,6 +112,7 @@ def _find_lines(labels: np.ndarray, shown: np.ndarray, style: Style) -> np.ndarr
         is_line |= find_outlines(shown)
     return is_line & (shown >= 0)
 
+
 # %% ../../nbs/61c_paint.ipynb #fbf1fab3
 def paint(
     photo: np.ndarray,  # (H, W, 3) uint8
@@ -136,6 +140,7 @@ def pack(values: np.ndarray) -> bytes:
     "Compress the bytes of an array with zlib, row by row; `unpack` in explore.js reads them."
     return compress(np.ascontiguousarray(values).tobytes(), 1)
 
+
 # %% ../../nbs/61c_paint.ipynb #9c7aaed7
 def encode_photo(photo: np.ndarray) -> bytes:
     "Encode an (H, W, 3) uint8 photo as PNG if it is small, else as JPEG."
@@ -146,11 +151,13 @@ def encode_photo(photo: np.ndarray) -> bytes:
         Image.fromarray(photo).save(file, "JPEG", quality=92, subsampling=0)
     return file.getvalue()
 
+
 # %% ../../nbs/61c_paint.ipynb #5b2388e9
 def quantise(values: np.ndarray, low: float, high: float) -> np.ndarray:
     "Map low..high to bytes 0..255; values outside become 0 or 255."
     scaled = (values - low) / max(high - low, 1e-12)
     return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
+
 
 # %% ../../nbs/61c_paint.ipynb #20e89595
 def choose_thinning(size: Sequence[int], max_side: int) -> int:

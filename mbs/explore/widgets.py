@@ -69,6 +69,7 @@ class Observer:
         "Stop observing."
         self.state.unobserve(self.call, self.names)
 
+
 # %% ../../nbs/61f_widgets.ipynb #a881cfcf
 def close_widgets(widget):
     "Close a widget with its children, layout and style, and the link between its value and a state."
@@ -101,6 +102,7 @@ def make_control(
         control.state_link = T.link((state, name), (control, "value"))
     return control
 
+
 # %% ../../nbs/61f_widgets.ipynb #5ae849c1
 def make_choice(description: str, state: T.HasTraits, name: str, options: Sequence):
     "Make a row of buttons of which one is pressed, with a label before them."
@@ -110,6 +112,7 @@ def make_choice(description: str, state: T.HasTraits, name: str, options: Sequen
     buttons = make_control("ToggleButtons", "", state, name, options=options, tooltips=tooltips)
     buttons.style.button_width = "auto"
     return W.HBox([W.Label(description), buttons], layout=W.Layout(width="max-content"))
+
 
 # %% ../../nbs/61f_widgets.ipynb #4fb4695d
 def wrap_row(*controls):
@@ -129,6 +132,7 @@ class PictureControls(NamedTuple):
     pictures: tuple  # previous, rank, next
     links: list
 
+
 # %% ../../nbs/61f_widgets.ipynb #21421ff6
 def _make_picture_buttons(state: PictureState) -> tuple:
     "Make the buttons for the previous and the next picture."
@@ -137,6 +141,7 @@ def _make_picture_buttons(state: PictureState) -> tuple:
     previous.on_click(lambda _: state.move(-1))
     following.on_click(lambda _: state.move(1))
     return previous, following
+
 
 # %% ../../nbs/61f_widgets.ipynb #10ef2037
 def make_picture_controls(state: PictureState, canvases: Sequence) -> PictureControls:
