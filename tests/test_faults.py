@@ -58,7 +58,7 @@ def same_end(run, whole):
     "Check that two runs ended with the same log and bit for bit the same models."
     assert run.finished and run.log() == whole.log()
     for t in range(whole.n_steps):
-        mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (run, whole))
+        mine, theirs = (load_file(r.step_path(t, "model.safetensors")) for r in (run, whole))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
@@ -348,7 +348,7 @@ def test_a_gradient_that_is_not_finite(home):
     run = spoiled(home, {5, 15}, "skipped", non_finite="skip").run()
     assert [r.get("left_out", 0) for r in run.log()] == [1, 0, 1, 0, 0, 0]
     assert all(np.isfinite(r["loss"]) for r in run.log())
-    assert all(torch.isfinite(v).all() for v in load_file(run.step(0, "model.safetensors")).values())
+    assert all(torch.isfinite(v).all() for v in load_file(run.step_path(0, "model.safetensors")).values())
     with pytest.raises(ValueError, match="not finite in any of the last 10 iterations"):
         spoiled(home, set(range(1, 30)), "never", non_finite="skip").run()
 
@@ -443,7 +443,7 @@ def test_same_seed_same_weights(home):
     two = go(home / "two")
     same_end(two, one)
     other = go(home / "three", seed=1)
-    weights = [load_file(run.step(0, "model.safetensors"))["decoder.proj_patch"] for run in (one, other)]
+    weights = [load_file(run.step_path(0, "model.safetensors"))["decoder.proj_patch"] for run in (one, other)]
     assert not torch.equal(*weights)
 
 
