@@ -3,9 +3,7 @@
 import base64
 import json
 import re
-from importlib import import_module
 from io import BytesIO
-from pathlib import Path
 from zlib import decompress
 
 import matplotlib
@@ -163,17 +161,6 @@ def test_script_content_cannot_leave_its_element():
 
 
 # states
-
-
-def test_a_room_imports_only_from_rooms_before_it():
-    "The letters of the notebooks are the order: 61a before 61b."
-    notebooks = sorted((Path(__file__).parents[1] / "nbs").glob("61[a-z]_*.ipynb"))
-    rooms = [path.stem.split("_", 1)[1] for path in notebooks]
-    assert rooms == ["evidence", "states", "paint", "page", "figures", "widgets", "explorers"]
-    for room, module in ((room, import_module(f"mbs.explore.{room}")) for room in rooms):
-        used = {value.__module__ for value in vars(module).values() if hasattr(value, "__module__")}
-        above = {f"mbs.explore.{name}" for name in rooms[rooms.index(room) + 1 :]}
-        assert not used & above, f"{room} uses {used & above}"
 
 
 def sums(state):

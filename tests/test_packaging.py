@@ -88,11 +88,12 @@ def test_run_notebooks_and_trained_runs_are_packaged(built):
 
 
 def test_all_modules_are_packaged(built):
-    "The wheel holds every module of mbs/, those of sub-packages included."
+    "The wheel holds every module of mbs/, those of sub-packages included, and what the explorers' pages are made of."
     with zipfile.ZipFile(built[1]) as z:
         inside = set(z.namelist())
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mbs").rglob("*.py")}
-    assert {"mbs/cli.py", "mbs/__main__.py"} <= modules
+    kinds = {".py", ".js", ".css", ".html"}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mbs").rglob("*") if path.suffix in kinds}
+    assert {"mbs/cli.py", "mbs/__main__.py", "mbs/explore/explore.js"} <= modules
     assert modules <= inside, f"not packaged: {', '.join(sorted(modules - inside))}"
 
 
@@ -121,10 +122,9 @@ def test_wheel_has_the_requirements_of_settings_ini(built):
 
 
 def test_installed_wheel_works(installed):
-    where, notebook = run_python(
-        "import mbs; from mbs.notebooks import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')",
-        installed,
-    ).splitlines()
+    code = "import mbs; from mbs.folders import find_runs_folder as runs; print(mbs.__file__); print(runs())"
+    where, runs = run_python(code, installed).splitlines()
+    notebook = f"{runs}/train.ipynb"
     assert where.startswith(str(installed)) and notebook.startswith(str(installed)) and Path(notebook).is_file()
     out = subprocess.run(
         [sys.executable, "-m", "mbs", "--help"], cwd=installed, capture_output=True, text=True, check=True
