@@ -49,7 +49,7 @@ lint: .venv/developer ## style and format of code and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 export: .venv/developer ## clean the notebooks and export the package from them
-	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export
+	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export && $(BIN)/ruff format -q mbs
 
 docs: .venv/developer ## build the documentation site, _docs/html/index.html
 	@$(BIN)/python docs/build.py && echo "_docs/html/index.html"

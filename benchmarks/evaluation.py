@@ -1,4 +1,7 @@
-"""Testing: from patch logits to a confusion matrix, and with a small network before it, against the released program's way – batches of one, full size, softmax, argmax on the processor, NumPy."""
+"""Evaluation, from patch logits to a confusion matrix, and with a small network before it.
+
+The baseline evaluates as the released program does: batches of one, full size, softmax, argmax on the CPU, NumPy.
+"""
 
 import plain
 import torch
@@ -10,8 +13,8 @@ from mbs.segmenter import Segmenter, SegmenterOutput
 from mbs.weights import make_encoder
 
 
-class Seen:
-    "A network whose output is known."
+class KnownOutput:
+    "A network that returns the same patch logits for any images."
 
     def __init__(self, z, size):
         self.out = SegmenterOutput(None, z, None, None, None, size, size)
@@ -20,55 +23,63 @@ class Seen:
         return self.out
 
 
+def enlarge(values, factor):
+    "Repeat the last two dimensions of a tensor `factor` times."
+    return values.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
 def pictures(n, side, batch, device):
-    "Patch logits with a few regions in each picture, as a trained network gives them, and a truth with void."
+    "Draw patch logits with a few regions in each picture, as of a trained network, and a ground truth with void."
     torch.manual_seed(0)
-    regions = (
-        torch.randint(0, n, (batch, 3, 3), device=device)
-        .repeat_interleave(-(-side // 48), 1)
-        .repeat_interleave(-(-side // 48), 2)[:, : side // 16, : side // 16]
-    )
-    z = torch.randn(batch, n, side // 16, side // 16, device=device).scatter_add_(
-        1, regions[:, None], torch.full((batch, 1, side // 16, side // 16), 4.0, device=device)
-    )
-    truth = (
-        torch.randint(0, n, (batch, side // 8, side // 8), device=device)
-        .repeat_interleave(8, 1)
-        .repeat_interleave(8, 2)
-    )
+    patches = side // 16
+    regions = enlarge(torch.randint(0, n, (batch, 3, 3), device=device), -(-side // 48))[:, :patches, :patches]
+    noise = torch.randn(batch, n, patches, patches, device=device)
+    height = torch.full((batch, 1, patches, patches), 4.0, device=device)
+    z = noise.scatter_add_(1, regions[:, None], height)
+    truth = enlarge(torch.randint(0, n, (batch, side // 8, side // 8), device=device), 8)
     truth[:, :8] = 255
     return z, truth
 
 
+def count_one_by_one(model, images, truth):
+    "Count the pairs of true and predicted channels picture by picture, as the released program does."
+    return sum(plain.confusion(model(image[None]).patch_logits, labels[None]) for image, labels in zip(images, truth))
+
+
+def check_counts(expected, counts):
+    "Raise AssertionError unless the two matrices agree, up to ties that rounding decides."
+    assert expected.sum() == counts.sum()
+    assert abs(expected - counts).sum() <= 1e-4 * expected.sum()
+
+
+def compare(n, side, batch, encoder, device):
+    "Return, for each of the two measurements with `n` classes, the functions that are compared."
+    z, truth = pictures(n, side, batch, device)
+    model = Segmenter(make_encoder(encoder, image_size=side), [1, n - 1]).eval().to(device)
+    images = torch.randn(batch, 3, side, side, device=device)
+    known = KnownOutput(z, (side, side))
+
+    def count(network):
+        return count_pairs(truth, predict_labels(network, images), n).cpu().numpy()
+
+    return {
+        f"evaluation after the network, {n} classes": dict(
+            plain=lambda: plain.confusion(z, truth), ours=lambda: count(known)
+        ),
+        f"evaluation with {encoder}, {n} classes": dict(
+            plain=lambda: count_one_by_one(model, images, truth), ours=lambda: count(model)
+        ),
+    }
+
+
 @torch.inference_mode()
 def measure(repeats=5, side=512, classes=(21, 151), batch=4, encoder="vit_tiny_patch16_224"):
-    found, device = [], "cuda" if torch.cuda.is_available() else "cpu"
+    "Measure seconds and peak memory of both ways for each number of classes."
+    found = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for n in classes:
-        z, truth = pictures(n, side, batch, device)
-        model, images = (
-            Segmenter(make_encoder(encoder, image_size=side), [1, n - 1]).eval().to(device),
-            torch.randn(batch, 3, side, side, device=device),
-        )
-
-        def one_by_one():
-            return sum(
-                plain.confusion(model(image[None]).patch_logits, labels[None]) for image, labels in zip(images, truth)
-            )
-
-        def ours(network):
-            return count_pairs(truth, predict_labels(network, images), n).cpu().numpy()
-
-        for what, ways in (
-            (
-                f"evaluation after the network, {n} classes",
-                dict(plain=lambda: plain.confusion(z, truth), ours=lambda: ours(Seen(z, (side, side)))),
-            ),
-            (f"evaluation with {encoder}, {n} classes", dict(plain=one_by_one, ours=lambda: ours(model))),
-        ):
-            counts = {name: way() for name, way in ways.items()}
-            assert (
-                counts["plain"].sum() == counts["ours"].sum()
-                and abs(counts["plain"] - counts["ours"]).sum() <= 1e-4 * counts["plain"].sum()
-            )  # ties of rounding
-            found.append(row(what, rounds(ways, repeats), "ours", memory=[peak(way) for way in ways.values()]))
+        for what, ways in compare(n, side, batch, encoder, device).items():
+            check_counts(*(way() for way in ways.values()))
+            memory = [peak(way) for way in ways.values()]
+            found.append(row(what, rounds(ways, repeats), "ours", memory=memory))
     return found

@@ -2,24 +2,24 @@
 
 Modules:
 
-- `mbs.archives`: Download the archives of PASCAL VOC 2012, SBD and ADE20K with resume, verify them, and read them safely.
+- `mbs.archives`: Download the archives of VOC 2012, SBD and ADE20K, resume, verify and read them safely.
 - `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
 - `mbs.bands`: Compute the pixel losses of a step from patch logits, in bands of rows.
 - `mbs.feature_distillation`: Hold the student's features to the teacher's, but only where the teacher can be trusted.
-- `mbs.inspect`: Show what each step of a protocol sees, how much of it is hidden in the background, and how long the training takes, before anything is trained.
+- `mbs.inspect`: Show what each step of a protocol will see, hide and cost, before anything is trained.
 - `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
 - `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.
-- `mbs.metrics`: Counts first, convention second: one confusion matrix a step, from which every number of the field is derived.
+- `mbs.metrics`: Derive every number of the field from one confusion matrix a step: counts first, convention second.
 - `mbs.objective`: The training loss of a step, composed from named parts, each of which can be switched on its own.
 - `mbs.orthogonality`: Push the tokens of new classes away from all others, the background's included.
 - `mbs.output_distillation`: Pass on what the teacher knows, and correct it where a new class is labelled.
 - `mbs.parts`: Which parts of a method are on: one frozen set of switches that every loss reads.
-- `mbs.prepare`: Make a folder for training from archives or annotations: VOC 2012 with the masks of SBD, ADE20K, and COCO-style polygons.
+- `mbs.prepare`: Make a data set from archives or annotations: VOC 2012 with SBD, ADE20K, COCO-style polygons.
 - `mbs.pseudo_labels`: Restore old labels where the old model is sure, and ignore background that it doubts.
 - `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test.
-- `mbs.scenes`: Draw seeded pictures of eight kinds of objects on cluttered ground: the embedded data set, made in seconds.
+- `mbs.scenes`: Draw seeded pictures of eight kinds of objects on cluttered ground, a data set made in seconds.
 - `mbs.segmenter`: An encoder from timm and a mask transformer whose class tokens grow with the classes.
-- `mbs.viz`: Draw static figures from numpy arrays: labels over a photo, what a step sees, pseudo-labels, the flow of the background shift, forgetting, and methods compared.
+- `mbs.viz`: Draw static figures: labels over a photo, pseudo-labels, the background shift, forgetting, methods compared.
 - `mbs.weights`: Load weights of any origin into an encoder from timm, with their normalisation and a receipt."""
 
 __version__ = "0.1.0"

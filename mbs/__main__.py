@@ -1,4 +1,5 @@
 "`python -m mbs` is the `mbs` command."
+
 from mbs.cli import app
 
 app()

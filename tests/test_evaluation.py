@@ -1,4 +1,4 @@
-"Evaluation: windows against a loop over pixels, selection, the two columns, tuning parts, predicting files of any size."
+"Evaluation: windows against a loop over pixels, selection, both columns, tuning parts, files of any size."
 
 import numpy as np
 import pytest
@@ -6,11 +6,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from mbs.augment import IMAGENET
 from mbs.cli import app
 from mbs.data import open_data
 from mbs.experiment import Experiment
 from mbs.inference import predict_in_windows
 from mbs.metrics import scores
+from mbs.recipe import make_recipe, make_test_view
 from mbs.run import load_run
 from mbs.segmenter import Segmenter
 from mbs.settings import Settings, Setup
@@ -23,6 +25,11 @@ SHORT = dict(
     encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1),
 )
 BRIEF = dict(crop=32, batch=4, iterations=3, optimizer="adamw")
+
+
+def train(name, training=None, **settings):
+    "Train a run of seconds and return it."
+    return Experiment(Settings(name=name, **SHORT, **settings, training=BRIEF | (training or {}))).run()
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +45,8 @@ def home(tmp_path, monkeypatch):
 def test_windows_against_a_plain_loop(height, width, window, stride):
     "Every pixel's logits are the mean over all windows that cover it."
     torch.manual_seed(0)
-    model = (
-        Segmenter(make_encoder("vit_tiny_patch16_224", image_size=32, **SHORT["encoder_options"]), [1, 2])
-        .double()
-        .eval()
-    )
+    encoder = make_encoder("vit_tiny_patch16_224", image_size=32, **SHORT["encoder_options"])
+    model = Segmenter(encoder, [1, 2]).double().eval()
     image, step = torch.randn(1, 3, height, width, dtype=torch.float64), stride or window // 2
     with torch.inference_mode():
         got = predict_in_windows(model, image, window, stride)[0]
@@ -55,10 +59,9 @@ def test_windows_against_a_plain_loop(height, width, window, stride):
                 found.append(min(found[-1] + step, length - window))
             return found
 
+        corners = [(top, left) for top in starts(padded.shape[2]) for left in starts(padded.shape[3])]
         tiles = {
-            (top, left): model(padded[..., top : top + window, left : left + window]).logits[0]
-            for top in starts(padded.shape[2])
-            for left in starts(padded.shape[3])
+            (top, left): model(padded[..., top : top + window, left : left + window]).logits[0] for top, left in corners
         }
         for y in range(height):
             for x in range(width):
@@ -71,19 +74,18 @@ def test_windows_against_a_plain_loop(height, width, window, stride):
 
 
 def test_one_window_that_covers_all_is_the_whole_picture():
-    run = Experiment(Settings(name="whole", **SHORT, training=BRIEF)).run()
-    windows = Experiment(Settings(name="window", **SHORT, training=BRIEF | dict(test="window"))).run()
+    run = train("whole")
+    windows = train("window", dict(test="window"))
     assert (run.confusion().counts == windows.confusion().counts).all()
 
 
 def test_held_out_images_do_not_train():
-    "The slice is set aside in every step, judged with the step's own labels only, and never seen by the loop."
+    "Every step holds out a share of its images, disjoint from those that it trains on."
     settings = Settings(name="held", **SHORT, training=BRIEF | dict(selection="held-out", held_out=0.25))
     whole, setup = Setup(Settings(**SHORT, training=BRIEF)), Setup(settings)
     for t in range(2):
-        assert sorted([*setup.positions[t], *setup.held_out[t]]) == whole.positions[t].tolist() and len(
-            setup.held_out[t]
-        ) == round(0.25 * len(whole.positions[t]))
+        assert sorted([*setup.positions[t], *setup.held_out[t]]) == whole.positions[t].tolist()
+        assert len(setup.held_out[t]) == round(0.25 * len(whole.positions[t]))
     run = Experiment(settings).run()
     assert run.finished and run.card.images == [len(p) for p in setup.positions]
 
@@ -91,11 +93,7 @@ def test_held_out_images_do_not_train():
 @pytest.mark.parametrize("recipe,both", [("paper", True), ("clean", True), ("clean", False)])
 def test_two_columns(recipe, both):
     "Both columns are confusion matrices of all test pixels; the run's own result equals the column that is its recipe."
-    run = Experiment(
-        Settings(
-            name=f"{recipe}{both}", recipe=recipe, **SHORT, training=BRIEF | dict(crop=24, both=both, iterations=120)
-        )
-    ).run()
+    run = train(f"{recipe}{both}", dict(crop=24, both=both, iterations=120), recipe=recipe)
     for t in range(run.n_steps):
         columns = run.metrics(t)["columns"]
         assert set(columns) == ({"published", "clean"} if both else set())
@@ -109,18 +107,16 @@ def test_two_columns(recipe, both):
 
 
 def published_void(run, step):
-    "Pixels of the centre crops whose class is not yet there."
-    from mbs.recipe import make_recipe, make_test_view
-
+    "Count the pixels of the centre crops whose class arrives in a later step."
     setup = Setup(run.settings)
-    view = make_test_view(setup.test, setup.protocol, step, ((0,) * 3, (1,) * 3), make_recipe(crop=24), "crop")
+    view = make_test_view(setup.test, setup.protocol[step], IMAGENET, make_recipe(crop=24), "crop")
     return sum(int((labels == 255).sum()) for _, labels in view)
 
 
-def test_measuring_more_does_not_change_the_run():
-    "The same iterates, bit by bit, whether or not they are judged on the way."
-    plain = Experiment(Settings(name="plain", **SHORT, training=BRIEF | dict(iterations=110))).run()
-    both = Experiment(Settings(name="both", **SHORT, training=BRIEF | dict(iterations=110, both=True))).run()
+def test_evaluating_more_does_not_change_the_run():
+    "The iterates are the same bit by bit, with or without validation on the way."
+    plain = train("plain", dict(iterations=110))
+    both = train("both", dict(iterations=110, both=True))
     for a, b in zip(plain.model().state_dict().values(), both.model().state_dict().values()):
         assert torch.equal(a, b)
 
@@ -142,8 +138,8 @@ def test_tuning_never_opens_the_test_part():
 
 
 def test_predict_files(home):
-    "Any size, any folder; a broken picture is named and does not stop the others; the label file holds the channels."
-    run = Experiment(Settings(name="seen", **SHORT, training=BRIEF)).run()
+    "Pictures of any size in any folder; a broken one is named and does not stop the others; label files hold channels."
+    run = train("seen")
     photos = home / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
@@ -151,19 +147,17 @@ def test_predict_files(home):
         Image.fromarray(rng.integers(0, 256, (h, w, 3)).astype(np.uint8)).save(photos / f"p{k}.png")
     Image.fromarray(rng.integers(0, 256, (20, 20)).astype(np.uint8)).save(home / "grey.jpg")
     (photos / "broken.jpg").write_bytes(b"x")
-    result = CliRunner().invoke(
-        app, ["predict", "seen", str(photos), str(home / "grey.jpg"), "--out", str(home / "out")]
-    )
+    words = ["predict", "seen", str(photos), str(home / "grey.jpg"), "--out", str(home / "out")]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 2 and "broken.jpg cannot be read" in result.stderr and "Traceback" not in result.stderr
     names = {p.name for p in (home / "out").iterdir()}
-    assert names == {"legend.png"} | {
-        f"{n}-{kind}.png" for n in ("p0", "p1", "p2", "p3", "grey") for kind in ("labels", "overlay")
-    }
+    stems = ("p0", "p1", "p2", "p3", "grey")
+    assert names == {"legend.png"} | {f"{stem}-{kind}.png" for stem in stems for kind in ("labels", "overlay")}
     for k in range(4):
         labels = np.asarray(Image.open(home / "out" / f"p{k}-labels.png"))
-        assert (labels == run.predict(photos / f"p{k}.png")).all() and labels.shape == np.asarray(
-            Image.open(photos / f"p{k}.png")
-        ).shape[:2]
+        photo = photos / f"p{k}.png"
+        assert (labels == run.predict(photo)).all()
+        assert labels.shape == np.asarray(Image.open(photo)).shape[:2]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +171,7 @@ def test_predict_files(home):
 )
 def test_predict_refuses_in_one_sentence(home, monkeypatch, words, says):
     monkeypatch.chdir(home)
-    Experiment(Settings(name="seen", **SHORT, training=BRIEF)).run()
+    train("seen")
     (home / "empty").mkdir()
     Image.new("RGB", (8, 8)).save("photo.png")
     result = CliRunner().invoke(app, ["predict", *words, "--out", "out"])
@@ -185,25 +179,21 @@ def test_predict_refuses_in_one_sentence(home, monkeypatch, words, says):
 
 
 def test_joint_is_scored_by_the_split():
-    "All classes in one step; old and new are those of the protocol it is compared with."
-    run = load_run(Experiment(Settings(name="joint", method="joint", **SHORT, training=BRIEF)).run().folder)
+    "All classes arrive in one step; old and new are those of the protocol that joint training is compared with."
+    run = load_run(train("joint", method="joint").folder)
     assert run.finished and run.n_steps == 1 and run.confusion().n == 9 and run.protocol.n_base == 7
-    iou = run.iou()[0]
-    assert run.metrics()["scores"]["new"] == pytest.approx(np.nanmean(iou[7:])) and run.metrics()["scores"][
-        "old_fg"
-    ] == pytest.approx(np.nanmean(iou[1:7]))
+    iou, found = run.iou()[0], run.metrics()["scores"]
+    assert found["new"] == pytest.approx(np.nanmean(iou[7:]))
+    assert found["old_fg"] == pytest.approx(np.nanmean(iou[1:7]))
 
 
 def test_the_report_shows_both_columns():
-    "The table's numbers are those of the two confusion matrices; runs that measured one way only are not in it."
+    "The table's numbers are those of the two confusion matrices; runs with one column are left out."
     from mbs.comparison import group_runs
     from mbs.report_tables import make_columns_table
 
-    both = [
-        Experiment(Settings(name=f"r{seed}", seed=seed, **SHORT, training=BRIEF | dict(crop=24, both=True))).run()
-        for seed in (0, 1)
-    ]
-    assert make_columns_table(group_runs([Experiment(Settings(name="one", **SHORT, training=BRIEF)).run()])[0]) is None
+    both = [train(f"r{seed}", dict(crop=24, both=True), seed=seed) for seed in (0, 1)]
+    assert make_columns_table(group_runs([train("one")])[0]) is None
     (row,), ways = make_columns_table(group_runs(both)[0]).rows, ("published", "clean")
     found = {way: [scores(run.confusion(1, way), run.protocol[1])["all"] for run in both] for way in ways}
     assert row[1] == 2 and [row[4].mean, row[7].mean] == pytest.approx([np.mean(found[way]) for way in ways])
@@ -211,22 +201,20 @@ def test_the_report_shows_both_columns():
 
 
 def test_pseudo_labels_are_checked_against_the_truth():
-    "What is kept with a step is what the labels that the method trains on are worth, counted anew from the stored teacher; methods without pseudo-labels keep nothing."
+    """The quality that a run keeps equals a count over the labels of the stored teacher.
+
+    Methods without pseudo-labels keep nothing."""
     from mbs.comparison import group_runs
     from mbs.label_quality import relabel_pictures
     from mbs.report_tables import make_pseudo_label_table
 
-    run = Experiment(Settings(name="mbs", **SHORT, training=BRIEF | dict(iterations=60, lr=2e-3))).run()
-    kd = Experiment(Settings(name="ft", method="finetune", **SHORT, training=BRIEF)).run()
-    assert "pseudo_labels" not in kd.metrics(1) and "pseudo_labels" not in run.metrics(0)
-    setup, pixels, counts = (
-        Setup(run.settings),
-        0,
-        np.zeros((3, 3), int),
-    )  # truth: background, old, future × labels: background, void, relabelled right
-    for _, truth, view, labels in relabel_pictures(
-        setup, run.model(0), 1, setup.positions[1]
-    ):  # fewer than fifty: all of them
+    run = train("mbs", dict(iterations=60, lr=2e-3))
+    assert "pseudo_labels" not in train("ft", method="finetune").metrics(1)
+    assert "pseudo_labels" not in run.metrics(0)
+    setup, step, pixels = Setup(run.settings), run.protocol[1], 0
+    counts = np.zeros((3, 3), int)  # truth: background, old, future × labels: background, void, relabelled right
+    assert len(setup.positions[1]) <= 50  # so that the run used all of them
+    for _, truth, view, labels in relabel_pictures(setup, run.model(0), step, setup.positions[1]):
         hidden = (view == 0) & (truth != 255)
         kind, fate = np.digitize(truth, [1, 7]), np.select([labels == 0, labels == 255, labels == truth], [0, 1, 2], -1)
         for a in range(3):
@@ -234,9 +222,6 @@ def test_pseudo_labels_are_checked_against_the_truth():
                 counts[a, b] += (hidden & (kind == a) & (fate == b)).sum()
         pixels += hidden.sum()
     found = run.metrics(1)["pseudo_labels"]
-    assert (
-        len(setup.positions[1]) <= 50
-        and found["ignored"] == pytest.approx(counts[:, 1].sum() / pixels)
-        and found["kept_old"] == pytest.approx(counts[1, 0] / counts[:, 0].sum())
-    )
+    assert found["ignored"] == pytest.approx(counts[:, 1].sum() / pixels)
+    assert found["kept_old"] == pytest.approx(counts[1, 0] / counts[:, 0].sum())
     assert len(make_pseudo_label_table(group_runs([run])[0]).rows) == 1

@@ -21,7 +21,7 @@ from test_interruption import PARAMETERS
 from test_stopping import command, parameters
 
 import mbs.checkpoint
-import mbs.experiment
+import mbs.run_folder
 from mbs.augment import TrainTransform
 from mbs.experiment import Experiment
 from mbs.files import read_json
@@ -58,7 +58,7 @@ def same_end(run, whole):
     "Check that two runs ended with the same log and bit for bit the same models."
     assert run.finished and run.log() == whole.log()
     for t in range(whole.n_steps):
-        mine, theirs = (load_file(r.step(t, "model.safetensors")) for r in (run, whole))
+        mine, theirs = (load_file(r.step_path(t, "model.safetensors")) for r in (run, whole))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
@@ -82,7 +82,7 @@ class Faults:
             handle = opened(file, mode, *args, **kwargs)
             return Broken(self, handle) if str(file).endswith("log.jsonl") else handle
 
-        monkeypatch.setattr(mbs.experiment, "open", log_open, raising=False)
+        monkeypatch.setattr(mbs.run_folder, "open", log_open, raising=False)
 
     def due(self):
         self.n += 1
@@ -207,7 +207,7 @@ def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
             code, line = said_by(home, "run", *words)
             assert code and line.startswith("mbs: "), line
-            assert "No space left on device" in line and "the same command goes on" in line, line
+            assert "No space left on device" in line and "rerun the same command to resume" in line, line
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         assert said_by(home, "run", *words)[0] == 0
         same_end(load_run(disk / "run"), go(home / "whole", samples=0))
@@ -250,7 +250,7 @@ def test_data_vanish_while_training(home, workers):
 
     experiment.writer.__class__.log_real = staticmethod(experiment.writer.log)
     experiment.writer.log = log
-    log.cut = experiment.writer.__class__.log_real.cut
+    log.truncate = experiment.writer.__class__.log_real.truncate
     with pytest.raises(ValueError, match=r"(image|mask) \S+ is missing: expected") as error:
         experiment.run()
     sentence(error)
@@ -276,8 +276,8 @@ def test_a_loader_process_dies(home):
             os.kill(children()[-1], signal.SIGKILL)
             time.sleep(0.5)
 
-    log.cut, experiment.writer.log = real.cut, log
-    with pytest.raises(ValueError, match="a process that loads pictures has died") as error:
+    log.truncate, experiment.writer.log = real.truncate, log
+    with pytest.raises(ValueError, match="a dataloader worker died") as error:
         experiment.run()
     sentence(error)
     same_end(go(home / "killed"), whole)
@@ -299,8 +299,8 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
                 os.kill(pid, signal.SIGUSR1)
             time.sleep(0.3)
 
-    log.cut, experiment.writer.log = real.cut, log
-    with pytest.raises(Interrupted, match="saved, the same command goes on"):
+    log.truncate, experiment.writer.log = real.truncate, log
+    with pytest.raises(Interrupted, match="saved, rerun the same command to resume"):
         experiment.run()
     same_end(go(home / "asked"), go(home / "whole"))
 
@@ -311,9 +311,8 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
 def step_view(setup, step):
     from mbs.recipe import make_train_view
 
-    return make_train_view(
-        setup.train, setup.protocol, step, setup.statistics(setup.model()), setup.recipe, setup.positions[step]
-    )
+    normalisation = setup.normalisation(setup.model())
+    return make_train_view(setup.train, setup.protocol[step], normalisation, setup.recipe, setup.positions[step])
 
 
 class Spoiled(Method):
@@ -348,7 +347,7 @@ def test_a_gradient_that_is_not_finite(home):
     run = spoiled(home, {5, 15}, "skipped", non_finite="skip").run()
     assert [r.get("left_out", 0) for r in run.log()] == [1, 0, 1, 0, 0, 0]
     assert all(np.isfinite(r["loss"]) for r in run.log())
-    assert all(torch.isfinite(v).all() for v in load_file(run.step(0, "model.safetensors")).values())
+    assert all(torch.isfinite(v).all() for v in load_file(run.step_path(0, "model.safetensors")).values())
     with pytest.raises(ValueError, match="not finite in any of the last 10 iterations"):
         spoiled(home, set(range(1, 30)), "never", non_finite="skip").run()
 
@@ -428,7 +427,7 @@ def test_what_is_not_measured_alike_is_said(home):
     assert "CAUTION: not all runs" in (home / "report/report.html").read_text()
     c = go(home / "o", name="c", samples=0, scenes=TINY["scenes"] | dict(n_test=12))
     (home / "o/c/run.json").write_text(
-        json.dumps(read_json(home / "o/c/run.json") | dict(settings=a.card["settings"] | dict(name="c")))
+        json.dumps(read_json(home / "o/c/run.json") | dict(settings=a.card.settings.model_dump(mode="json") | dict(name="c")))
     )
     with pytest.warns(UserWarning, match=r"use different data \(.*n_test 10 and 12"):
         write_report([a, load_run(c.folder)], home / "report")
@@ -443,7 +442,7 @@ def test_same_seed_same_weights(home):
     two = go(home / "two")
     same_end(two, one)
     other = go(home / "three", seed=1)
-    weights = [load_file(run.step(0, "model.safetensors"))["decoder.proj_patch"] for run in (one, other)]
+    weights = [load_file(run.step_path(0, "model.safetensors"))["decoder.proj_patch"] for run in (one, other)]
     assert not torch.equal(*weights)
 
 

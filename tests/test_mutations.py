@@ -1,4 +1,7 @@
-"Bad input in bulk: changed files and parameters end in success that is right, or in one sentence; never in a traceback, a hang, a half-written folder or a wrong label."
+"""Bad input in bulk: files and parameters with random changes.
+
+Each input must be used correctly or refused in one sentence. It must never end in a traceback, a hang, a half-written
+folder or a wrong label."""
 
 import ast
 import faulthandler
@@ -25,7 +28,7 @@ from figures import kept
 from hypothesis import HealthCheck, given
 from hypothesis import settings as plan
 from hypothesis import strategies as some
-from mutants import CODE, VALUES, Mutants, inside_png, inside_safetensors, joined, pieces
+from mutants import CODE, VALUES, Mutants, change_png, change_safetensors, join_png, split_png
 from PIL import Image
 from test_archives import FILES, tar, zipped
 from test_faults import TINY
@@ -64,12 +67,12 @@ NETWORK = dict(patch_size=8, embed_dim=16, depth=1, num_heads=1)
 
 
 class TooSlow(BaseException):
-    "An input for which the program takes too long; no `except Exception` takes it."
+    "The program takes too long for an input. `except Exception` does not catch it."
 
 
 @contextmanager
 def limited():
-    "At most `SECONDS` of computation for the block, warnings out of sight."
+    "Limit the block to `SECONDS` of computation, and hide warnings."
 
     def late(*_):
         raise TooSlow
@@ -88,38 +91,39 @@ def limited():
             signal.signal(s, handler)
 
 
-def is_sentence(text):
+def check_sentence(text):
+    "Check that an error is one sentence."
     assert 15 < len(text) < 8000 and "\n" not in text.strip() and "Traceback" not in text, text
 
 
 def outcome(read):
-    "What `read` gives, or None when it refuses in one sentence."
+    "Return what `read` returns, or None if it refuses the input in one sentence."
     try:
         with limited():
             return read()
     except (ValueError, FileNotFoundError) as e:
-        is_sentence(str(e))
+        check_sentence(str(e))
 
 
 def command(*words, codes=(0, 2)):
-    "The exit code of `mbs WORDS`, in this process: success, or one sentence and 2."
+    "Run `mbs WORDS` in this process; return its exit code, 0 or 2 with one sentence."
     with limited():
         result = CliRunner().invoke(app, list(map(str, words)))
-    assert result.exit_code in codes and (result.exception is None or isinstance(result.exception, SystemExit)), (
-        words,
-        result.exception,
-    )
+    assert result.exit_code in codes, (words, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), (words, result.exception)
     if result.exit_code and result.stderr:
-        is_sentence(result.stderr)
+        check_sentence(result.stderr)
         assert result.stderr.startswith("mbs: ")
     return result.exit_code
 
 
 class Tally:
-    "Inputs of a kind, how many were refused, and a last resort should C code hang."
+    "Count the inputs of a kind and how many were refused; end the process if C code hangs."
 
     def __init__(self, kind):
-        self.kind, self.tried, self.refused = kind, 0, 0
+        self.kind = kind
+        self.tried = 0
+        self.refused = 0
 
     def __enter__(self):
         faulthandler.dump_traceback_later(600 + MANY, exit=True)
@@ -132,7 +136,8 @@ class Tally:
             kept(f"refused in one sentence: {self.kind}", self.refused)
 
     def __call__(self, found):
-        self.tried, self.refused = self.tried + 1, self.refused + (found is None)
+        self.tried += 1
+        self.refused += found is None
         return found
 
 
@@ -146,12 +151,14 @@ def home(tmp_path, monkeypatch):
 
 
 def saved(picture, kind="PNG", **options):
+    "Return the bytes of a picture file."
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def ids(size=(17, 23), n=4):
+    "Draw class ids below `n`, uint8."
     return np.random.default_rng(3).integers(0, n, size).astype(np.uint8)
 
 
@@ -159,8 +166,9 @@ def ids(size=(17, 23), n=4):
 
 
 def masks():
-    "Masks of all kinds, by name."
-    palette, grey = Image.fromarray(ids(), "P"), Image.fromarray(ids())
+    "Make masks of all kinds, by name."
+    palette = Image.fromarray(ids(), "P")
+    grey = Image.fromarray(ids())
     palette.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     void = ids().copy()
     void[:2] = VOID
@@ -176,24 +184,22 @@ def masks():
     )
 
 
-def pil_says(path, colours):
-    "The ids of a mask, read another way."
+def read_with_pillow(path, colours):
+    "Read the class ids of a mask, (H, W), with Pillow alone."
     picture = Image.open(path)
     if not colours:
         return np.array(picture).astype(int)
-    return np.array(
-        [
-            [COLOURS[p] for p in row]
-            for row in np.array(picture.convert("RGB")).tolist()
-            for row in [list(map(tuple, row))]
-        ]
-    )
+    rows = np.array(picture.convert("RGB")).tolist()
+    return np.array([[COLOURS[tuple(pixel)] for pixel in row] for row in rows])
 
 
 @pytest.mark.parametrize("name", masks())
 def test_masks(home, name):
-    "A changed mask is refused, or means exactly what Pillow says, in class ids alone."
-    mutants, data, colours, path = Mutants(1), masks()[name], COLOURS if name == "colours" else None, home / "mask.png"
+    "A changed mask is refused, or read as class ids that Pillow reads, too."
+    mutants = Mutants(1)
+    data = masks()[name]
+    colours = COLOURS if name == "colours" else None
+    path = home / "mask.png"
 
     def read():
         found = read_mask(path, colours)
@@ -201,34 +207,27 @@ def test_masks(home, name):
         return found
 
     path.write_bytes(data)
-    assert (read() == pil_says(path, colours)).all()
+    assert (read() == read_with_pillow(path, colours)).all()
     with Tally("masks") as tally:
         for k in range(MANY // 2):
-            path.write_bytes(inside_png(mutants, data) if k % 2 and name != "bmp" else mutants.changed(data))
+            path.write_bytes(change_png(mutants, data) if k % 2 and name != "bmp" else mutants.change(data))
             if (found := tally(outcome(read))) is None:
                 continue
-            assert (
-                found.dtype == np.uint8
-                and found.ndim == 2
-                and (found == pil_says(path, colours)).all()
-                and set(np.unique(found)) <= {0, 1, 2, 3, VOID}
-            )
+            assert found.dtype == np.uint8 and found.ndim == 2
+            assert (found == read_with_pillow(path, colours)).all()
+            assert set(np.unique(found)) <= {0, 1, 2, 3, VOID}
 
 
-def test_masks_that_look_right(home):
-    "Lossy pictures, shades spread over the range of a byte, and several ids in one shade are no masks, whatever their name."
+def test_pictures_that_are_no_masks_are_refused(home):
+    "Lossy pictures, grey levels of fewer than 8 bits and ids beyond a byte are refused, whatever the file is called."
     path = home / "mask.png"
 
     def png(bits, kind):
-        return joined(
-            [
-                [b"IHDR", bytes([0, 0, 0, 2, 0, 0, 0, 2, bits, kind, 0, 0, 0])],
-                [b"IDAT", zlib.compress(b"\0\x12\0\x30" if bits == 4 else b"\0\x10\0\x20")],
-                [b"IEND", b""],
-            ]
-        )
+        header = bytes([0, 0, 0, 2, 0, 0, 0, 2, bits, kind, 0, 0, 0])
+        pixels = b"\0\x12\0\x30" if bits == 4 else b"\0\x10\0\x20"
+        return join_png([[b"IHDR", header], [b"IDAT", zlib.compress(pixels)], [b"IEND", b""]])
 
-    for data, says in (
+    for data, message in (
         (saved(Image.fromarray(ids((32, 32))), "JPEG"), "cannot identify"),
         (png(4, 0), "fewer than 8 bits"),
         (png(2, 0), "fewer than 8 bits"),
@@ -236,12 +235,12 @@ def test_masks_that_look_right(home):
         (saved(Image.fromarray(ids().astype(np.uint16) * 200)), "holds ids from 0 to 600"),
     ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             read_mask(path)
 
 
 def photos():
-    "Photos of all kinds, by name; the last ones cannot be used."
+    "Make photos of all kinds, by name; 'deep', 'gif' and 'float' cannot be used."
     r = np.random.default_rng(5)
     rgb = Image.fromarray(r.integers(0, 256, (21, 33, 3)).astype(np.uint8))
     exif = Image.Exif()
@@ -267,32 +266,36 @@ def photos():
     )
 
 
-INTERLACED = joined(
+INTERLACED = join_png(
     [[b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 8, 2, 0, 0, 1])], [b"IDAT", zlib.compress(b"\0abc")], [b"IEND", b""]]
 )
 
 
 @pytest.mark.parametrize("name", photos())
 def test_photos(home, name):
-    "A changed photo is refused, or decoded whole, and both readers agree about that."
-    mutants, data, path = Mutants(2), photos()[name], home / "photo"
+    "A changed photo is refused or decoded completely, and both readers agree."
+    mutants = Mutants(2)
+    data = photos()[name]
+    path = home / "photo"
     path.write_bytes(data)
     first = outcome(partial(read_image, path))
     assert (first is None) == (name in ("deep", "gif", "float"))
     with Tally("photos") as tally:
         for k in range(MANY // 4):
-            path.write_bytes(inside_png(mutants, data) if k % 2 and data[:4] == b"\x89PNG" else mutants.changed(data))
+            path.write_bytes(change_png(mutants, data) if k % 2 and data[:4] == b"\x89PNG" else mutants.change(data))
             found, size = tally(outcome(partial(read_image, path))), outcome(partial(read_image_size, path))
-            assert (found is None) == (size is None), "what is looked at and what is trained on"
+            assert (found is None) == (size is None), "the check of a data set and training disagree"
             if found is not None:
                 assert found.dtype == np.uint8 and found.shape == (*size, 3)
 
 
-def test_pictures_that_claim_too_much(home):
-    "A header of a few bytes may ask for any memory."
+def test_pictures_with_huge_headers_are_refused(home):
+    "A header of a few bytes can demand any amount of memory."
     path = home / "bomb"
     for data in (
-        joined([[b"IHDR", bytes([0, 1, 0, 0, 0, 1, 0, 0, 8, 0, 0, 0, 0])], *pieces(saved(Image.fromarray(ids())))[1:]]),
+        join_png(
+            [[b"IHDR", bytes([0, 1, 0, 0, 0, 1, 0, 0, 8, 0, 0, 0, 0])], *split_png(saved(Image.fromarray(ids())))[1:]]
+        ),
         saved(Image.new("L", (9, 9)), "BMP").replace(b"\x09\0\0\0\x09\0\0\0", b"\xff\xff\0\0\xff\xff\0\0"),
     ):
         path.write_bytes(data)
@@ -305,17 +308,17 @@ def test_pictures_that_claim_too_much(home):
 
 
 def voc(root):
+    "Write scenes in the layout of PASCAL VOC."
     return write_scenes(root, 6, 3, size=16)
 
 
 def own(root):
-    "An own folder of coloured masks."
+    "Write a folder of photos and coloured masks with a description."
     for name in ("images", "masks"):
         (root / name).mkdir(parents=True)
     for k in range(5):
-        Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(
-            root / "images" / f"p{k}.png"
-        )
+        photo = np.random.default_rng(k).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(photo).save(root / "images" / f"p{k}.png")
         palette = Image.fromarray(ids((16, 16)), "P")
         palette.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
         palette.convert("RGB").save(root / "masks" / f"p{k}.png")
@@ -330,14 +333,14 @@ def own(root):
 
 
 def check_layout(root):
-    "A data set that was not refused can be used: parts without overlap, labels that are classes."
+    "Check that a data set that was not refused can be used: its classes, and every photo and mask."
     layout = find_layout(root)
     n = len(layout.classes)
-    assert 0 < n < VOID and len(set(layout.classes)) == n and layout.train.ids and layout.test.ids
+    assert 0 < n < VOID and len(set(layout.classes)) == n
+    assert layout.train.ids and layout.test.ids
     if layout.colours:
-        assert all(0 <= c <= 255 for rgb in layout.colours for c in rgb) and set(layout.colours.values()) - {
-            VOID
-        } == set(range(n + 1))
+        assert all(0 <= c <= 255 for rgb in layout.colours for c in rgb)
+        assert set(layout.colours.values()) - {VOID} == set(range(n + 1))
     find_problems(root)
     for part in ("train", "test"):
         data = SegmentationFolder(layout, part)
@@ -363,10 +366,11 @@ def test_data_sets(home, name):
     mutants, (make, file) = Mutants(3), CASES[name]
     root = make(home / "data")
     check_layout(root)
-    data, change = (
-        (root / file).read_bytes(),
-        mutants.changed if file.endswith("png") else lambda data: mutants.text(data.decode()),
-    )
+    data = (root / file).read_bytes()
+
+    def change(data):
+        return mutants.change(data) if file.endswith("png") else mutants.change_text(data.decode())
+
     with Tally("files of data sets") as tally:
         for k in range(MANY):
             (root / file).write_bytes(change(data))
@@ -392,31 +396,30 @@ def test_data_sets(home, name):
         (dict(test=["../p0"]), "is not in"),
     ],
 )
-def test_descriptions_that_would_give_wrong_labels(home, change, says):
+def test_descriptions_that_would_give_wrong_labels_are_refused(home, change, says):
     root = own(home / "data")
     before = (root / "dataset.yaml").read_bytes()
     with pytest.raises(ValueError, match=says) as error:
         describe_folder(root, **dict(classes=["cat", "dog", "cow"]) | change)
-    is_sentence(str(error.value))
+    check_sentence(str(error.value))
     assert (root / "dataset.yaml").read_bytes() == before
 
 
-def test_a_photo_that_is_shown_turned(home):
-    "Masks belong to the pixels as they are stored; a photo that only looks upright is named as such."
+def test_a_photo_turned_by_its_exif_is_refused(home):
+    "Masks belong to the pixels as stored; the error names the EXIF orientation of the photo."
     root = voc(home / "data")
     photo, mask = root / "JPEGImages/train_00000.png", root / "SegmentationClassAug/train_00000.png"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(photo, exif=exif)
     Image.fromarray(np.zeros((24, 16), np.uint8)).save(mask)
-    with pytest.raises(
-        ValueError, match=r"differ in size, 24×16 and 16×24 pixels: expected the same as stored; the photo's EXIF says"
-    ):
+    message = "differ in size, 24×16 and 16×24 pixels: expected the same as stored; the photo's EXIF says"
+    with pytest.raises(ValueError, match=message):
         SegmentationFolder(root)
 
 
 def test_cached_indices(home):
-    "An index that was changed, or is another data set's, is made anew: it is never believed."
+    "A changed or foreign index is made anew and never used."
     mutants, root = Mutants(4), voc(home / "data")
     truth = SegmentationFolder(root)
     file = root / ".mbs-index-train.npz"
@@ -435,23 +438,20 @@ def test_cached_indices(home):
     with Tally("cached indices") as tally:
         for k in range(MANY):
             if k % 2:
-                file.write_bytes(mutants.changed(data))
+                file.write_bytes(mutants.change(data))
             else:
-                write_arrays(
-                    file,
-                    **arrays | {mutants.random.choice(list(arrays)): mutants.random.choice((*wrong, *arrays.values()))},
-                )
+                name = mutants.random.choice(list(arrays))
+                value = mutants.random.choice((*wrong, *arrays.values()))
+                write_arrays(file, **arrays | {name: value})
             found = tally(outcome(partial(SegmentationFolder, root)))
-            assert (
-                found is not None
-                and (found.counts == truth.counts).all()
-                and (found.sizes == truth.sizes).all()
-                and found.fingerprint == truth.fingerprint
-            )
+            assert found is not None
+            assert (found.counts == truth.counts).all()
+            assert (found.sizes == truth.sizes).all()
+            assert found.fingerprint == truth.fingerprint
 
 
 def coco_file(folder):
-    "Photos, and annotations as COCO has them: polygons, run lengths as numbers and as text, a crowd."
+    "Write photos and COCO annotations: polygons, run lengths as numbers and as text, a crowd."
     from pycocotools import mask
 
     (folder / "photos").mkdir(parents=True)
@@ -491,15 +491,14 @@ def test_coco(home):
     before = set(home.iterdir())
     with Tally("COCO files") as tally:
         for k in range(2 * MANY):
-            (home / "a.json").write_bytes(
-                mutants.changed(text.encode()) if k % 2 else json.dumps(mutants.tree(content)).encode()
-            )
-            made = tally(
-                outcome(partial(prepare_coco, home / "a.json", home / "photos", home / "made"))
-                if k % 10
-                else (command("data", "coco", home / "a.json", home / "photos", home / "made") == 0) or None
-            )
-            if made is not None:
+            changed = mutants.change(text.encode()) if k % 2 else json.dumps(mutants.change_tree(content)).encode()
+            (home / "a.json").write_bytes(changed)
+            arguments = home / "a.json", home / "photos", home / "made"
+            if k % 10:
+                made = outcome(partial(prepare_coco, *arguments))
+            else:
+                made = command("data", "coco", *arguments) == 0 or None
+            if tally(made) is not None:
                 check_layout(home / "made")
                 shutil.rmtree(home / "made")
             assert set(home.iterdir()) == before
@@ -519,18 +518,18 @@ def test_coco(home):
         (dict(area=float("nan")), "area"),
     ],
 )
-def test_coco_shapes_that_are_none(home, change, says):
-    "The library that draws them writes beyond its memory for some of these."
+def test_invalid_coco_shapes_are_refused(home, change, says):
+    "For some of these, the library that draws shapes writes beyond its memory."
     content, _ = coco_file(home)
     content["annotations"][0] |= change
     (home / "a.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=says) as error:
         prepare_coco(home / "a.json", home / "photos", home / "made")
-    is_sentence(str(error.value))
+    check_sentence(str(error.value))
     assert not (home / "made").exists() and not list(home.glob(".made*"))
 
 
-def test_coco_run_lengths_as_the_library_has_them():
+def test_coco_run_lengths_are_decoded_as_by_the_library():
     from pycocotools import mask
 
     from mbs.prepare import _CocoRuns, _draw_coco_object
@@ -554,7 +553,7 @@ def test_coco_run_lengths_as_the_library_has_them():
         (lambda c: c["categories"][1].update(name="cat"), "'cat' twice"),
     ],
 )
-def test_coco_files_that_would_lose_something(home, change, says):
+def test_coco_files_that_would_lose_a_picture_or_class_are_refused(home, change, says):
     content, _ = coco_file(home)
     change(content)
     (home / "a.json").write_text(json.dumps(content))
@@ -565,40 +564,40 @@ def test_coco_files_that_would_lose_something(home, change, says):
 
 @pytest.mark.parametrize("name", ["voc", "sbd", "ade"])
 def test_archives(home, name):
-    "A changed archive gives files of its own, below its folder, or is refused."
+    "A changed archive is refused, or gives files below its own folder."
     mutants, path = Mutants(6), home / "archive"
     data = FILES[name] if len(FILES[name]) < 100_000 else tar({"a/b.png": masks()["grey"], "a/c.txt": b"x" * 999})
     if name == "ade":
         data = zipped({"a/b.png": masks()["grey"], "a/c.txt": b"x" * 999})
     with Tally("archives") as tally:
         for _ in range(MANY):
-            path.write_bytes(mutants.changed(data, 30))
-            for place, content in tally(outcome(lambda: list(read_archive(path, PurePosixPath)))) or ():
-                assert not place.is_absolute() and ".." not in place.parts and isinstance(content, bytes)
+            path.write_bytes(mutants.change(data, 30))
+            found = tally(outcome(lambda: list(read_archive(path, PurePosixPath))))
+            for member, content in found or ():
+                assert not member.is_absolute() and ".." not in member.parts
+                assert isinstance(content, bytes)
 
 
 # --- parameters
 
 
-def whole(values):
-    "Settings, recipe, method and classes of a run that was not refused."
+def check_settings(values):
+    "Check that parameters that are not refused give a recipe, a method and a protocol; return the settings."
     settings = Settings.checked(**values)
-    recipe, method = make_recipe(settings.recipe, 8, **settings.training), Method(settings.method, 8, **settings.parts)
+    recipe = make_recipe(settings.recipe, 8, **settings.training)
+    method = Method(settings.method, 8, **settings.parts)
     protocol = Protocol(settings.protocol, 8, settings.protocol_setting)
-    assert (
-        settings.name
-        and ".." not in settings.name.split("/")
-        and not Path(settings.name).is_absolute()
-        and recipe.crop >= 8
-        and method.parts
-        and sum(protocol.sizes) == 8
-    )
+    assert settings.name and ".." not in settings.name.split("/")
+    assert not Path(settings.name).is_absolute()
+    assert recipe.crop >= 8
+    assert method.parts
+    assert sum(protocol.sizes) == 8
     return settings
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    "Commands do all but train: every check, and nothing that takes long."
+    "Let commands make every check, and stop before they train."
 
     def stop(*_):
         raise mbs.batch.RunFailed("the run would start now")
@@ -607,9 +606,9 @@ def no_training(monkeypatch):
 
 
 def small(values):
-    return (
-        dict(data="scenes", scenes=dict(n_train=4, n_test=2, size=16), encoder_options=NETWORK, protocol="7-1") | values
-    )
+    "Return parameters of a tiny run, with `values` on top."
+    scenes = dict(n_train=4, n_test=2, size=16)
+    return dict(data="scenes", scenes=scenes, encoder_options=NETWORK, protocol="7-1") | values
 
 
 def test_parameter_files(home, no_training):
@@ -621,66 +620,50 @@ def test_parameter_files(home, no_training):
     ]
     with Tally("parameter files") as tally:
         for k in range(3 * MANY):
-            path.write_bytes(mutants.text(mutants.random.choice(texts)))
-            tally(outcome(lambda: whole(read_yaml(path))))
+            path.write_bytes(mutants.change_text(mutants.random.choice(texts)))
+            tally(outcome(lambda: check_settings(read_yaml(path))))
             if k % 20 == 0:
                 command("run", path, "data=nowhere")
                 command("run", path, "scenes={n_train: 0}")
 
 
 def test_parameter_values(home):
-    "Any value for any parameter, one or several at a time."
-    mutants, names = (
-        Mutants(8),
-        [
-            *Settings.model_fields,
-            *(f"training.{k}" for k in ("crop", "lr", "scale", "name", "dataset", "test")),
-            "parts.threshold",
-            "parts.name",
-            "parts.self",
-            "cls",
-            "self",
-            "",
-            ".",
-            "a.b.c",
-        ],
-    )
+    "Any parameter may get any value, one or several at a time."
+    mutants = Mutants(8)
+    training = [f"training.{name}" for name in ("crop", "lr", "scale", "name", "dataset", "test")]
+    parts = ["parts.threshold", "parts.name", "parts.self"]
+    names = [*Settings.model_fields, *training, *parts, "cls", "self", "", ".", "a.b.c"]
     with Tally("parameter values") as tally:
         for _ in range(3 * MANY):
             changes = {
                 mutants.random.choice(names): mutants.random.choice(VALUES)
                 for _ in range(mutants.random.choice((1, 1, 2, 5)))
             }
-            tally(outcome(lambda changes=changes: whole(mbs.grid.changed({}, changes))))
+            tally(outcome(lambda changes=changes: check_settings(mbs.grid.changed({}, changes))))
 
 
 WORDS = some.text(some.characters(codec="utf-8"), max_size=40)
 
 
-def test_words(home, no_training):
-    "Whatever stands in a command line."
-    name = (
-        some.sampled_from(
-            [
-                *Settings.model_fields,
-                "training.lr",
-                "training.scale",
-                "parts.threshold",
-                "scenes.size",
-                "scenes.root",
-                "encoder_options.depth",
-                "encoder_options.checkpoint_path",
-                "cls",
-                "a.b",
-            ]
-        )
-        | WORDS
-    )
-    text = (
-        WORDS
-        | some.sampled_from([json.dumps(v) for v in VALUES if isinstance(v, (str, int, float, list, dict))])
-        | some.from_regex(r"[\[{&*!-][a-z0-9 ,:\[\]{}&*!'\"-]{0,30}", fullmatch=True)
-    )
+NAMES = [
+    *Settings.model_fields,
+    "training.lr",
+    "training.scale",
+    "parts.threshold",
+    "scenes.size",
+    "scenes.root",
+    "encoder_options.depth",
+    "encoder_options.checkpoint_path",
+    "cls",
+    "a.b",
+]
+
+
+def test_words_of_a_command_line(home, no_training):
+    name = some.sampled_from(NAMES) | WORDS
+    values = [json.dumps(v) for v in VALUES if isinstance(v, (str, int, float, list, dict))]
+    yaml_like = some.from_regex(r"[\[{&*!-][a-z0-9 ,:\[\]{}&*!'\"-]{0,30}", fullmatch=True)
+    text = WORDS | some.sampled_from(values) | yaml_like
     runner, n = CliRunner(), count()
     with Tally("words of a command line") as tally:
 
@@ -690,15 +673,14 @@ def test_words(home, no_training):
         @given(some.lists(some.tuples(name, text), min_size=1, max_size=3))
         def go(pairs):
             words = [f"{k}={v}" for k, v in pairs]
-            tally(outcome(lambda: whole(parse_words(words))))
+            tally(outcome(lambda: check_settings(parse_words(words))))
             if next(n) % 4:
                 return
             with limited():
                 result = runner.invoke(app, ["inspect", "--", "nowhere", "7-1", *words])
-            assert result.exit_code == 2 and (result.exception is None or isinstance(result.exception, SystemExit)), (
-                result.exception
-            )
-            is_sentence(result.stderr)
+            assert result.exit_code == 2, result.exception
+            assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+            check_sentence(result.stderr)
 
         go()
 
@@ -717,20 +699,19 @@ def test_grids(home):
     ]
     with Tally("grids") as tally:
         for k in range(2 * MANY):
-            path.write_bytes(mutants.text(mutants.random.choice(texts)))
+            path.write_bytes(mutants.change_text(mutants.random.choice(texts)))
             for settings in tally(outcome(lambda: expand_grid(read_grid(path)))) or ():
                 assert settings.name.startswith("g/") or settings.name.count("/") == 1
             if k % 20 == 0:
-                command(
-                    "batch", path, "--dry-run", "--no-measure"
-                ) if b"voc" not in path.read_bytes() and b"ade" not in path.read_bytes() else None
+                needs_data = b"voc" in path.read_bytes() or b"ade" in path.read_bytes()
+                if not needs_data:
+                    command("batch", path, "--dry-run", "--no-measure")
 
 
-def test_a_grid_that_explodes(home):
+def test_a_grid_of_too_many_runs_is_refused(home):
+    grid = {f"training.{name}": list(range(100)) for name in ("lr", "batch", "crop", "epochs")}
     with pytest.raises(ValueError, match="100,000,000 runs"):
-        read_grid(
-            dict(name="g", grid={f"training.{k}": list(range(100)) for k in ("lr", "batch", "crop", "epochs")})
-        ).points()
+        read_grid(dict(name="g", grid=grid)).points()
 
 
 def plain_values(strings):
@@ -764,7 +745,7 @@ HARD = some.text(max_size=30) | some.sampled_from(
 
 
 def test_notebook_parameters_are_values(home):
-    "The cell that papermill writes assigns each value as it is, whatever a string says."
+    "The cell that papermill writes assigns each value unchanged, whatever a string contains."
     from papermill.translators import PythonTranslator
 
     with Tally("notebook parameters") as tally:
@@ -774,46 +755,36 @@ def test_notebook_parameters_are_values(home):
         def go(value):
             tally(value if value is not None else 0)
             line = ast.parse(PythonTranslator.codify(dict(value=value))).body
-            assert len(line) == 1 and repr(
-                eval(compile(ast.Expression(line[0].value), "", "eval"), {"float": float, "__builtins__": {}})
-            ) == repr(value)
+            assert len(line) == 1
+            expression = compile(ast.Expression(line[0].value), "", "eval")
+            assigned = eval(expression, {"float": float, "__builtins__": {}})
+            assert repr(assigned) == repr(value)
 
         go()
 
 
 def test_notebook_parameters_through_a_kernel(home):
-    "And through a kernel, into folders whose names papermill would take for a pattern."
+    "Values pass through a kernel unchanged, also in folders whose names papermill could take for a pattern."
     import nbformat
 
-    hard = {
-        f"v{k}": v
-        for k, v in enumerate(
-            [
-                CODE,
-                f'"\n{CODE}\n"',
-                "'''\"\"\"",
-                "\\",
-                "${x} {x} %time",
-                "\u2028\r\n\0",
-                {"a'": [CODE, {'b"\n': None}]},
-                [1e308, -0.0, True],
-            ]
-        )
-    }
-    cell = nbformat.v4.new_code_cell("v0 = None", metadata=dict(tags=["parameters"]))
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[
-                cell,
-                nbformat.v4.new_code_cell("import json; print(json.dumps([globals()[f'v{k}'] for k in range(8)]))"),
-            ]
-        ),
-        home / "book.ipynb",
-    )
-    (home / "{v0} {").mkdir()
-    execute_notebook(home / "book.ipynb", home / "{v0} {" / "out.ipynb", hard)
-    said = nbformat.read(home / "{v0} {" / "out.ipynb", 4).cells[-1].outputs[0].text
-    assert json.loads(said) == list(hard.values())
+    values = [
+        CODE,
+        f'"\n{CODE}\n"',
+        "'''\"\"\"",
+        "\\",
+        "${x} {x} %time",
+        "\u2028\r\n\0",
+        {"a'": [CODE, {'b"\n': None}]},
+        [1e308, -0.0, True],
+    ]
+    parameters = nbformat.v4.new_code_cell("v0 = None", metadata=dict(tags=["parameters"]))
+    show = nbformat.v4.new_code_cell("import json; print(json.dumps([globals()[f'v{k}'] for k in range(8)]))")
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, show]), home / "book.ipynb")
+    folder = home / "{v0} {"
+    folder.mkdir()
+    execute_notebook(home / "book.ipynb", folder / "out.ipynb", {f"v{k}": v for k, v in enumerate(values)})
+    printed = nbformat.read(folder / "out.ipynb", 4).cells[-1].outputs[0].text
+    assert json.loads(printed) == values
 
 
 # --- run folders
@@ -824,18 +795,13 @@ def made(tmp_path_factory):
     "A finished run of three steps, two columns and two sample pictures."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MBS_HOME", str(tmp_path_factory.mktemp("home")))
-        return (
-            Experiment(
-                Settings(**TINY | dict(name="made", samples=2, training=TINY["training"] | dict(both=True))),
-                tmp_path_factory.mktemp("outputs"),
-            )
-            .run()
-            .folder
-        )
+        changes = dict(name="made", samples=2, training=TINY["training"] | dict(both=True))
+        experiment = Experiment(Settings(**TINY | changes), tmp_path_factory.mktemp("outputs"))
+        return experiment.run().folder
 
 
 def read_all(folder, models=False):
-    "Everything that anybody reads of a run, checked."
+    "Read a run as all parts of the package do, and check what is read."
     run = load_run(folder)
     n = len(run.names)
     records, steps = run.log(), range(run.n_steps)
@@ -843,31 +809,34 @@ def read_all(folder, models=False):
     collect_scalars(run)
     for t in steps:
         counts = run.confusion(t).counts
-        assert counts.shape == (run.protocol[t].n_channels,) * 2 and (counts >= 0).all() and counts.sum() < 2**60
+        assert counts.shape == (run.protocol[t].n_channels,) * 2
+        assert (counts >= 0).all() and counts.sum() < 2**60
         for name in run.metrics(t).get("columns", {}):
             assert run.confusion(t, name).counts.shape == counts.shape
     if steps:
         assert ((run.iou() >= 0) & (run.iou() <= 1) | np.isnan(run.iou())).all()
-    for image, truth, maps in run.samples():
-        assert (
-            image.shape == (*truth.shape, 3)
-            and ((truth < n) | (truth == VOID)).all()
-            and len(maps) == len(steps)
-            and all((m < run.protocol[t].n_channels).all() for t, m in zip(steps, maps))
-        )
+    for photo, truth, predictions in run.samples():
+        assert photo.shape == (*truth.shape, 3)
+        assert ((truth < n) | (truth == VOID)).all()
+        assert len(predictions) == len(steps)
+        assert all((p < run.protocol[t].n_channels).all() for t, p in zip(steps, predictions))
     if run.finished:
         summarise_runs([run])
         make_card_table([run])
         [make_steps_table(group) for group in group_runs([run])]
     mbs.batch._read_status(folder)
-    read_failure(folder / "train.ipynb"), read_worker(folder)
+    read_failure(folder / "train.ipynb")
+    read_worker(folder)
     for t in steps if models else ():
         assert all(v.isfinite().all() for v in run.model(t).state_dict().values())
     return run
 
 
 def test_tours(home, made):
-    "The notebook that `mbs explore` leaves in a run folder, changed or half-written: opened, or refused and left as it is, since there may be notes in it."
+    """A changed or incomplete notebook of `mbs explore` in a run folder is opened, or refused.
+
+    It is never overwritten, since it may hold a user's notes.
+    """
     mutants, folder = Mutants(16), home / "run"
     shutil.copytree(made, folder)
     run = load_run(folder)
@@ -879,7 +848,7 @@ def test_tours(home, made):
         write_tour(run)
     with Tally("notebooks of run folders") as tally:
         for k in range(MANY):
-            changed = json.dumps(mutants.tree(json.loads(data))).encode() if k % 2 else mutants.changed(data)
+            changed = json.dumps(mutants.change_tree(json.loads(data))).encode() if k % 2 else mutants.change(data)
             path.write_bytes(changed)
             tally(outcome(partial(write_tour, run)))
             assert path.read_bytes() == changed
@@ -900,11 +869,9 @@ def test_run_folders(home, made, file):
         if file in TREES and k % 2:
             lines = [data] if file != "log.jsonl" else data.splitlines()
             at = mutants.random.randrange(len(lines))
-            return (
-                b"\n".join([*lines[:at], json.dumps(mutants.tree(json.loads(lines[at]))).encode(), *lines[at + 1 :]])
-                + b"\n"
-            )
-        return mutants.changed(data)
+            changed = json.dumps(mutants.change_tree(json.loads(lines[at]))).encode()
+            return b"\n".join([*lines[:at], changed, *lines[at + 1 :]]) + b"\n"
+        return mutants.change(data)
 
     with Tally("files of run folders") as tally:
         for k in range(2 * MANY if file in TREES else MANY):
@@ -917,8 +884,8 @@ def test_run_folders(home, made, file):
 
 
 @pytest.mark.parametrize("file", FLAT[3:])
-def test_arrays_that_are_another_runs(home, made, file):
-    "Whole files of other types, shapes and values than a run's."
+def test_foreign_arrays_are_refused(home, made, file):
+    "Valid files may hold arrays of other types, shapes and values than a run's."
     mutants, folder = Mutants(11), home / "run"
     shutil.copytree(made, folder)
     arrays = dict(np.load(folder / file))
@@ -942,11 +909,10 @@ def test_arrays_that_are_another_runs(home, made, file):
     with Tally("files of run folders") as tally:
         for k in range(MANY):
             name = mutants.random.choice(list(arrays))
-            changed = (
-                arrays | {name: mutants.random.choice(wrong)}
-                if k % 3
-                else {("x" if key == name else key): v for key, v in arrays.items()}
-            )
+            if k % 3:
+                changed = arrays | {name: mutants.random.choice(wrong)}
+            else:
+                changed = {("x" if key == name else key): v for key, v in arrays.items()}
             write_arrays(folder / file, **changed)
             tally(outcome(partial(read_all, folder)))
     np.savez(folder / file, **{next(iter(arrays)): np.array([Pickled(home)], dtype=object)}, allow_pickle=True)
@@ -955,7 +921,7 @@ def test_arrays_that_are_another_runs(home, made, file):
 
 
 class Pickled:
-    "What would leave a file, were it unpickled."
+    "An object that writes a file when it is unpickled."
 
     def __init__(self, home):
         self.home = home
@@ -965,7 +931,7 @@ class Pickled:
 
 
 def test_files_that_are_missing_or_in_the_way(home, made):
-    "Any file of a run folder is gone, empty, a folder, another's, or a link to nothing."
+    "Any file of a run folder may be gone, empty, a folder, another file, or a link to nothing."
     names = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
     with Tally("run folders with a file missing or foreign") as tally:
         for name in names:
@@ -986,27 +952,28 @@ def test_files_that_are_missing_or_in_the_way(home, made):
 
 
 def test_models(home, made):
-    "A model that was changed in any place is refused: a model that is read is the one that was written."
-    mutants, run = Mutants(12), load_run(made)
+    "A changed model is refused, so a model that is read is the one that was written."
+    mutants = Mutants(12)
+    truth = load_run(made).model(1).state_dict()
     folder = home / "run"
     shutil.copytree(made, folder)
-    file, truth = folder / "step-01" / "model.safetensors", run.model(1).state_dict()
+    file = folder / "step-01" / "model.safetensors"
     data = file.read_bytes()
     with Tally("models") as tally:
         for k in range(3 * MANY):
-            changed = inside_safetensors(mutants, data) if k % 2 else mutants.changed(data, 3)
+            changed = change_safetensors(mutants, data) if k % 2 else mutants.change(data, 3)
             file.write_bytes(changed)
             if (found := tally(outcome(partial(load_run(folder).model, 1)))) is None:
                 continue
-            assert (
-                all(torch.equal(v, truth[name]) for name, v in found.state_dict().items()) or b'"digest"' not in changed
-            )
+            is_equal = all(torch.equal(v, truth[name]) for name, v in found.state_dict().items())
+            assert is_equal or b'"digest"' not in changed
             assert all(v.isfinite().all() for v in found.state_dict().values())
 
 
 def test_states_of_a_running_step(home):
-    "A state that was changed is passed over; what is taken up is what was saved."
-    mutants, progress = Mutants(13), StepCheckpoints(home / "resume", 1)
+    "A changed checkpoint is ignored; only what was saved is restored."
+    mutants = Mutants(13)
+    progress = StepCheckpoints(home / "resume", 1)
     tensors = {
         "student.w": torch.randn(3, 5),
         "optimiser.0.step": torch.tensor(7.0),
@@ -1019,26 +986,25 @@ def test_states_of_a_running_step(home):
     assert facts["iteration"] == 20 and tensors.keys() < truth.keys()
     with Tally("states of running steps") as tally:
         for k in range(3 * MANY):
-            changed = inside_safetensors(mutants, data) if k % 2 else mutants.changed(data, 3)
+            changed = change_safetensors(mutants, data) if k % 2 else mutants.change(data, 3)
             file.write_bytes(changed)
             with limited():
                 found = progress.latest()
             tally(found)
             if found is not None and b'"digest"' in changed:
-                assert json.dumps(found[1]) == json.dumps(facts) and all(
-                    torch.equal(found[0][k], v) for k, v in truth.items()
-                )
+                assert json.dumps(found[1]) == json.dumps(facts)
+                assert all(torch.equal(found[0][k], v) for k, v in truth.items())
     file.write_bytes(data)
     file.rename(file.with_stem("step-01-00000030"))
     assert progress.latest() is None, "a state under another iteration's name"
 
 
 def test_states_of_another_run(home):
-    "A whole state with other facts or tensors, as another program would leave it: one sentence, or a run that ends."
-    mutants, outputs = Mutants(14), home / "outputs"
-    short = Settings(
-        **TINY | dict(save_minutes=0, samples=0, protocol="7-1", training=TINY["training"] | dict(iterations=20))
-    )
+    "A valid checkpoint with foreign facts or tensors is refused in one sentence, or the run ends."
+    mutants = Mutants(14)
+    outputs = home / "outputs"
+    training = TINY["training"] | dict(iterations=20)
+    short = Settings(**TINY | dict(save_minutes=0, samples=0, protocol="7-1", training=training))
 
     class Stop(Exception):
         pass
@@ -1051,7 +1017,7 @@ def test_states_of_another_run(home):
         if records[0]["iteration"] == 20:
             raise Stop
 
-    log.cut, experiment.writer.log = real.cut, log
+    log.truncate, experiment.writer.log = real.truncate, log
     with pytest.raises(Stop):
         experiment.run()
     tensors, facts = experiment.writer.progress(0).latest()
@@ -1059,7 +1025,7 @@ def test_states_of_another_run(home):
     resume, before = outputs / "run" / "resume", (outputs / "run" / "log.jsonl").read_bytes()
     with Tally("states of another run") as tally:
         for _ in range(max(5, MANY // 20)):
-            wrong = mutants.tree(facts)
+            wrong = mutants.change_tree(facts)
             for file in resume.iterdir():
                 file.unlink()
             shutil.rmtree(outputs / "run" / "step-00", ignore_errors=True)
@@ -1069,20 +1035,14 @@ def test_states_of_another_run(home):
             other = mutants.random.choice(
                 (torch.zeros(0), torch.zeros(3, dtype=torch.bool), tensors[name].double(), torch.zeros(2, 2))
             )
-            iteration = (
-                wrong["iteration"]
-                if isinstance(wrong, dict)
-                and isinstance(wrong.get("iteration"), int)
-                and 0 <= wrong["iteration"] < 10**8
-                else 10
-            )
-            save_tensors(
-                resume / f"step-00-{iteration:08d}.safetensors",
-                tensors | {name: other}
-                if mutants.random.random() < 0.5
-                else {k: v for k, v in tensors.items() if k != name},
-                wrong,
-            )
+            iteration = wrong.get("iteration") if isinstance(wrong, dict) else None
+            if not isinstance(iteration, int) or not 0 <= iteration < 10**8:
+                iteration = 10
+            if mutants.random.random() < 0.5:
+                changed = tensors | {name: other}
+            else:
+                changed = {k: v for k, v in tensors.items() if k != name}
+            save_tensors(resume / f"step-00-{iteration:08d}.safetensors", changed, wrong)
             tally(outcome(Experiment(short, outputs).run))
 
 
@@ -1096,20 +1056,18 @@ def test_weight_files(home, ending):
     data = file.read_bytes()
     with Tally("weight files") as tally:
         for k in range(MANY):
-            file.write_bytes(
-                inside_safetensors(mutants, data) if k % 2 and ending == "safetensors" else mutants.changed(data, 3)
-            )
-            encoder = tally(
-                outcome(partial(make_encoder, "vit_tiny_patch16_224", str(file), 16, img_size=16, **NETWORK))
-            )
-            if encoder is not None:
-                assert all(
-                    v.isfinite().all() and v.shape == state[k].shape for k, v in encoder.vit.state_dict().items()
-                )
+            is_header = k % 2 and ending == "safetensors"
+            file.write_bytes(change_safetensors(mutants, data) if is_header else mutants.change(data, 3))
+            read = partial(make_encoder, "vit_tiny_patch16_224", str(file), 16, img_size=16, **NETWORK)
+            encoder = tally(outcome(read))
+            if encoder is None:
+                continue
+            for name, value in encoder.vit.state_dict().items():
+                assert value.isfinite().all() and value.shape == state[name].shape
 
 
 def test_a_run_card_cannot_load_code(home, made):
-    "timm would unpickle a file that an option of the network names, or fetch another."
+    "timm would unpickle or download a file that an option of the network names."
     folder = home / "run"
     shutil.copytree(made, folder)
     card = json.loads((folder / "run.json").read_text())
@@ -1120,9 +1078,8 @@ def test_a_run_card_cannot_load_code(home, made):
         dict(pretrained_cfg=dict(file=str(home / "evil.pth"))),
         dict(pretrained_cfg_overlay=dict(file=str(home / "evil.pth")), pretrained=True),
     ):
-        (folder / "run.json").write_text(
-            json.dumps(card | dict(settings=card["settings"] | dict(encoder_options=NETWORK | options)))
-        )
+        settings = card["settings"] | dict(encoder_options=NETWORK | options)
+        (folder / "run.json").write_text(json.dumps(card | dict(settings=settings)))
         with pytest.raises(ValueError, match="is not one of the network"):
             load_run(folder).model()
 
@@ -1131,7 +1088,7 @@ def test_a_run_card_cannot_load_code(home, made):
 
 
 def test_commands(home, made):
-    "A handful for real: exit code 2 and one sentence, or a prediction."
+    "Real processes end with exit code 2 and one sentence, or with a prediction."
     (home / "bad.yaml").write_bytes(b"\xff\xfe: [")
     (home / "photo.png").write_bytes(photos()["png"][:-40])
     (home / "good.png").write_bytes(photos()["png"])
@@ -1154,17 +1111,17 @@ def test_commands(home, made):
     with Tally("commands as processes") as tally:
         for words, code in trials[:: 1 if MANY > 100 else 6]:
             done = subprocess.run([sys.executable, "-m", "mbs", *words], capture_output=True, cwd=home, timeout=120)
-            said = done.stderr.decode()
-            assert done.returncode == code and "Traceback" not in said, (words, said)
+            errors = done.stderr.decode()
+            assert done.returncode == code and "Traceback" not in errors, (words, errors)
             if code:
-                assert len([line for line in said.splitlines() if line.startswith("mbs: ")]) == 1
+                assert len([line for line in errors.splitlines() if line.startswith("mbs: ")]) == 1
             tally(None if code else done)
     if (home / "out" / "good-labels.png").exists():
         assert set(np.unique(read_mask(home / "out" / "good-labels.png"))) <= set(range(7))
 
 
-def test_the_alphabet_of_names(home):
-    "No name of a run leaves its folder, and no two say something else than they are."
+def test_names_of_runs_stay_below_the_output_folder(home):
+    "A name that is accepted leads to a folder below the outputs, and has no character that needs quoting."
     with Tally("names of runs") as tally:
         for name in [
             *map(str, VALUES),
@@ -1183,7 +1140,7 @@ def test_the_alphabet_of_names(home):
         ]:
             settings = tally(outcome(partial(Settings.checked, name=name)))
             if settings is not None:
-                assert (home / "outputs" / settings.name).resolve().is_relative_to(
-                    home / "outputs"
-                ) and settings.name.count("/") < 2
+                folder = (home / "outputs" / settings.name).resolve()
+                assert folder.is_relative_to(home / "outputs")
+                assert settings.name.count("/") < 2
                 assert not set(settings.name) & set("\n\0 {}'\"<>&\\")

@@ -122,10 +122,9 @@ def test_wheel_has_the_requirements_of_settings_ini(built):
 
 
 def test_installed_wheel_works(installed):
-    where, notebook = run_python(
-        "import mbs; from mbs.notebooks import runs_folder; print(mbs.__file__); print(runs_folder() / 'train.ipynb')",
-        installed,
-    ).splitlines()
+    code = "import mbs; from mbs.folders import find_runs_folder as runs; print(mbs.__file__); print(runs())"
+    where, runs = run_python(code, installed).splitlines()
+    notebook = f"{runs}/train.ipynb"
     assert where.startswith(str(installed)) and notebook.startswith(str(installed)) and Path(notebook).is_file()
     out = subprocess.run(
         [sys.executable, "-m", "mbs", "--help"], cwd=installed, capture_output=True, text=True, check=True

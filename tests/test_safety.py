@@ -71,7 +71,7 @@ def find_dangers(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_module_can_run_what_it_reads(path):
     assert find_dangers(path.read_text(encoding="utf-8")) == []
 

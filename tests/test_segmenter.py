@@ -1,4 +1,4 @@
-"Mixed precision, weight transfer, and encoders of other families."
+"Mixed precision, weight transfer, and encoders that are not vision transformers."
 
 import pytest
 import torch

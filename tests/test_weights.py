@@ -1,4 +1,4 @@
-"Pretrained weights: every tensor loaded, the right network, the normalisation that belongs to it, and one sentence where they are not to be had."
+"Pretrained weights: every tensor is loaded, into the right network, with its normalisation; failures are one sentence."
 
 import pytest
 import timm
@@ -7,19 +7,18 @@ import torch
 import mbs.weights
 from mbs.weights import _HALF, _find_installed_weights, make_encoder, read_state
 
+TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
+
 
 def test_lite0_is_the_package_network():
-    "timm's network with the package's tensors gives the features of our encoder, and nothing is left over but the classifier."
+    "timm's network with the package's tensors gives our encoder's features, and only the classifier is left over."
     encoder = make_encoder("tf_efficientnet_lite0", "pretrained").eval()
     assert encoder.mean == encoder.std == _HALF
-    assert (
-        encoder.receipt["loaded"] == len(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict())
-        and len(encoder.receipt["sha256"]) == 64
-    )
-    assert encoder.receipt["sha256"].startswith("57934424")
-    assert encoder.receipt["unused"] == ["classifier"] and not {"bn2", "conv_head"} & {
-        k.split(".")[0] for k in encoder.network.state_dict()
-    }
+    receipt = encoder.receipt
+    assert receipt["loaded"] == len(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict())
+    assert len(receipt["sha256"]) == 64 and receipt["sha256"].startswith("57934424")
+    assert receipt["unused"] == ["classifier"]
+    assert not {"bn2", "conv_head"} & {k.split(".")[0] for k in encoder.network.state_dict()}
     whole = timm.create_model("tf_efficientnet_lite0").eval()
     state = read_state(_find_installed_weights("tf_efficientnet_lite0"))
     assert [tuple(v.shape) for v in state.values()] == [tuple(v.shape) for v in whole.state_dict().values()]
@@ -33,29 +32,17 @@ def test_lite0_is_the_package_network():
 
 
 def test_wrong_weights_are_refused(tmp_path):
-    state = make_encoder(
-        "vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
-    ).vit.state_dict()
+    state = make_encoder("vit_tiny_patch16_224", image_size=32, **TINY).vit.state_dict()
     torch.save({k: v for k, v in state.items() if "norm" not in k}, tmp_path / "partial.pth")
     with pytest.raises(ValueError, match="tensors missing or of another shape"):
-        make_encoder(
-            "vit_tiny_patch16_224",
-            str(tmp_path / "partial.pth"),
-            32,
-            img_size=32,
-            patch_size=8,
-            embed_dim=32,
-            depth=1,
-            num_heads=2,
-        )
+        make_encoder("vit_tiny_patch16_224", str(tmp_path / "partial.pth"), 32, img_size=32, **TINY)
 
 
 def test_weight_file_is_loaded_and_fitted(tmp_path):
-    "A ViT's weights of one size serve another: positions are resized, the rest is equal."
-    options = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
-    made = make_encoder("vit_tiny_patch16_224", image_size=224, **options)
+    "A ViT's weights of one size are loaded for another: positions are resized, the rest is equal."
+    made = make_encoder("vit_tiny_patch16_224", image_size=224, **TINY)
     torch.save(made.vit.state_dict(), tmp_path / "w.pth")
-    loaded = make_encoder("vit_tiny_patch16_224", str(tmp_path / "w.pth"), 64, **options)
+    loaded = make_encoder("vit_tiny_patch16_224", str(tmp_path / "w.pth"), 64, **TINY)
     assert loaded.vit.pos_embed.shape == (1, 65, 32) and loaded.grid == (8, 8)
     assert torch.equal(loaded.vit.blocks[0].mlp.fc1.weight, made.vit.blocks[0].mlp.fc1.weight)
 
@@ -78,7 +65,7 @@ def test_pretrained_batch_norms_keep_their_statistics():
     ],
 )
 def test_any_backbone(name, options, tmp_path):
-    "Tokens of stride 16 at any size, in value as timm gives them; its weights are read back from a file; every parameter learns."
+    "Tokens have stride 16 at any size; weights are read back from a file; every parameter gets a gradient."
     whole = timm.create_model(name, **options)
     torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pth")
     encoder = make_encoder(name, str(tmp_path / "w.pth"), 64, **options)
@@ -89,12 +76,12 @@ def test_any_backbone(name, options, tmp_path):
         tokens = encoder.train()(torch.randn(2, 3, height, width))
         assert tokens.shape == (2, height * width // 256, encoder.dim)
     tokens.square().mean().backward()
-    still = {k for k, p in encoder.named_parameters() if p.grad is None}
-    assert not still or still == {"vit.cls_token"}
+    without_gradient = {k for k, p in encoder.named_parameters() if p.grad is None}
+    assert not without_gradient or without_gradient == {"vit.cls_token"}
 
 
 def test_swin_is_timms(tmp_path):
-    "What the encoder gives is the stride-16 stage of timm's own network."
+    "The encoder gives the features of the stride-16 stage of timm's own network."
     options = dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
     whole = timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False, **options).eval()
     torch.save(whole.state_dict(), tmp_path / "w.pth")
@@ -107,24 +94,24 @@ def test_swin_is_timms(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    "timm's cache holds resnet18; nothing else can be fetched."
+    "Pretend that timm's cache holds resnet18, and that nothing can be fetched."
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(mbs.weights, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(
-        mbs.weights, "try_to_load_from_cache", lambda repo, file: str(tmp_path / file) if "resnet18" in repo else None
-    )
+
+    def look_up(repository, file):
+        return str(tmp_path / file) if "resnet18" in repository else None
+
+    monkeypatch.setattr(mbs.weights, "try_to_load_from_cache", look_up)
 
 
 def test_timms_own_weights_and_their_receipt(hub):
     encoder = make_encoder("resnet18", "pretrained")
-    assert (
-        encoder.receipt["source"] == "timm/resnet18.a1_in1k"
-        and encoder.receipt["unused"] == ["fc"]
-        and len(encoder.receipt["tensors_sha256"]) == 64
-    )
+    receipt = encoder.receipt
+    assert receipt["source"] == "timm/resnet18.a1_in1k" and receipt["unused"] == ["fc"]
+    assert len(receipt["tensors_sha256"]) == 64
     torch.manual_seed(0)
     assert torch.equal(encoder.network.conv1.weight, timm.create_model("resnet18").conv1.weight)
 
