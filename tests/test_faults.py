@@ -426,9 +426,8 @@ def test_what_is_not_measured_alike_is_said(home):
         write_report([a, b], home / "report")
     assert "CAUTION: not all runs" in (home / "report/report.html").read_text()
     c = go(home / "o", name="c", samples=0, scenes=TINY["scenes"] | dict(n_test=12))
-    (home / "o/c/run.json").write_text(
-        json.dumps(read_json(home / "o/c/run.json") | dict(settings=a.card.settings.model_dump(mode="json") | dict(name="c")))
-    )
+    settings = a.card.settings.model_dump(mode="json") | dict(name="c")
+    (home / "o/c/run.json").write_text(json.dumps(read_json(home / "o/c/run.json") | dict(settings=settings)))
     with pytest.warns(UserWarning, match=r"use different data \(.*n_test 10 and 12"):
         write_report([a, load_run(c.folder)], home / "report")
 
