@@ -1,4 +1,4 @@
-"""Draw static figures: labels over a photo, pseudo-labels, the background shift, forgetting, methods compared.
+"""Draw static figures: labels over photos, pseudo-labels, the background shift, forgetting.
 
 Label maps are (H, W) uint8 *channels*: 0 background, 1 … classes in order of arrival, 255 void or ignored.
 Functions named `show_…` that take data alone return a new matplotlib figure.
