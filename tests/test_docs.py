@@ -120,7 +120,7 @@ def test_reference_agrees_with_the_source(pages, site):
         and "training labels, dtype of" in text
         and "_modules/mbs/pseudo_labels.html#selective_pseudo_labels" in text
     )
-    assert "of the run folder under outputs/" in (site / "reference/run.html").read_text(encoding="utf-8")
+    assert "run folder under outputs/" in (site / "reference/settings.html").read_text(encoding="utf-8")
     assert {"mbs.run.Run.confusion", "mbs.protocol.Step.to_channels"} <= {
         a for page in pages.values() for a in page.anchors
     }
