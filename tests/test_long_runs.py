@@ -215,7 +215,7 @@ def use_explorers():
         state.step = 1
         if hasattr(state, "moment"):
             state.move(1)
-            arrays = [state.moment.photo, state.moment.view, state.moment.teacher.features["encoder"]]
+            arrays = [state.moment.photo, state.moment.step_labels, state.moment.teacher.features["encoder"]]
         else:
             arrays = [state.cosine]
         refs += map(weakref.ref, [explorer, *explorer.states, *arrays])
