@@ -1,4 +1,6 @@
-"""Iterations in absolute numbers: ViT-B/16, 512 × 512 pixels, random weights, base and incremental step of VOC 15-5 and ADE20K 100-50; on a GPU with the share of its peaks.
+"""Iterations in absolute numbers: ViT-B/16 at 512 × 512 pixels, random weights, of VOC 15-5 and ADE20K 100-50.
+
+The base step and the incremental step; on a GPU also the shares of its peaks.
 
 python benchmarks/full_size.py [--batch 1] [--repeats 3] [--compile]
 """
@@ -8,7 +10,7 @@ import statistics
 
 import torch
 from interleaved import peak, seconds
-from step import VITB, Ours, networks, pictures
+from step import VITB, Ours, make_step, networks, pictures
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,9 +45,12 @@ def iteration(n_base, n_new, incremental, batch, encoder=VITB, side=512, compile
     "One iteration a call: of the base step, or of the step after it."
     device = make_accelerator(make_recipe()).device
     teacher, student = networks(encoder, n_base + n_new, n_new, side, device, **options)
+    step = make_step(n_base + n_new, n_new)
     if not incremental:
         student, teacher = teacher.requires_grad_().train(), None
-    return Ours(student, teacher, pictures(student.n_channels, n_new, side, batch, device), n_new, compile=compile)
+        step = step.protocol[0]
+    given = pictures(student.n_channels, step.n_new, side, batch, device)
+    return Ours(student, teacher, given, step, compile=compile)
 
 
 def fits(batch, *given):
@@ -79,7 +84,7 @@ def shares(flops, moved, spent):
 
 
 def absolute(task, incremental, batch, repeats, compile=False, **network):
-    "Seconds of an iteration, pictures a second, peak memory (MiB), FLOPs and bytes of one, and the shares of the peaks that they are."
+    "Measure an iteration: seconds, pictures a second, peak memory (MiB), FLOPs, bytes, and their shares of the peaks."
     n_base, n_new = TASKS[task]
     step = iteration(n_base, n_new, incremental, batch, **network)
     with FlopCounterMode(display=False) as counter:
@@ -116,14 +121,18 @@ def profile_table(task, batch):
     return record.key_averages().table(sort_by="self_cuda_time_total", row_limit=10, max_name_column_width=60)
 
 
-HEAD = "| task | step | batch | compiled | ms | pictures/s | of the bf16 peak | of the memory bandwidth | memory, GiB |\n|---|---|---:|---|---:|---:|---:|---:|---:|\n"
+COLUMNS = ("task", "step", "batch", "compiled", "ms", "pictures/s", "of the bf16 peak", "of the memory bandwidth")
+HEAD = f"| {' | '.join(COLUMNS)} | memory, GiB |\n|---|---|---:|---|---:|---:|---:|---:|---:|\n"
 
 
 def line(r):
     compute, memory = (f"{x:.0%}" for x in r["shares"]) if r["shares"] else ("", "")
     if r["compile"]:
         memory = ""  # fused operations do not go to memory one by one
-    return f"| {r['task']} | {r['step']} | {r['batch']} | {'yes' if r['compile'] else 'no'} | {1000 * r['seconds']:.1f} | {r['pictures']:.2f} | {compute} | {memory} | {r['memory'] / 1024:.1f} |"
+    speed = f"{1000 * r['seconds']:.1f} | {r['pictures']:.2f}"
+    compiled = "yes" if r["compile"] else "no"
+    gib = f"{r['memory'] / 1024:.1f}"
+    return f"| {r['task']} | {r['step']} | {r['batch']} | {compiled} | {speed} | {compute} | {memory} | {gib} |"
 
 
 def main():
@@ -132,9 +141,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    print(
-        f"{make_accelerator(make_recipe()).device}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.repeats}; bytes as if all operations went to memory"
-    )
+    device = make_accelerator(make_recipe()).device
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.repeats}")
+    print("bytes as if all operations went to memory")
     print("\n" + HEAD, end="")
     for task in TASKS:
         for incremental in (False, True):

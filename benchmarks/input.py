@@ -1,4 +1,6 @@
-"""The input pipeline: CPU milliseconds of a 500 × 375 picture from its files to a 512 crop, one core, against the released program's steps written out eagerly.
+"""The input pipeline: CPU milliseconds from the files of a 500 × 375 picture to a 512 crop, on one core.
+
+The baseline are the steps of the released program, written out eagerly.
 
     OMP_NUM_THREADS=1 python benchmarks/input.py [REPEATS] [FOLDER]
 
@@ -134,7 +136,7 @@ def measure(repeats: int = 5, folder: Path | None = None, n: int = 48) -> list[d
         seen = np.arange(len(data))[:n]
 
         def draws(data, recipe):
-            return Draws(make_train_view(data, protocol, 0, IMAGENET, make_recipe(recipe, batch=1), seen), 1)
+            return Draws(make_train_view(data, protocol[0], IMAGENET, make_recipe(recipe, batch=1), seen), 1)
 
         streams = {
             ("released", False): draws(data, "paper"),
@@ -166,18 +168,17 @@ def measure(repeats: int = 5, folder: Path | None = None, n: int = 48) -> list[d
 
 
 def main(repeats: int = 5, folder: Path | None = None):
-    print(
-        f"torch {torch.__version__}, medians of {repeats} interleaved runs, one core; pictures/s on {CORES} cores are those of one, × {CORES}"
-    )
+    print(f"torch {torch.__version__}, medians of {repeats} interleaved runs, one core")
+    print(f"pictures/s on {CORES} cores are those of one core × {CORES}")
     for r in measure(repeats, folder):
         per_core = (
             f"{1e3 / r['ours']:6.0f} pictures/s a core, × {CORES} = {CORES * 1e3 / r['ours']:7,.0f}"
             if "picture" in r["unit"]
             else ""
         )
-        print(
-            f"{r['what']:60} {r['baseline']:6.2f} → {r['ours']:6.2f} {r['unit']:17} × {r['ratio']:5.2f} ({r['low']:.2f} … {r['high']:.2f})  {per_core}"
-        )
+        times = f"{r['baseline']:6.2f} → {r['ours']:6.2f} {r['unit']:17}"
+        ratio = f"× {r['ratio']:5.2f} ({r['low']:.2f} … {r['high']:.2f})"
+        print(f"{r['what']:60} {times} {ratio}  {per_core}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def split_annotation(annotation):
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
         kind, extra = annotation.slice.elts
         keywords = getattr(extra, "keywords", [])
-        return ast.unparse(kind), next((ast.literal_eval(k.value) for k in keywords if k.arg == "help"), "")
+        texts = [k.value.value for k in keywords if k.arg == "help" and isinstance(k.value, ast.Constant)]
+        return ast.unparse(kind), "".join(texts)
     return ast.unparse(annotation), ""
 
 
@@ -185,6 +186,8 @@ class Module:
         tree = ast.parse(self.source)
         self.exported = read_exported(tree)
         self.definitions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        assigned = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+        self.constants = {n.targets[0].id: n.value for n in assigned if isinstance(n.value, ast.Constant)}
         self.names = [*self.exported]  # link targets; public methods below
         for node in self.definitions.values():
             if isinstance(node, ast.ClassDef) and node.name in self.exported:
@@ -198,10 +201,18 @@ class Module:
         docstring = ast.get_docstring(self.definitions[name]) or ""
         return " ".join(docstring.split("\n\n")[0].split())
 
+    def parse(self, cell):
+        "Return the syntax tree of `cell` with the texts of constants in place of their names in `help=NAME`."
+        tree = ast.parse(cell)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "help" and isinstance(node.value, ast.Name):
+                node.value = self.constants.get(node.value.id, node.value)
+        return tree
+
     def describe(self, cell):
         "Return (Markdown, names) of the public definitions in the exported `cell`; names is None for mere imports."
         notes, text, names = read_comments(cell), "", []
-        body = ast.parse(cell).body
+        body = self.parse(cell).body
         if all(is_import(node) for node in body):
             return "", None
         for node in body:

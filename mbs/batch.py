@@ -270,7 +270,7 @@ def _make_table_row(job: Job) -> tuple:
 
 # %% ../nbs/70_batch.ipynb #f43ebec6
 def _work_key(card: Card, is_later: bool) -> str:
-    "Return a text that is equal for equal work: of an iteration of the base step, or of a later step."
+    "Return a key that is equal for runs whose iterations do the same work; base step and later steps have their own."
     settings = card.settings.model_dump(mode="json")
     recipe = card.recipe.model_dump(mode="json")
     key = [settings[name] for name in ("encoder", "encoder_options", "decoder", "processes")]

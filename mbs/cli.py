@@ -136,7 +136,7 @@ def _print_summary(runs: list):
     from rich.console import Console
     from rich.table import Table
 
-    from mbs.report import summarise_runs
+    from mbs.comparison import summarise_runs
     from mbs.tables import format_cell
 
     for title, rows in groupby(summarise_runs(runs), key=lambda row: row["table"]):
@@ -270,12 +270,12 @@ def explore(
 ):
     "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens."
     with explain_errors():
-        from mbs.explore import comparable, write_tour
+        from mbs.explore.explorers import check_comparable, write_tour
         from mbs.run import load_run
 
         runs = [load_run(folder) for folder in (run, other) if folder is not None]
         if len(runs) == 2:
-            comparable(*runs, None)
+            check_comparable(*runs, None)
         if as_app and find_spec("voila") is None:
             raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
         raise typer.Exit(_serve_notebook(write_tour(*runs), as_app, browser))
@@ -304,8 +304,9 @@ def report(
 ):
     "Compare runs: an executed notebook, an HTML page, CSV, LaTeX and Markdown tables, with published numbers."
     with explain_errors():
+        from mbs.comparison import find_runs
         from mbs.folders import home
-        from mbs.report import find_runs, report_notebook
+        from mbs.report import report_notebook
 
         runs, left_out = find_runs(paths or [home("outputs")])
         folder = report_notebook(runs, out or home("outputs", "report"))

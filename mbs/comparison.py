@@ -71,7 +71,7 @@ def is_single_step(run: Run) -> bool:
 
 
 def _make_table_key(run: Run) -> tuple[str, str]:
-    "Return what the runs of a table share: data and class order; setting and steps, empty for a run of one step."
+    "Return the key of a run's table: data and class order, then setting and steps ('' for a run of one step)."
     order = [class_id for step in run.card.steps for class_id in step]
     data = json.dumps([run.card.data.model_dump(mode="json"), order])
     return data, "" if is_single_step(run) else json.dumps([run.settings.setting, run.card.steps])
@@ -260,7 +260,7 @@ _TESTED = ("test", "selection", "crop", "normalisation", "precision")  # recipe 
 
 
 def describe_mixed_testing(group: Group) -> str:
-    "Describe in what the runs of a group are tested differently, with values and run names; empty when in nothing."
+    "Return the recipe fields in which the runs of a group are tested differently, with values and runs; '' for none."
     found = {k: {} for k in _TESTED}  # field → value → names of runs
     for run in group.runs:
         for k in _TESTED:

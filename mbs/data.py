@@ -279,8 +279,8 @@ def _warn_on_overlap(train: SegmentationFolder, test: SegmentationFolder):
     digest = min(copies)
     ids = [part.ids[part.digests.tolist().index(digest)] for part in (train, test)]
     warnings.warn(
-        f"{len(copies)} test pictures of {test.root} look like training pictures, {ids[1]!r} like {ids[0]!r} "
-        "(same mask, photo of the same size): such scores say little",
+        f"{len(copies)} test pictures of {test.root} look like training pictures, e.g. {ids[1]!r} like {ids[0]!r} "
+        "(same mask, photo file of equal size): expected different pictures; remove the copies or distrust the scores",
         stacklevel=3,
     )
 

@@ -80,7 +80,7 @@ def choose_workers(crop: int) -> int:
 
 
 def ignore_stop_signals(worker: int):
-    "Ignore stop signals in a dataloader worker: the training process needs it until it has saved, and ends it."
+    "Make a dataloader worker ignore stop signals: training needs it until the state is saved, and then ends it."
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -328,7 +328,7 @@ class _PrintedRow:
         return self.n_old * self.old + self.n_new * self.new
 
     def implied_background(self, k: int = 0) -> tuple[float, float]:
-        "Lowest and highest background IoU that `all` implies as the mean over background and all but `k` zero classes."
+        "Return the lowest and highest background IoU that `all` implies, with `k` classes of IoU 0 left out."
         middle, margin = (self.n + 1 - k) * self.all - self.total, (2 * self.n + 1 - k) * self.half
         return middle - margin, middle + margin
 
@@ -344,7 +344,7 @@ def check_row(
     all: float,  # mIoU as printed, percent
     protocol: Protocol | str,  # a string is a split of VOC
     half: float = 0.05,  # half a unit of the last digit
-    shortfall: float = 0.5,  # a plausible background IoU is short of 100 by at most this part of what `all` is
+    shortfall: float = 0.5,  # the background IoU is plausible if 100 − IoU ≤ shortfall · (100 − all)
 ) -> RowCheck:
     """Find the conventions that a published row is consistent with, `old` being the base classes.
 

@@ -26,6 +26,11 @@ class Parameters(BaseModel):
         except ValidationError as e:
             raise ValueError(_explain_refusal(cls, e)) from None
 
+    def __repr_args__(self):
+        "Show only the fields that differ from their defaults."
+        fields = type(self).model_fields
+        return [(name, v) for name, v in super().__repr_args__() if name not in fields or v != fields[name].default]
+
 
 # %% ../nbs/01_parameters.ipynb #9dd2a27b
 def _explain_refusal(model: type[BaseModel], error: ValidationError) -> str:

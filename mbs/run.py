@@ -194,7 +194,7 @@ def make_protocol(card: Card, file: Path) -> Protocol:
     if not is_consistent:
         raise ValueError(
             f"{file} contradicts itself in names, steps, iterations or protocol: "
-            "expected what the run wrote; it was changed since"
+            "expected the file as the run wrote it; restore it or train the run again"
         )
     return protocol
 

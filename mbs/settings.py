@@ -31,6 +31,7 @@ from .protocol import Protocol, Step
 from .recipe import count_iterations, make_accelerator, make_recipe
 from .scenes import write_scenes
 from .segmenter import Segmenter
+from .value_table import render_values
 from .weights import make_encoder
 
 # %% ../nbs/48_settings.ipynb #affb5e6c
@@ -65,8 +66,11 @@ class Settings(Parameters):
 
     @property
     def protocol_setting(self) -> str:
-        "The setting of the protocol; joint training sees everything at once, whatever setting it is compared in."
+        "Setting that `Protocol` receives: 'joint' for the method `joint`, which sees all at once; else `setting`."
         return "joint" if self.method == "joint" else self.setting
+
+    def _repr_html_(self) -> str:
+        return render_values("Settings that differ from the defaults", dict(self.__repr_args__()))
 
     @model_validator(mode="after")
     def _fill_name(self) -> Self:
@@ -219,7 +223,7 @@ _BASE_STEP = (
 
 
 def _hash_method(method: Method) -> list[str]:
-    "Return hashes of the classes outside the package that `method` is made of, none for its own methods."
+    "Return the hash of each user-defined class of `method`; an empty list for a built-in method."
     return [hash_class(kind) for kind in type(method).__mro__ if kind not in (Method, object)]
 
 

@@ -143,8 +143,8 @@ def _explain_not_finite(
     terms = {k: v.item() for k, v in window[place].items()}
     if not terms:
         return ValueError(
-            f"the {name} of step {step} is not finite in any of the last {len(window)} iterations{pictures}: "
-            "expected some to train on; lower training.lr"
+            f"step {step} skipped all of its last {len(window)} iterations because the {name} was not finite{pictures}"
+            ": expected at least one finite iteration; lower training.lr"
         )
     where = f"the {name} of step {step} is {terms[name]} in iteration {iteration - len(window) + place + 1}{pictures}"
     return ValueError(

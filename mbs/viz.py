@@ -1,11 +1,11 @@
-"""Draw static figures: labels over a photo, pseudo-labels, the background shift, forgetting, methods compared.
+"""Draw static figures: labels over photos, pseudo-labels, the background shift, forgetting.
 
 Label maps are (H, W) uint8 *channels*: 0 background, 1 … classes in order of arrival, 255 void or ignored.
 Functions named `show_…` that take data alone return a new matplotlib figure.
 Those that take axes (`show_picture`, `show_maps` and all `draw_…`) draw into them.
 
-Colours that name a class come from the colour map of PASCAL VOC and carry no argument. Colours that carry one,
-such as the direction of a shift or the fate of a pixel, come from the palette of Okabe and Ito
+Colours that name a class come from the colour map of PASCAL VOC. Colours that convey a result, such as the
+direction of a shift or the fate of a pixel, come from the palette of Okabe and Ito
 (Color Universal Design, 2008, https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.
 Ignored pixels are hatched."""
 

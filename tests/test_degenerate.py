@@ -124,5 +124,7 @@ def test_test_pictures_among_the_training_pictures(tmp_path):
     shutil.copy(root / "SegmentationClassAug" / f"{seen}.png", root / "SegmentationClassAug" / "copy.png")
     with open(lists / "val.txt", "a") as f:
         f.write("copy\n")
-    with pytest.warns(UserWarning, match=f"1 test pictures of .* look like training pictures, 'copy' like '{seen}'"):
+    with pytest.warns(
+        UserWarning, match=f"1 test pictures of .* look like training pictures, e.g. 'copy' like '{seen}'"
+    ):
         open_data(str(root))

@@ -120,7 +120,7 @@ def test_reference_agrees_with_the_source(pages, site):
         and "training labels, dtype of" in text
         and "_modules/mbs/pseudo_labels.html#selective_pseudo_labels" in text
     )
-    assert "of the run folder under outputs/" in (site / "reference/run.html").read_text(encoding="utf-8")
+    assert "run folder under outputs/" in (site / "reference/settings.html").read_text(encoding="utf-8")
     assert {"mbs.run.Run.confusion", "mbs.protocol.Step.to_channels"} <= {
         a for page in pages.values() for a in page.anchors
     }
@@ -189,6 +189,26 @@ def f(
     assert "| `a` | `int` | first |" in silent and "**Returns**" not in silent
 
 
+def test_entry_of_a_command_has_the_help_of_its_options(tmp_path):
+    "The help is a text, or the name of a constant of the module."
+    from reference import Module
+
+    source = """
+__all__ = ['f']
+_SIZE_HELP = "How large."
+
+
+def f(
+    a: Annotated[int, Option(help=_SIZE_HELP)] = 1,
+    b: Annotated[int, Option(help="How long.")] = 2,
+):
+    "Do it."
+"""
+    (tmp_path / "m.py").write_text(source, encoding="utf-8")
+    entry, names = Module(tmp_path / "m.py", "m").describe(source)
+    assert names == ["f"] and "| `a` | `int` | How large. |" in entry and "| `b` | `int` | How long. |" in entry
+
+
 def test_entry_reads_comments_behind_wrapped_fields():
     from reference import describe_class, read_comments
 
@@ -225,7 +245,7 @@ def packaged(tmp_path, monkeypatch):
         new_markdown_cell("See [this](61a_evidence.ipynb), `mbs.explore.evidence.weigh` and `61a_evidence`."),
     ]
     sources = {
-        "mbs/__init__.py": '_HOME = {"weigh": "explore"}\n',
+        "mbs/__init__.pyi": "from .explore import weigh as weigh\n",
         "mbs/explore/__init__.py": "from .evidence import weigh\n",
         "mbs/explore/evidence.py": "__all__ = ['weigh']\n\ndef weigh(a): 'Weigh it.'\n\ndef _helper(): 'Help.'\n",
     }
@@ -268,7 +288,7 @@ def test_exported_cells_are_shown_without_directives(packaged):
 def test_a_public_name_without_a_definition_is_refused(packaged, tmp_path):
     from build import Site
 
-    (tmp_path / "mbs/__init__.py").write_text('_HOME = {"gone": "explore"}\n', encoding="utf-8")
+    (tmp_path / "mbs/__init__.pyi").write_text("from .explore import gone as gone\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"lists gone, which mbs\.explore does not export"):
         Site(tmp_path / "other")
 

@@ -35,7 +35,7 @@ def weights(run: Run) -> list[dict]:
 
 def kill_in_step(home, step: int, outputs: str):
     "Start the run in a process of its own and kill it when the log shows that it is in the middle of `step`."
-    code = f"from mbs.experiment import Experiment; from mbs.run import Settings; Experiment(Settings(**{PARAMETERS!r}), {str(home / outputs)!r}).run()"
+    code = f"import mbs; mbs.Experiment(mbs.Settings(**{PARAMETERS!r}), {str(home / outputs)!r}).run()"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
     folder, limit = home / outputs / "run", time.monotonic() + 120
     while time.monotonic() < limit and process.poll() is None:

@@ -37,7 +37,7 @@ import torch
 from ..augment import Normalisation
 from ..inference import to_batch
 from ..protocol import VOID, Step
-from ..pseudo_labels import ignore_doubtful, relabel_confident
+from ..pseudo_labels import doubts_background, ignore_doubtful, relabel_confident
 from ..segmenter import Segmenter
 from ..viz import GREY, SHIFT_COLOURS, UNCOUNTED, VERMILLION, classify_shift
 
@@ -84,7 +84,7 @@ def collect_evidence(
     output, tokens = _run_with_hooks(model, to_batch(photo, normalisation))
     probability = output.logits.softmax(1)[0]  # (C, H, W)
     confidence, best = probability.max(0)
-    doubt = probability[0] < probability[1:].sum(0)
+    doubt = doubts_background(probability, dim=0)
     h, w = output.patch_logits.shape[2:]
     tokens["decoder"] = tokens["decoder"][:, : h * w]  # the class tokens come after the patches
     tokens["distilled"] = output.patches

@@ -195,7 +195,7 @@ def _describe_curve(state: ShiftState) -> dict:
 
 # %% ../../nbs/61d_page.ipynb #07760750
 def _note_differences(state: ShiftState) -> str:
-    "Say where the picture or the run has not what the explorer shows."
+    "Return notes for the reader on what the picture or the run lacks, such as a ground truth or pseudo-labels."
     parts, notes = state.run.card.parts, []
     if (state.moment.truth == VOID).all():
         notes.append("This picture has no truth: the flow and what the step's labels hide are unknown.")

@@ -1,0 +1,64 @@
+"What a user sees of the package without reading it: names for editors, and short values in a terminal and a notebook."
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mbs
+
+PACKAGE = Path(mbs.__file__).parent
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    code = "import sys, mbs; print(*sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", mbs.__all__)
+def test_every_public_name_exists(name):
+    assert getattr(mbs, name) is not None and name in dir(mbs)
+
+
+def test_type_checkers_find_the_names():
+    "The package is marked as typed, and its stub re-exports every name (`from .x import A as A`)."
+    assert (PACKAGE / "py.typed").is_file()
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [alias for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert all(alias.asname == alias.name for alias in imports)
+    assert [alias.name for alias in imports if alias.name not in mbs.__all__] == []
+
+
+def test_an_unknown_name_is_one_sentence():
+    with pytest.raises(AttributeError, match=r"'mbs' has no attribute 'Experimnt': expected one of ABLATIONS, Batch"):
+        mbs.Experimnt  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    "Values that a notebook shows: a layout, both parts of a data set, protocol, settings and run."
+    from mbs.layouts import find_layout
+    from mbs.scenes import write_scenes
+
+    root = write_scenes(tmp_path_factory.mktemp("scenes") / "<b>many</b>", 300, 30, size=16)
+    settings = mbs.Settings(method="kd", parts={"threshold": 0.5})
+    data = mbs.SegmentationFolder(root)
+    return [find_layout(root), data, mbs.Protocol("15-1"), settings, mbs.trained_run()]
+
+
+def test_values_are_short_in_a_terminal(values):
+    for value in values:
+        assert len(repr(value)) < 300 and "\n" not in repr(value), repr(value)
+
+
+def test_values_are_short_tables_in_a_notebook(values):
+    for value in values:
+        html = value._repr_html_()
+        assert html.count("<table") == 1 and len(html) < 5000 and "<b>" not in html, html[:300]
+
+
+def test_settings_show_what_differs_from_the_defaults():
+    assert "kd" in repr(mbs.Settings(method="kd")) and "iterations" not in repr(mbs.Settings(method="kd"))
