@@ -62,7 +62,7 @@ def test_a_changed_formula_changes_the_fingerprint(package, module, pattern, rep
 
 
 def test_code_that_a_base_step_never_executes_does_not_count(package):
-    change(package, "report", r"def find_runs", "def find_all_runs")
+    change(package, "report", r"def write_report", "def write_all")
     change(package, "viz", r"def show_protocol", "def show_steps")
     assert hash_code(_BASE_STEP, package) == hash_code(_BASE_STEP)
 
