@@ -227,8 +227,7 @@ class _TrainingState:
         optimizer = make_optimizer(student, recipe, step.number)
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.teacher = teacher.to(self.device) if teacher is not None else None
-        self.method = method
-        self.step = step
+        self.method, self.step = method, step
         self.recipe = recipe
         self.total = total
         self.log = log

@@ -49,7 +49,7 @@ from mbs.grid import expand_grid, read_grid
 from mbs.layouts import describe_folder, find_layout
 from mbs.methods import Method
 from mbs.notebooks import execute_notebook, read_failure, read_worker
-from mbs.parameter_files import parse_words, read_yaml
+from mbs.parameter_files import merge_parameters, parse_words, read_yaml
 from mbs.pictures import count_classes, read_image, read_image_size, read_mask
 from mbs.prepare import prepare_coco
 from mbs.protocol import VOID, Protocol
@@ -639,7 +639,7 @@ def test_parameter_values(home):
                 mutants.random.choice(names): mutants.random.choice(VALUES)
                 for _ in range(mutants.random.choice((1, 1, 2, 5)))
             }
-            tally(outcome(lambda changes=changes: check_settings(mbs.grid.changed({}, changes))))
+            tally(outcome(lambda changes=changes: check_settings(merge_parameters({}, changes))))
 
 
 WORDS = some.text(some.characters(codec="utf-8"), max_size=40)
@@ -844,7 +844,7 @@ def test_tours(home, made):
     data = path.read_bytes()
     assert write_tour(run) == path and path.read_bytes() == data
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"explore\.ipynb cannot be read: expected a notebook; remove it"):
+    with pytest.raises(ValueError, match=r"explore\.ipynb cannot be read: expected a notebook; remove the file"):
         write_tour(run)
     with Tally("notebooks of run folders") as tally:
         for k in range(MANY):
@@ -981,22 +981,22 @@ def test_states_of_a_running_step(home):
         "half": torch.randn(4).half(),
     }
     progress.save(20, tensors, dict(best=[0.5, -float("inf")], terms=["loss"], scaler=None))
-    (file,) = progress.files()
-    data, (truth, facts) = file.read_bytes(), progress.latest()
+    (file,) = progress.list_files()
+    data, (truth, facts) = file.read_bytes(), progress.load_latest()
     assert facts["iteration"] == 20 and tensors.keys() < truth.keys()
     with Tally("states of running steps") as tally:
         for k in range(3 * MANY):
             changed = change_safetensors(mutants, data) if k % 2 else mutants.change(data, 3)
             file.write_bytes(changed)
             with limited():
-                found = progress.latest()
+                found = progress.load_latest()
             tally(found)
             if found is not None and b'"digest"' in changed:
                 assert json.dumps(found[1]) == json.dumps(facts)
                 assert all(torch.equal(found[0][k], v) for k, v in truth.items())
     file.write_bytes(data)
     file.rename(file.with_stem("step-01-00000030"))
-    assert progress.latest() is None, "a state under another iteration's name"
+    assert progress.load_latest() is None, "a state under another iteration's name"
 
 
 def test_states_of_another_run(home):
@@ -1020,7 +1020,7 @@ def test_states_of_another_run(home):
     log.truncate, experiment.writer.log = real.truncate, log
     with pytest.raises(Stop):
         experiment.run()
-    tensors, facts = experiment.writer.progress(0).latest()
+    tensors, facts = experiment.writer.checkpoints(experiment.setup.protocol[0]).load_latest()
     assert facts["iteration"] == 10
     resume, before = outputs / "run" / "resume", (outputs / "run" / "log.jsonl").read_bytes()
     with Tally("states of another run") as tally:
