@@ -66,7 +66,7 @@ class Ours(Training):
 
 
 def make_iterations(n, n_new, side, encoder, **options):
-    "The plain iteration and those of `WAYS`, by name; each has networks of its own."
+    "The plain iteration and those of `WAYS`, by name; each has its own networks."
     device = make_accelerator(make_recipe()).device
     given, step = pictures(n, n_new, side, 1, device), make_step(n, n_new)
     pairs = [networks(encoder, n, n_new, side, device, **options) for _ in range(1 + len(WAYS))]

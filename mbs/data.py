@@ -11,6 +11,7 @@ __all__ = [
     "split_for_tuning",
     "locate_data",
     "open_data",
+    "choose_samples",
 ]
 
 # %% ../nbs/10_data.ipynb #b550986e
@@ -32,6 +33,7 @@ from .files import read_arrays, write_arrays
 from .folders import home
 from .layouts import Layout, Part, find_layout
 from .pictures import PairFacts, read_image, read_mask, read_pair_facts
+from .protocol import Protocol
 from .scenes import write_scenes
 
 
@@ -306,3 +308,16 @@ def open_data(
     test = SegmentationFolder(layout, "test")
     _warn_on_overlap(train, test)
     return train, test
+
+
+# %% ../nbs/10_data.ipynb #29bdb405
+def choose_samples(
+    data: SegmentationFolder,
+    protocol: Protocol,
+    n: int,
+    positions: np.ndarray | None = None,  # of the pictures to choose from; None: all
+) -> np.ndarray:  # (n,) or all if there are fewer
+    "Return the positions of the `n` pictures that hold most classes of `protocol`; ties in the given order."
+    positions = np.arange(len(data)) if positions is None else positions
+    n_classes = data.index[positions][:, protocol.order].sum(1)
+    return positions[np.argsort(-n_classes, kind="stable")[:n]]

@@ -71,7 +71,7 @@ def predict_labels(
 
 # %% ../nbs/38_inference.ipynb #58b4087a
 def choose_window(
-    recipe,  # with `crop` and `test`, see `mbs.training.Recipe`
+    recipe,  # with `crop` and `test`, see `mbs.recipe.Recipe`
     image: np.ndarray,  # (H, W, 3)
 ) -> int | None:
     "Choose the side of the windows for `image`, None for the whole picture: windows if a side exceeds twice the crop."

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .data import choose_samples
 from .inference import to_batch
 from .metrics import PseudoLabelCounts, pseudo_label_quality
 from .objective import make_training_labels
@@ -63,9 +64,7 @@ def measure_label_quality(setup: Setup, teacher: Segmenter, step: Step, n: int =
 # %% ../nbs/51a_label_quality.ipynb #56402ae6
 def make_pseudo_label_examples(setup: Setup, run: Run, step: Step, n: int = 3) -> tuple[list, list, list, list]:
     "Return photos, truths, labels of the step and labels trained on, for the `n` training pictures with most classes."
-    positions = setup.positions[step.number]
-    n_classes = setup.train.index[positions][:, setup.protocol.order].sum(1)
-    positions = positions[np.argsort(-n_classes, kind="stable")[:n]]
+    positions = choose_samples(setup.train, setup.protocol, n, setup.positions[step.number])
     thresholds = run.metrics(step.number).get("thresholds")
     pictures = relabel_pictures(setup, run.model(step.number - 1), step, positions, thresholds)
     return tuple(map(list, zip(*pictures)))

@@ -64,7 +64,7 @@ class Method:
     def __init__(
         self,
         name: str = "mbs",  # one of `METHODS`
-        dataset: str | int = "voc",  # "ade" has output weights of its own
+        dataset: str | int = "voc",  # "ade" has other output weights
         /,
         **parts,  # parts to switch differently, e.g. orthogonality=False
     ):

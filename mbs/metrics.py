@@ -25,6 +25,7 @@ __all__ = [
     "scores",
     "group_flow",
     "background_shift",
+    "format_flow",
     "iou_matrix",
     "forgetting",
     "backward_transfer",
@@ -176,6 +177,12 @@ def background_shift(confusion: Confusion, step: Step) -> dict[str, float]:
         truth, predicted = flow.split("->")
         rates[flow] = float(shares[index[truth], index[predicted]])
     return rates
+
+
+# %% ../nbs/40_metrics.ipynb #112e64ea
+def format_flow(flow: str) -> str:
+    "Write a flow such as 'old->background' with an arrow, for readers."
+    return flow.replace("->", " → ")
 
 
 # %% ../nbs/40_metrics.ipynb #ace0e3eb

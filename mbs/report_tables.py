@@ -28,13 +28,13 @@ import yaml
 
 from .comparison import SCORES, Group, collect_outcome, describe_mixed_testing, summarise_group
 from .folders import find_runs_folder
-from .metrics import CONVENTIONS, FLOWS, background_shift, check_row, nan_mean, scores
+from .metrics import CONVENTIONS, FLOWS, background_shift, check_row, format_flow, nan_mean, scores
 from .protocol import Protocol
 from .run import Run
 from .tables import Table, summarise_seeds
 
 # %% ../nbs/69a_report_tables.ipynb #a9db6e43
-ARROWS = {flow: flow.replace("->", " → ") for flow in FLOWS}
+ARROWS = {flow: format_flow(flow) for flow in FLOWS}
 
 
 def make_summary_table(group: Group, columns: dict[str, str], title: str, note: str = "") -> Table:

@@ -37,13 +37,15 @@ import mbs
 from .augment import Normalisation
 from .checkpoint import load_model
 from .files import read_arrays, read_json
-from .inference import choose_window, segment
+from .folders import find_package_folder
+from .inference import choose_window, segment, to_batch
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
 from .parts import Parts
 from .pictures import read_image
 from .protocol import VOID, Protocol
 from .recipe import Recipe, make_accelerator
+from .scenes import draw_scene
 from .segmenter import Segmenter
 from .settings import Settings, Setup, build_network, hash_base_step
 from .value_table import render_values
@@ -426,8 +428,7 @@ def trained_run(
     method: str = "mbs",  # or "finetune" or "kd"
 ) -> Run:
     "Open one of the small runs on generated scenes that come with `mbs`; ValueError for another method."
-    package = Path(mbs.__file__).parent
-    folder = package / "trained" if (package / "trained").is_dir() else package.parent / "nbs" / "trained"
+    folder = find_package_folder("trained")
     names = sorted(p.parent.name for p in folder.glob("*/run.json"))
     if method not in names:
         raise ValueError(
@@ -438,10 +439,6 @@ def trained_run(
 
 
 # %% ../nbs/51_run.ipynb #5e9a1c02
-from .inference import to_batch
-from .scenes import draw_scene
-
-
 class StepExamples(NamedTuple):
     "Generated scenes that hold a class of one step; N scenes of H × W pixels."
 

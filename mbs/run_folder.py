@@ -8,7 +8,6 @@ __all__ = [
     "refuse_other_run",
     "explain_unwritable",
     "explain_write_errors",
-    "choose_samples",
     "create_run_folder",
     "find_shared_base",
     "RunLog",
@@ -26,13 +25,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from .checkpoint import StepCheckpoints, save_model
-from .data import SegmentationFolder
+from .data import choose_samples
 from .files import replace_folder_atomically, write_arrays, write_json, write_text
 from .inference import segment
 from .label_quality import measure_label_quality
 from .metrics import Confusion, background_shift, scores
 from .processes import get_processes
-from .protocol import Protocol, Step
+from .protocol import Step
 from .run import Card, Run, load_run, make_card
 from .segmenter import Segmenter
 from .settings import Setup
@@ -94,11 +93,10 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         raise explain_unwritable(folder, e) from None
 
 
-# %% ../nbs/51b_run_folder.ipynb #d1e87a06
-def choose_samples(test: SegmentationFolder, protocol: Protocol, n: int) -> np.ndarray:
-    "Return the positions of the `n` test pictures with most classes of the protocol; ties by position."
-    n_classes = test.index[:, protocol.order].sum(1)
-    return np.argsort(-n_classes, kind="stable")[:n]
+# %% ../nbs/51b_run_folder.ipynb #432db48d
+def _read_samples(setup: Setup) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Read the sample pictures of a run with their masks."
+    return [setup.test[i] for i in choose_samples(setup.test, setup.protocol, setup.settings.samples)]
 
 
 # %% ../nbs/51b_run_folder.ipynb #412d6a5e
@@ -106,8 +104,7 @@ def _write_samples(folder: Path, setup: Setup):
     "Write the sample pictures with their whole truth."
     last = setup.protocol[len(setup.protocol) - 1]
     arrays = {}
-    for k, i in enumerate(choose_samples(setup.test, setup.protocol, setup.settings.samples)):
-        image, mask = setup.test[i]
+    for k, (image, mask) in enumerate(_read_samples(setup)):
         arrays |= {f"image{k}": image, f"truth{k}": last.to_channels(mask, "truth")}
     write_arrays(folder / "samples.npz", **arrays)
 
@@ -172,8 +169,7 @@ def _write_step(
     facts: dict,  # more fields of metrics.json
 ):
     "Write model, confusion matrices, sample predictions and metrics of a complete step, atomically."
-    images = [setup.test[i][0] for i in choose_samples(setup.test, setup.protocol, setup.settings.samples)]
-    normalisation = setup.normalisation(student)
+    pictures, normalisation = _read_samples(setup), setup.normalisation(student)
     metrics = dict(
         step=step.number,
         scores=scores(confusion, step),
@@ -186,7 +182,7 @@ def _write_step(
         write_arrays(temporary / "confusion.npz", counts=confusion.counts)
         for name, other in columns.items():
             write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
-        predictions = {f"predicted{k}": segment(student, image, normalisation) for k, image in enumerate(images)}
+        predictions = {f"predicted{k}": segment(student, image, normalisation) for k, (image, _) in enumerate(pictures)}
         write_arrays(temporary / "samples.npz", **predictions)
         write_json(temporary / "metrics.json", metrics | facts)
 
@@ -229,8 +225,7 @@ class RunWriter:
     ):
         "Write the folder of `step`, with the quality of the teacher's pseudo-labels; all processes wait for it."
         if get_processes().is_main_process:
-            parts = self.setup.method.parts
-            if teacher and (parts.pseudo_labels or parts.ignore_uncertain):
+            if teacher and self.setup.method.parts.changes_labels:
                 facts = facts | dict(pseudo_labels=measure_label_quality(self.setup, teacher, step))
             _write_step(self.folder, self.setup, step, student, confusion, columns, facts)
             self.checkpoints(step).clear()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import warnings
+from functools import cache
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -222,6 +223,12 @@ _BASE_STEP = (
 )
 
 
+@cache
+def _hash_base_code() -> str:
+    "Return the hash of the package's code that a base step executes; once a process, for it takes half a second."
+    return hash_code(_BASE_STEP)
+
+
 def _hash_method(method: Method) -> list[str]:
     "Return the hash of each user-defined class of `method`; an empty list for a built-in method."
     return [hash_class(kind) for kind in type(method).__mro__ if kind not in (Method, object)]
@@ -240,7 +247,7 @@ def hash_base_step(setup: Setup, model: Segmenter) -> str:
         seed=settings.seed,
         versions=[torch.__version__, version("timm")],
         device=make_accelerator(recipe).device.type,
-        code=hash_code(_BASE_STEP),
+        code=_hash_base_code(),
         method=_hash_method(setup.method),
     )
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -227,7 +227,8 @@ class _TrainingState:
         optimizer = make_optimizer(student, recipe, step.number)
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.teacher = teacher.to(self.device) if teacher is not None else None
-        self.method, self.step = method, step
+        self.method = method
+        self.step = step
         self.recipe = recipe
         self.total = total
         self.log = log
@@ -256,13 +257,6 @@ class _TrainingState:
         rate = learning_rate(self.recipe, self.step.number, self.iteration, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-
-    def make_interruption(self) -> Interrupted:
-        "Return the exception that says where the step stopped."
-        saved = "saved, rerun the same command to resume" if self.checkpoints else "nothing is saved"
-        return Interrupted(
-            f"asked to stop in step {self.step.number} after iteration {self.iteration} of {self.total}: {saved}"
-        )
 
 
 # %% ../nbs/50_training.ipynb #53d602cf
@@ -337,6 +331,14 @@ def is_stop_requested(signals: list[int], accelerator: Accelerator, iteration: i
     return bool(mean_over_processes(n_signals) > 0)
 
 
+# %% ../nbs/50_training.ipynb #43759148
+def _make_interruption(training: _TrainingState) -> Interrupted:
+    "Return the exception that says where the step stopped."
+    place = f"step {training.step.number} after iteration {training.iteration} of {training.total}"
+    saved = "saved, rerun the same command to resume" if training.checkpoints else "nothing is saved"
+    return Interrupted(f"asked to stop in {place}: {saved}")
+
+
 # %% ../nbs/50_training.ipynb #5d08317b
 class Training(_TrainingState):
     "The training loop of one step."
@@ -371,7 +373,7 @@ class Training(_TrainingState):
                     self.check_finite()
                     self.checkpoints.save(self.iteration, *pack_state(self))
                 if is_stopping:
-                    raise self.make_interruption()
+                    raise _make_interruption(self)
 
     def update_weights(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         "Step the optimiser; return the detached terms and the gradient's norm, or {} if the iteration was skipped."

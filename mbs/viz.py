@@ -28,7 +28,7 @@ __all__ = [
     "class_colours",
     "label_colours",
     "to_rgb_bytes",
-    "hatch_void",
+    "hatch",
     "find_outlines",
     "overlay",
     "make_grid",
@@ -67,6 +67,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from .metrics import format_flow
 from .protocol import VOID
 
 
@@ -105,11 +106,11 @@ def to_rgb_bytes(colours: Sequence[str]) -> np.ndarray:
 
 
 # %% ../nbs/60_viz.ipynb #35467806
-def hatch_void(labels: np.ndarray) -> np.ndarray:
-    "Return diagonal lines over the void pixels of `labels`, as (H, W) bool; their distance grows with the picture."
-    y, x = np.indices(labels.shape)
-    period = max(4, min(labels.shape) // 24)
-    return (labels == VOID) & ((x + y) % period < max(1, period // 4))
+def hatch(area: np.ndarray) -> np.ndarray:
+    "Return diagonal lines over the pixels of `area`, both (H, W) bool; their distance grows with the picture."
+    y, x = np.indices(area.shape)
+    period = max(4, min(area.shape) // 24)
+    return area & ((x + y) % period < max(1, period // 4))
 
 
 # %% ../nbs/60_viz.ipynb #0026b3a2
@@ -133,7 +134,7 @@ def overlay(
     tinted = (1 - alpha) * photo + alpha * label_colours(256)[labels]
     mixed = np.where((labels == 0)[..., None], dimmed, tinted)
     mixed[labels == VOID] = (0.5 * photo + 90)[labels == VOID]
-    mixed[hatch_void(labels)] = 250
+    mixed[hatch(labels == VOID)] = 250
     mixed[find_outlines(labels)] = 255
     return mixed.clip(0, 255).astype(np.uint8)
 
@@ -299,18 +300,13 @@ def classify_shift(
 
 
 # %% ../nbs/60_viz.ipynb #197f4c70
-def _phrase_direction(kind: str) -> str:
-    "Write a direction such as 'old->new' for a legend."
-    return kind.replace("->", " → ")
-
-
 def _make_shift_patches(flow: np.ndarray) -> list[Patch]:
     "Make legend entries of the directions that occur in `flow` (H, W), with their share of the picture."
     patches = []
     for code, (kind, colour) in enumerate(SHIFT_COLOURS.items()):
         share = (flow == code).mean()
         if share > 0:
-            patches.append(Patch(color=colour, label=f"{_phrase_direction(kind)} {share:.0%}"))
+            patches.append(Patch(color=colour, label=f"{format_flow(kind)} {share:.0%}"))
     return patches
 
 
@@ -344,7 +340,7 @@ def show_background_shift(rates: Sequence[dict[str, float]]) -> Figure:
     kinds = [kind for kind in SHIFT_COLOURS if kind in rates[0]]
     for k, kind in enumerate(kinds):
         values = [rate[kind] for rate in rates]
-        ax.bar(steps + width * (k - 2), values, width, color=SHIFT_COLOURS[kind], label=_phrase_direction(kind))
+        ax.bar(steps + width * (k - 2), values, width, color=SHIFT_COLOURS[kind], label=format_flow(kind))
     ax.set_xticks(steps, [f"step {t}" for t in steps])
     ax.set_ylim(0, 1)
     ax.set_ylabel("share of the true class", fontsize=8)
@@ -421,7 +417,7 @@ def show_shift_flow(
         ax.set_title(title, fontsize=8)
     colours = {**SHIFT_COLOURS, "same group": "#DDDDDD"}
     colours["new->old"] = colours.pop("class->class")  # the sixth direction between groups
-    patches = [Patch(color=colour, label=_phrase_direction(kind)) for kind, colour in colours.items()]
+    patches = [Patch(color=colour, label=format_flow(kind)) for kind, colour in colours.items()]
     _draw_legend(fig, patches, "lower center", ncols=4, fontsize=7, handlelength=1.2)
     return fig
 

@@ -1,12 +1,13 @@
 "Losses in bands of rows equal the reference on full-size maps, in value and gradient, for every choice of parts."
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import make_step
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from mbs.bands import argmax_in_bands
 from mbs.methods import ABLATIONS, METHODS, Method
@@ -124,20 +125,11 @@ def test_rules_keep_every_label_of_the_step():
     assert ignore_doubtful(labels, torch.ones(5, dtype=torch.bool)).tolist() == [1, VOID, VOID, 4, VOID]
 
 
-def measure_peak(way):
-    "Most bytes at once of the tensors that a call makes."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        way()
-    now = most = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
-def test_nothing_of_full_size_is_kept():
+def test_nothing_of_full_size_is_kept(monkeypatch):
     "At 151 classes value and gradient need less than a tenth of the memory of the reference."
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from interleaved import peak_on_cpu
+
     parts = Method("mbs").parts.model_copy(update=dict(feature_distillation="none", orthogonality=False))
     size, target = (512, 512), torch.zeros(1, 512, 512, dtype=torch.long)
     z, old = torch.randn(1, 151, 32, 32, requires_grad=True), torch.randn(1, 150, 32, 32)
@@ -149,7 +141,7 @@ def test_nothing_of_full_size_is_kept():
 
         step_loss(make_output(z), make_output(old), target, parts, make_step(150, 1))["loss"].backward()
 
-    assert measure_peak(lambda: compute(False)) < measure_peak(lambda: compute(True)) / 10
+    assert peak_on_cpu(lambda: compute(False)) < peak_on_cpu(lambda: compute(True)) / 10
 
 
 def test_argmax_in_bands_is_argmax():

@@ -177,7 +177,7 @@ def test_code_cells_are_short(path):
     lengths = [len(source.splitlines()) for source in read_sources(path)]
     assert not lengths or median(lengths) <= MAX_MEDIAN_LINES, (
         f"the median code cell has {median(lengths):g} lines: expected at most {MAX_MEDIAN_LINES}; "
-        "split long cells, and use each function in a cell of its own"
+        "split long cells, and use each function in its own cell"
     )
 
 

@@ -19,7 +19,6 @@ __all__ = [
 # %% ../../nbs/61g_explorers.ipynb #4bbe4aaf
 import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +62,7 @@ from mbs.explore.widgets import (
     wrap_row,
 )
 from ..files import read_json, write_text
+from ..folders import find_package_folder
 from ..run import Run
 
 
@@ -435,9 +435,7 @@ def _fill_tour(run_folder: Path, other_folder: Path | None):
     "Read the tutorial, fill in the folders of the runs, and remove its outputs."
     import nbformat
 
-    package = Path(str(files("mbs")))
-    installed, source = package / "tutorials", package.parent / "nbs" / "tutorials"
-    tour = nbformat.read((installed if installed.is_dir() else source) / "explore.ipynb", 4)
+    tour = nbformat.read(find_package_folder("tutorials") / "explore.ipynb", 4)
     for cell in tour.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .evidence import LEVELS, THRESHOLDS, measure_distance
-from .page import CURVE_LINES, find_cosine_range, format_flow, format_run, scale_curve
+from .page import CURVE_LINES, find_cosine_range, format_run, scale_curve
 from mbs.explore.paint import (
     DARKENED,
     FATE_STYLE,
@@ -40,6 +40,7 @@ from mbs.explore.paint import (
     paint,
 )
 from .states import FeatureState, Moment, Pictures, PictureState, ShiftState, TokenState
+from ..metrics import format_flow
 from ..protocol import VOID
 from ..viz import draw_matrix, show_maps, show_picture, show_probabilities
 

@@ -11,7 +11,6 @@ __all__ = [
     "Display",
     "Panel",
     "describe_moment",
-    "format_flow",
     "scale_curve",
     "describe_shift_picture",
     "describe_shift_panels",
@@ -55,6 +54,7 @@ from mbs.explore.paint import (
     quantise,
 )
 from .states import N_FITTED, FeatureState, ModelPair, PictureState, ShiftState
+from ..metrics import format_flow
 from ..protocol import VOID
 from ..run import Run
 from ..viz import BLUE, FATES, GREEN, GREY, PURPLE, VERMILLION
@@ -88,11 +88,6 @@ class Panel(NamedTuple):
 def describe_moment(state: PictureState) -> str:
     "Name the step and the picture that are shown."
     return f"step {state.step} picture {state.index}"
-
-
-def format_flow(name: str) -> str:
-    "Write the name of a flow with an arrow."
-    return name.replace("->", " → ")
 
 
 # %% ../../nbs/61d_page.ipynb #b27953d3

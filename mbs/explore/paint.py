@@ -29,7 +29,7 @@ from PIL import Image
 
 from .evidence import FLOWS, IGNORED_OLD, IGNORED_OTHER
 from ..protocol import VOID
-from ..viz import AGREE, BLUE, FATES, ORANGE, PURPLE, find_outlines, label_colours, to_rgb_bytes
+from ..viz import AGREE, BLUE, FATES, ORANGE, PURPLE, find_outlines, hatch, label_colours, to_rgb_bytes
 
 # %% ../../nbs/61c_paint.ipynb #620a26c2
 DARKENED = (0, 0, 0, 230)  # colour of what is not the point: the photo, darker
@@ -105,9 +105,7 @@ def make_group_style(
 # %% ../../nbs/61c_paint.ipynb #5b4fd82a
 def _find_lines(labels: np.ndarray, shown: np.ndarray, style: Style) -> np.ndarray:  # (H, W) bool
     "Find the pixels of hatching and outlines; `shown` has -1 where labels are hidden."
-    y, x = np.indices(labels.shape)
-    period = max(4, min(labels.shape) // 24)
-    is_line = np.isin(labels, style.hatched) & ((x + y) % period < max(1, period // 4))
+    is_line = hatch(np.isin(labels, style.hatched))
     if style.has_outline:
         is_line |= find_outlines(shown)
     return is_line & (shown >= 0)
