@@ -6,6 +6,8 @@ Modules:
 - `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
 - `mbs.bands`: Compute the pixel losses of a step from patch logits, in bands of rows.
 - `mbs.feature_distillation`: Hold the student's features to the teacher's, but only where the teacher can be trusted.
+- `mbs.identity`: Decide which class a foreground pixel is by a regression on frozen features, which forgets nothing.
+- `mbs.identity_learning`: Add the classes of a step to an identity, from the step's own training pictures.
 - `mbs.inspect`: Show what each step of a protocol will see, hide and cost, before anything is trained.
 - `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
 - `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.

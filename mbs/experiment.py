@@ -21,6 +21,8 @@ from .checkpoint import load_model
 from .evaluation import evaluate, score_new_classes
 from .files import lock_folder
 from .folders import home
+from .identity import Predictor, split_predictor
+from .identity_learning import Identification
 from .lifeline import interrupt_on_signals
 from .methods import Method
 from .metrics import Confusion
@@ -68,13 +70,14 @@ def _choose_columns(recipe: Recipe) -> dict[str, tuple[str, str]]:
 
 
 # %% ../nbs/52_experiment.ipynb #9c5fa0a9
-def _evaluate_state(setup: Setup, student: Segmenter, step: Step, state: dict[str, Tensor], test: str) -> Confusion:
-    "Load `state` into `student` and return its confusion matrix on the test part, tested as `test` says."
+def _evaluate_state(setup: Setup, model: Predictor, step: Step, state: dict[str, Tensor], test: str) -> Confusion:
+    "Load `state` into the network of `model` and return its confusion matrix on the test part, tested as `test` says."
     recipe = setup.recipe
-    student.load_state_dict(state)
-    view = make_test_view(setup.test, step, setup.normalisation(student), recipe, test)
+    network, _ = split_predictor(model)
+    network.load_state_dict(state)
+    view = make_test_view(setup.test, step, setup.normalisation(model), recipe, test)
     window = recipe.crop if test == "window" else None
-    return evaluate(student, view, recipe.test_batch, device=make_accelerator(recipe).device, window=window)
+    return evaluate(model, view, recipe.test_batch, device=make_accelerator(recipe).device, window=window)
 
 
 # %% ../nbs/52_experiment.ipynb #a66094c7
@@ -92,6 +95,8 @@ class Experiment:
             self.setup = Setup(settings, method)
         self.folder = (Path(outputs) if outputs else home("outputs")) / settings.name
         self.writer = RunWriter(self.folder, self.setup)
+        has_identity = self.setup.method.parts.has_identity
+        self.identification = Identification(self.setup.method.parts, self.setup.recipe) if has_identity else None
 
     def run(self) -> Run:
         "Train what is missing and return the finished run; Interrupted, with the state saved, when asked to stop."
@@ -119,14 +124,34 @@ class Experiment:
                 yield step.number
 
     def _load_student(self, step: int) -> Segmenter:
-        return load_model(self.setup.model(step), load_run(self.folder).step_path(step, "model.safetensors"))
+        run = load_run(self.folder)
+        if self.identification:
+            self.identification.restore(run.identity(step), run.model(0, identity=False))
+        return load_model(self.setup.model(step), run.step_path(step, "model.safetensors"))
+
+    def _make_teacher(self, student: Segmenter) -> Predictor | None:
+        "Return the frozen model so far, None if the method needs no teacher."
+        if not self.setup.method.needs_teacher:
+            return None
+        teacher = student.frozen()
+        return self.identification.join(teacher) if self.setup.method.parts.identity_teacher else teacher
+
+    def make_predictor(self, student: Segmenter, step: Step) -> Predictor:
+        "Return what predicts after `step`: the student, or with the step's classes added, student and identity."
+        if self.identification is None:
+            return student
+        recipe, positions = self.setup.recipe, self.setup.positions[step.number]
+        normalisation = self.setup.normalisation(student)
+        view = make_test_view(self.setup.train, step, normalisation, recipe, "whole", "train", positions)
+        self.identification.learn(student, view, recipe.test_batch)
+        return self.identification.join(student)
 
     def train_step(self, student: Segmenter, step: Step) -> Segmenter:
         "Train, test and write one step; return the iterate that the recipe keeps."
         if step.number == 0:
             return _take_base_step(self, student, step) or _train_and_write(self, student, None, step)
         set_seed(self.settings.seed + 1000 * step.number)
-        teacher = student.frozen() if self.setup.method.needs_teacher else None
+        teacher = self._make_teacher(student)
         return _train_and_write(self, self.setup.method.grow(student, step), teacher, step)
 
 
@@ -142,9 +167,16 @@ def _take_base_step(experiment: Experiment, student: Segmenter, step: Step) -> S
         return None
     load_model(student, other.step_path(0, "model.safetensors"))
     writer.log(*(record for record in other.log() if record["step"] == 0))
-    columns = {name: other.confusion(0, name) for name in other.metrics(0).get("columns", {})}
     facts = dict(seconds=0.0, base_from=other.folder.name)
-    writer.finish_step(step, student, other.confusion(0), columns, facts)
+    if experiment.identification or other.card.parts.has_identity:
+        student.to(make_accelerator(experiment.setup.recipe).device)
+        predictor = experiment.make_predictor(student, step)
+        test = experiment.setup.recipe.test
+        confusion, columns = _evaluate_state(experiment.setup, predictor, step, student.state_dict(), test), {}
+    else:
+        predictor, confusion = student, other.confusion(0)
+        columns = {name: other.confusion(0, name) for name in other.metrics(0).get("columns", {})}
+    writer.finish_step(step, predictor, confusion, columns, facts)
     return student
 
 
@@ -182,12 +214,15 @@ def _train_and_write(experiment: Experiment, student: Segmenter, teacher: Segmen
     if validators:  # testing other iterates overwrites the student
         last = {k: v.clone() for k, v in last.items()}
     states = {name: validator.state or last for name, validator in validators.items()}
+    kept = states.get(recipe.selection, last)
+    student.load_state_dict(kept)
+    predictor = experiment.make_predictor(student, step)
     columns = {
-        name: _evaluate_state(setup, student, step, states.get(iterate, last), test)
+        name: _evaluate_state(setup, predictor, step, states.get(iterate, last), test)
         for name, (iterate, test) in _choose_columns(recipe).items()
     }
-    confusion = _evaluate_state(setup, student, step, states.get(recipe.selection, last), recipe.test)
+    confusion = _evaluate_state(setup, predictor, step, kept, recipe.test)
     seconds = round(time.perf_counter() - started, 2)
     facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), **setup.method.found)
-    writer.finish_step(step, student, confusion, columns, facts, teacher)
+    writer.finish_step(step, predictor, confusion, columns, facts, teacher)
     return student

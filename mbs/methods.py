@@ -53,8 +53,17 @@ METHODS = {
         orthogonality=True,
         weight_transfer=True,
     ),
+    "mbs-analytic": Parts(
+        pseudo_labels=True,
+        ignore_uncertain=True,
+        feature_distillation="adaptive",
+        output_distillation="label-guided",
+        orthogonality=True,
+        weight_transfer=True,
+        identity="analytic",
+    ),
 }
-ADE_OUTPUT_WEIGHT = dict(kd=50, mbs=50, mib=100)  # λ of the output distillation where ADE20K has its own
+ADE_OUTPUT_WEIGHT = {"kd": 50, "mbs": 50, "mbs-analytic": 50, "mib": 100}  # λ of output distillation on ADE20K
 
 
 # %% ../nbs/35_methods.ipynb #78ce1abf

@@ -41,6 +41,12 @@ class Parts(Parameters):
     orthogonality: bool = False
     weight_transfer: Literal[False, True, "balanced"] = False  # new tokens start as the background's token …
     # … and "balanced" also shares the background's probability with them
+    identity: Literal["none", "analytic"] = "none"  # analytic: a ridge regression divides the foreground's probability
+    identity_width: int = Field(1024, ge=1)  # M, its random features
+    identity_share: float = Field(1, ge=0, le=1)  # η: 1 asks the regression alone, 0 the network alone
+    identity_ridge: float | None = Field(None, gt=0)  # γ, as a multiple of the mean eigenvalue; None: chosen
+    identity_sharpness: float | None = Field(None, gt=0)  # β; None: chosen
+    identity_teacher: bool = False  # the teacher's classes come from the regression, too
 
     @property
     def relabel_threshold(self) -> float | None:
@@ -56,6 +62,11 @@ class Parts(Parameters):
     def distils_outputs(self) -> bool:
         "Whether the loss has a term for the teacher's outputs."
         return self.output_distillation != "none"
+
+    @property
+    def has_identity(self) -> bool:
+        "Whether a regression decides the classes of the foreground."
+        return self.identity != "none"
 
     @property
     def needs_teacher(self) -> bool:

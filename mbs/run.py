@@ -38,6 +38,8 @@ from .augment import Normalisation
 from .checkpoint import load_model
 from .files import read_arrays, read_json
 from .folders import find_package_folder
+from .identity import IdentifiedSegmenter, Identity, Predictor
+from .identity_learning import load_identity, needs_reference
 from .inference import choose_window, segment, to_batch
 from .metrics import Confusion, iou_matrix
 from .parameters import Parameters
@@ -379,11 +381,25 @@ class Run(_RunFiles):
         "(T, C) IoU of every channel after every complete step."
         return iou_matrix([self.confusion(t) for t in range(self.n_steps)])
 
-    def model(self, step: int = -1) -> Segmenter:
-        "Load the model after `step` (negative: from the end), in eval mode on the CPU."
+    def model(self, step: int = -1, identity: bool = True) -> Predictor:
+        """Load the model after `step` (negative: from the end), in eval mode on the CPU.
+
+        A run with an identity returns network and identity together, and with `identity=False` the network alone."""
         step = range(self.n_steps)[step]
         model = build_network(self.settings, "none", self.card.recipe.crop, self.protocol.sizes[: step + 1])
-        return load_model(model, self.step_path(step, "model.safetensors"))
+        load_model(model, self.step_path(step, "model.safetensors"))
+        if not (identity and self.card.parts.has_identity):
+            return model
+        reference = self.model(0, identity=False) if needs_reference(self.card.recipe) else None
+        return IdentifiedSegmenter(model, self.identity(step), reference).eval()
+
+    def identity(self, step: int = -1) -> Identity:
+        "Load the identity after `step` (negative: from the end); ValueError for a run without one."
+        if not self.card.parts.has_identity:
+            raise ValueError(f"run {self.folder} has no identity: expected a run with parts.identity=analytic")
+        step = range(self.n_steps)[step]
+        n_classes = self.protocol[step].n_channels - 1
+        return load_identity(self.step_path(step, "identity.safetensors"), self.card.parts, n_classes)
 
     def predict(self, image: np.ndarray | Path | str, step: int = -1) -> np.ndarray:
         "Segment a picture of any size, a file or (H, W, 3) uint8, into channels (H, W) uint8."

@@ -27,6 +27,8 @@ from pydantic import BaseModel
 from .checkpoint import StepCheckpoints, save_model
 from .data import choose_samples
 from .files import replace_folder_atomically, write_arrays, write_json, write_text
+from .identity import Predictor, split_predictor
+from .identity_learning import save_identity
 from .inference import segment
 from .label_quality import measure_label_quality
 from .metrics import Confusion, background_shift, scores
@@ -163,13 +165,14 @@ def _write_step(
     folder: Path,  # of the run
     setup: Setup,
     step: Step,
-    student: Segmenter,
+    predictor: Predictor,
     confusion: Confusion,
     columns: dict[str, Confusion],  # of the published and the clean way, where they were measured
     facts: dict,  # more fields of metrics.json
 ):
     "Write model, confusion matrices, sample predictions and metrics of a complete step, atomically."
-    pictures, normalisation = _read_samples(setup), setup.normalisation(student)
+    pictures, normalisation = _read_samples(setup), setup.normalisation(predictor)
+    network, identity = split_predictor(predictor)
     metrics = dict(
         step=step.number,
         scores=scores(confusion, step),
@@ -178,12 +181,14 @@ def _write_step(
         columns={name: scores(other, step) for name, other in columns.items()},
     )
     with replace_folder_atomically(folder / f"step-{step.number:02d}") as temporary:
-        save_model(student, temporary / "model.safetensors")
+        save_model(network, temporary / "model.safetensors")
+        if identity is not None:
+            save_identity(identity, temporary / "identity.safetensors")
         write_arrays(temporary / "confusion.npz", counts=confusion.counts)
         for name, other in columns.items():
             write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
-        predictions = {f"predicted{k}": segment(student, image, normalisation) for k, (image, _) in enumerate(pictures)}
-        write_arrays(temporary / "samples.npz", **predictions)
+        predictions = [segment(predictor, photo, normalisation) for photo, _ in pictures]
+        write_arrays(temporary / "samples.npz", **{f"predicted{k}": labels for k, labels in enumerate(predictions)})
         write_json(temporary / "metrics.json", metrics | facts)
 
 
@@ -217,16 +222,16 @@ class RunWriter:
     def finish_step(
         self,
         step: Step,
-        student: Segmenter,
+        predictor: Predictor,
         confusion: Confusion,
         columns: dict[str, Confusion],
         facts: dict,
-        teacher: Segmenter | None = None,
+        teacher: Predictor | None = None,
     ):
         "Write the folder of `step`, with the quality of the teacher's pseudo-labels; all processes wait for it."
         if get_processes().is_main_process:
             if teacher and self.setup.method.parts.changes_labels:
                 facts = facts | dict(pseudo_labels=measure_label_quality(self.setup, teacher, step))
-            _write_step(self.folder, self.setup, step, student, confusion, columns, facts)
+            _write_step(self.folder, self.setup, step, predictor, confusion, columns, facts)
             self.checkpoints(step).clear()
         get_processes().wait_for_everyone()

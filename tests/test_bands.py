@@ -87,7 +87,7 @@ def test_which_methods_go_in_bands():
     _, student = networks(Method("mbs"), [1, 2], make_step(3, 1))
     out = student(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
     in_bands = {name for name in METHODS if can_use_bands(out, Method(name).parts)}
-    assert in_bands == {"finetune", "joint", "kd", "mbs"}
+    assert in_bands == {"finetune", "joint", "kd", "mbs", "mbs-analytic"}
     assert not can_use_bands(by_full_maps(out), Method("mbs").parts)
 
 
