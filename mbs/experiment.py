@@ -129,30 +129,35 @@ class Experiment:
             self.identification.restore(run.identity(step), run.model(0, identity=False))
         return load_model(self.setup.model(step), run.step_path(step, "model.safetensors"))
 
-    def _make_teacher(self, student: Segmenter) -> Predictor | None:
-        "Return the frozen model so far, None if the method needs no teacher."
-        if not self.setup.method.needs_teacher:
-            return None
-        teacher = student.frozen()
-        return self.identification.join(teacher) if self.setup.method.parts.identity_teacher else teacher
-
-    def make_predictor(self, student: Segmenter, step: Step) -> Predictor:
-        "Return what predicts after `step`: the student, or with the step's classes added, student and identity."
-        if self.identification is None:
-            return student
-        recipe, positions = self.setup.recipe, self.setup.positions[step.number]
-        normalisation = self.setup.normalisation(student)
-        view = make_test_view(self.setup.train, step, normalisation, recipe, "whole", "train", positions)
-        self.identification.learn(student, view, recipe.test_batch)
-        return self.identification.join(student)
-
     def train_step(self, student: Segmenter, step: Step) -> Segmenter:
         "Train, test and write one step; return the iterate that the recipe keeps."
         if step.number == 0:
             return _take_base_step(self, student, step) or _train_and_write(self, student, None, step)
         set_seed(self.settings.seed + 1000 * step.number)
-        teacher = self._make_teacher(student)
+        teacher = _make_teacher(self, student)
         return _train_and_write(self, self.setup.method.grow(student, step), teacher, step)
+
+
+# %% ../nbs/52_experiment.ipynb #01082057
+def _make_teacher(experiment: Experiment, student: Segmenter) -> Predictor | None:
+    "Return the frozen model so far, None if the method needs no teacher."
+    method = experiment.setup.method
+    if not method.needs_teacher:
+        return None
+    teacher = student.frozen()
+    return experiment.identification.join(teacher) if method.parts.identity_teacher else teacher
+
+
+# %% ../nbs/52_experiment.ipynb #94cdec21
+def _make_predictor(experiment: Experiment, student: Segmenter, step: Step) -> Predictor:
+    "Return what predicts after `step`: the student, or with the step's classes added, student and identity."
+    setup, identification = experiment.setup, experiment.identification
+    if identification is None:
+        return student
+    normalisation, positions = setup.normalisation(student), setup.positions[step.number]
+    view = make_test_view(setup.train, step, normalisation, setup.recipe, "whole", "train", positions)
+    identification.learn(student, view, setup.recipe.test_batch)
+    return identification.join(student)
 
 
 # %% ../nbs/52_experiment.ipynb #3471be57
@@ -165,12 +170,15 @@ def _take_base_step(experiment: Experiment, student: Segmenter, step: Step) -> S
     other = broadcast_from_main(lambda: find_shared_base(folder.parent, fingerprint, folder))
     if other is None:
         return None
+    is_tested_alike = experiment.identification is None and not other.card.parts.has_identity
+    if experiment.setup.recipe.both and not is_tested_alike:  # the other iterate is not kept
+        return None
     load_model(student, other.step_path(0, "model.safetensors"))
     writer.log(*(record for record in other.log() if record["step"] == 0))
     facts = dict(seconds=0.0, base_from=other.folder.name)
-    if experiment.identification or other.card.parts.has_identity:
+    if not is_tested_alike:
         student.to(make_accelerator(experiment.setup.recipe).device)
-        predictor = experiment.make_predictor(student, step)
+        predictor = _make_predictor(experiment, student, step)
         test = experiment.setup.recipe.test
         confusion, columns = _evaluate_state(experiment.setup, predictor, step, student.state_dict(), test), {}
     else:
@@ -216,7 +224,7 @@ def _train_and_write(experiment: Experiment, student: Segmenter, teacher: Segmen
     states = {name: validator.state or last for name, validator in validators.items()}
     kept = states.get(recipe.selection, last)
     student.load_state_dict(kept)
-    predictor = experiment.make_predictor(student, step)
+    predictor = _make_predictor(experiment, student, step)
     columns = {
         name: _evaluate_state(setup, predictor, step, states.get(iterate, last), test)
         for name, (iterate, test) in _choose_columns(recipe).items()

@@ -82,6 +82,8 @@ class Method:
         for_ade = dict(output_weight=ADE_OUTPUT_WEIGHT[name]) if dataset == "ade" and name in ADE_OUTPUT_WEIGHT else {}
         self.name = name
         self.parts = Parts.checked(**METHODS[name].model_dump() | for_ade | parts)
+        if self.parts.identity_teacher and not self.parts.has_identity:
+            raise ValueError("parts.identity_teacher has no identity: expected parts.identity=analytic with it")
         self.found: dict[str, list] = {}  # results of `prepare`; kept with the step, in its metrics.json
 
     @property

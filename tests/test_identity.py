@@ -29,6 +29,7 @@ from mbs.identity import (
 )
 from mbs.identity_learning import learn_identity
 from mbs.inference import segment
+from mbs.methods import Method
 from mbs.parts import Parts
 from mbs.protocol import Protocol
 from mbs.run import load_run
@@ -294,3 +295,16 @@ def test_own_data_opens(home):
     network = make_network(8, **TINY)
     identity = learn(train, Protocol("5-1", 8), network)
     assert identity.known.tolist() == list(range(1, 9)) and identity.ridge and identity.sharpness
+
+
+def test_a_teacher_without_identity_is_refused():
+    with pytest.raises(ValueError, match=r"identity_teacher has no identity: expected parts\.identity=analytic"):
+        Method("mbs", identity_teacher=True)
+
+
+def test_both_ways_of_testing_are_measured_in_the_base_step(home):
+    "A base step that was tested without the identity is not taken over when another iterate must be tested, too."
+    both = dict(training=dict(crop=48, batch=8, iterations=20, optimizer="adamw", selection="held-out", both=True))
+    Experiment(Settings(name="plain", **both), home).run()
+    run = Experiment(Settings(name="analytic", **ANALYTIC, **both), home).run()
+    assert "base_from" not in run.metrics(0) and run.metrics(0)["columns"].keys() == {"published", "clean"}
