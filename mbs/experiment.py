@@ -126,7 +126,7 @@ class Experiment:
     def _load_student(self, step: int) -> Segmenter:
         run = load_run(self.folder)
         if self.identification:
-            self.identification.restore(run.identity(step), run.model(0, identity=False))
+            self.identification.restore(run.identity(step), run.reference())
         return load_model(self.setup.model(step), run.step_path(step, "model.safetensors"))
 
     def train_step(self, student: Segmenter, step: Step) -> Segmenter:

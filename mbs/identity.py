@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .segmenter import Segmenter, SegmenterOutput
+from .segmenter import Segmenter, SegmenterOutput, pad_to_multiple
 
 
 # %% ../nbs/36_identity.ipynb #dab20fe0
@@ -110,10 +110,8 @@ def measure_coverage(
     stride: int,  # side of a patch, pixels
 ) -> Tensor:  # (B, N, n) 0..1
     "Measure the share of each patch that each of `channels` covers; padding at the right and the bottom is empty."
-    height, width = labels.shape[1:]
     masks = torch.stack([labels == channel for channel in channels], 1).float()  # (B, n, H, W)
-    padded = F.pad(masks, (0, -width % stride, 0, -height % stride))
-    return F.avg_pool2d(padded, stride).flatten(2).mT
+    return F.avg_pool2d(pad_to_multiple(masks, stride), stride).flatten(2).mT
 
 
 # %% ../nbs/36_identity.ipynb #bf418a0d

@@ -11,7 +11,7 @@ __all__ = ["N_SCORED", "learn_identity", "needs_reference", "Identification", "s
 
 # %% ../nbs/49_identity_learning.ipynb #608e22f9
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from mbs.identity import (
 from .parts import Parts
 from .processes import sum_over_processes
 from .recipe import Recipe
-from .segmenter import Segmenter
+from .segmenter import Segmenter, cover
 from .views import StepView
 
 
@@ -61,7 +61,7 @@ class _Patches:
     def gather(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         "Yield a batch as the gathered features (P, 3 D) and the coverage (P, n) of each picture's covered patches."
         for images, coverage in self:
-            grid = tuple(-(-side // self.model.encoder.stride) for side in images.shape[2:])
+            grid, _ = cover(images.shape[2:], self.model.encoder.stride)
             with torch.no_grad():
                 gathered = self.identity.features.gather(self.model.encode(images), grid)
             is_covered = (coverage > 0).any(2)  # (B, N)
@@ -119,7 +119,7 @@ def _sum_step(patches: _Patches, counts: Tensor) -> RidgeSums:
 
 # %% ../nbs/49_identity_learning.ipynb #6909ca49
 def _score_sample(
-    patches: _Patches, ridges: Iterable[float], sharpnesses: Iterable[float]
+    patches: _Patches, ridges: Sequence[float], sharpnesses: Sequence[float]
 ) -> tuple[Tensor, Tensor]:  # (γ, β, C) loss of each class's patches, and their number (C,)
     "Score values of γ and β by leaving out single pictures."
     identity, n_old = patches.identity, patches.view.step.n_old - 1
@@ -187,12 +187,13 @@ class Identification:
         "Make an empty identity for the encoder of `network`, which has learnt the base step."
         parts = self.parts
         choices = parts.identity_share, parts.identity_ridge, parts.identity_sharpness
-        self.restore(Identity(network.encoder.dim, parts.identity_width, *choices), network)
+        reference = network.frozen() if needs_reference(self.recipe) else None
+        self.restore(Identity(network.encoder.dim, parts.identity_width, *choices), reference)
 
-    def restore(self, identity: Identity, base: Segmenter):
-        "Continue with the identity after a finished step; `base` is the network after the base step."
+    def restore(self, identity: Identity, reference: Segmenter | None):
+        "Continue with the identity after a finished step; `reference`: see `needs_reference`."
         self.identity = identity
-        self.reference = base.frozen() if needs_reference(self.recipe) else None
+        self.reference = reference
 
     def learn(self, network: Segmenter, view: StepView, batch: int, workers: int = 0):
         "Add the new classes of a step, which `network` has just learnt; `view` shows its training pictures whole."
@@ -212,7 +213,7 @@ class Identification:
 # %% ../nbs/49_identity_learning.ipynb #4ca959d6
 def save_identity(identity: Identity, path: Path):
     "Write an identity to a .safetensors file."
-    facts = dict(share=identity.share, ridge=identity.ridge, sharpness=identity.sharpness)
+    facts = dict(ridge=identity.ridge, sharpness=identity.sharpness)
     save_tensors(path, identity.state_dict(), facts)
 
 
@@ -247,7 +248,7 @@ def load_identity(path: Path, parts: Parts, n_classes: int) -> Identity:
     try:
         tensors, facts = load_tensors(path)
         dim = len(tensors["features.mean"]) // 3
-        identity = Identity(dim, parts.identity_width, facts["share"], facts["ridge"], facts["sharpness"])
+        identity = Identity(dim, parts.identity_width, parts.identity_share, facts["ridge"], facts["sharpness"])
         _fill_identity(identity, tensors, n_classes)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
         reason = " ".join(str(e).split())

@@ -28,6 +28,14 @@ from .pseudo_labels import entropy_thresholds
 from .segmenter import Segmenter, SegmenterOutput
 
 # %% ../nbs/35_methods.ipynb #f66e7f19
+_MBS = Parts(
+    pseudo_labels=True,
+    ignore_uncertain=True,
+    feature_distillation="adaptive",
+    output_distillation="label-guided",
+    orthogonality=True,
+    weight_transfer=True,
+)
 METHODS = {
     "finetune": Parts(),
     "joint": Parts(),  # the upper bound, with the setting "joint" of `Protocol`: one step, all labels
@@ -45,23 +53,8 @@ METHODS = {
         feature_weight=0.01,
         weight_transfer="balanced",
     ),
-    "mbs": Parts(
-        pseudo_labels=True,
-        ignore_uncertain=True,
-        feature_distillation="adaptive",
-        output_distillation="label-guided",
-        orthogonality=True,
-        weight_transfer=True,
-    ),
-    "mbs-analytic": Parts(
-        pseudo_labels=True,
-        ignore_uncertain=True,
-        feature_distillation="adaptive",
-        output_distillation="label-guided",
-        orthogonality=True,
-        weight_transfer=True,
-        identity="analytic",
-    ),
+    "mbs": _MBS,
+    "mbs-analytic": _MBS.model_copy(update=dict(identity="analytic")),
 }
 ADE_OUTPUT_WEIGHT = {"kd": 50, "mbs": 50, "mbs-analytic": 50, "mib": 100}  # λ of output distillation on ADE20K
 

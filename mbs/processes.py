@@ -65,7 +65,7 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 
 def sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    "Sum integers over all processes, exactly."
+    "Sum numbers over all processes; integers exactly."
     if get_processes().num_processes == 1:
         return counts
     return reduce(torch.from_numpy(counts).to(get_processes().device), "sum").cpu().numpy()

@@ -390,8 +390,11 @@ class Run(_RunFiles):
         load_model(model, self.step_path(step, "model.safetensors"))
         if not (identity and self.card.parts.has_identity):
             return model
-        reference = self.model(0, identity=False) if needs_reference(self.card.recipe) else None
-        return IdentifiedSegmenter(model, self.identity(step), reference).eval()
+        return IdentifiedSegmenter(model, self.identity(step), self.reference()).eval()
+
+    def reference(self) -> Segmenter | None:
+        "Load the network whose frozen encoder the identity reads; None where that is the encoder of every step."
+        return self.model(0, identity=False).requires_grad_(False) if needs_reference(self.card.recipe) else None
 
     def identity(self, step: int = -1) -> Identity:
         "Load the identity after `step` (negative: from the end); ValueError for a run without one."
