@@ -84,6 +84,7 @@ class UpsampledBands:
 def _compute_band(
     logits: Tensor,  # (rows, B, C, W) of the student
     teacher_logits: Tensor | None,  # (rows, B, C_old, W)
+    label_logits: Tensor | None,  # like `teacher_logits`, where other ones make the labels
     target: Tensor,  # (rows, B, W) int64
     parts: Parts,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
@@ -92,7 +93,10 @@ def _compute_band(
     q = teacher_logits.softmax(2) if teacher_logits is not None else None
     kind = parts.output_distillation if q is not None else "none"
     log_p = logits.log_softmax(2)
-    labels = target if q is None else select_labels(target, q, parts.relabel_threshold, parts.ignore_uncertain, dim=2)
+    label_q = q if label_logits is None else label_logits.softmax(2)
+    labels = target
+    if label_q is not None:
+        labels = select_labels(target, label_q, parts.relabel_threshold, parts.ignore_uncertain, dim=2)
     is_counted = (labels != VOID)[:, :, None]
     channel = torch.where(labels != VOID, labels, 0)[:, :, None]
     entropy, distilled, by_distilled = -(log_p.gather(2, channel) * is_counted).sum(), None, None
@@ -131,7 +135,12 @@ _BAND_CELLS = {"cpu": 2**18, "cuda": 2**26}  # numbers in a band: what fits a co
 
 # %% ../nbs/33a_bands.ipynb #504d74ab
 def _sum_bands(
-    student: UpsampledBands, teacher: UpsampledBands | None, target: Tensor, parts: Parts, height: int
+    student: UpsampledBands,
+    teacher: UpsampledBands | None,
+    labeller: UpsampledBands | None,
+    target: Tensor,
+    parts: Parts,
+    height: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Sum cross-entropy and distillation over all bands of `height` rows.
 
@@ -143,8 +152,8 @@ def _sum_bands(
     totals = torch.zeros_like(student.wide), torch.zeros_like(student.wide) if distils else None
     for top in range(0, size, height):
         band = slice(top, min(size, top + height))
-        teacher_logits = teacher[band] if teacher is not None else None
-        given = student[band], teacher_logits, target[:, band].transpose(0, 1), parts
+        read = (maps[band] if maps is not None else None for maps in (student, teacher, labeller))
+        given = *read, target[:, band].transpose(0, 1), parts
         *terms, band_labels = _BAND_FUNCTION.get()(*given)
         labels[:, band] = band_labels.transpose(0, 1)
         for k, total in enumerate(totals):
@@ -168,13 +177,14 @@ class _BandLoss(torch.autograd.Function):
         parts: Parts,
         count: Callable[[Tensor], Tensor],
         height: int | None,
+        label_z: Tensor | None,
     ):
         size, n = tuple(target.shape[1:]), z.shape[1]
         height = height or max(1, _BAND_CELLS.get(z.device.type, _BAND_CELLS["cpu"]) // (len(z) * n * size[1]))
         with torch.autocast(z.device.type, enabled=False):  # full precision, whatever the network runs in
             student = UpsampledBands(z, size, canvas)
-            teacher = UpsampledBands(teacher_z, size, canvas) if teacher_z is not None else None
-            entropy, distilled, *totals, labels = _sum_bands(student, teacher, target.long(), parts, height)
+            others = (UpsampledBands(x, size, canvas) if x is not None else None for x in (teacher_z, label_z))
+            entropy, distilled, *totals, labels = _sum_bands(student, *others, target.long(), parts, height)
             by_entropy, by_distilled = (student.to_patches(t) if t is not None else None for t in totals)
         valid = count((labels != VOID).sum()).clamp(min=1)
         is_plain = teacher_z is not None and parts.output_distillation == "plain"
@@ -190,7 +200,7 @@ class _BandLoss(torch.autograd.Function):
         gradient = by_entropy * entropy
         if distilled is not None:
             gradient = gradient + by_distilled * distilled
-        return gradient.to(ctx.dtype), None, None, None, None, None, None
+        return gradient.to(ctx.dtype), *[None] * 7
 
 
 # %% ../nbs/33a_bands.ipynb #1f06d612
@@ -208,13 +218,14 @@ def compute_band_loss(
     parts: Parts,  # its pseudo_labels, threshold, ignore_uncertain and output_distillation are read
     count: Callable[[Tensor], Tensor] = _count_alone,  # of the counted pixels, e.g. `mean_over_processes`
     height: int | None = None,  # rows of a band; None: as many as suit the device
+    label_z: Tensor | None = None,  # like `teacher_z`, where other logits make the pseudo-labels
 ) -> tuple[Tensor, Tensor, Tensor]:  # mean cross-entropy, mean distillation (no λ), training labels (B, H, W) int64
     """Compute cross-entropy, output distillation and training labels without making a full-size map.
 
     Value and gradient equal those of `selective_pseudo_labels`, `cross_entropy` and `output_distillation` or
     `label_guided_distillation` on upsampled logits, which are the reference.
     """
-    return _BandLoss.apply(z, teacher_z, target, canvas, parts, count, height)
+    return _BandLoss.apply(z, teacher_z, target, canvas, parts, count, height, label_z)
 
 
 # %% ../nbs/33a_bands.ipynb #c80a39b3

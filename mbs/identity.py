@@ -292,7 +292,8 @@ class Identity(nn.Module):
             return output
         log_p = output.patch_logits.float().log_softmax(1)
         log_identity = self(tokens, log_p.shape[2:])
-        return output._replace(full=None, patch_logits=replace_identity(log_p, log_identity, self.known, self.share))
+        changed = replace_identity(log_p, log_identity, self.known, self.share)
+        return output._replace(full=None, patch_logits=changed, own_logits=output.patch_logits)
 
 
 # %% ../nbs/36_identity.ipynb #296d659f

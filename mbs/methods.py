@@ -94,7 +94,8 @@ class Method:
         For entropy pseudo-labels the thresholds; for other parts nothing.
         """
         if self.parts.pseudo_labels == "entropy":
-            pairs = ((target, teacher(images).logits) for images, target in batches)
+            with_identity = self.parts.identifies_labels
+            pairs = ((target, teacher(images).choose(with_identity).logits) for images, target in batches)
             self.found = dict(thresholds=entropy_thresholds(pairs, teacher.n_channels).tolist())
 
     def grow(self, student: Segmenter, step: Step) -> Segmenter:

@@ -76,12 +76,13 @@ def make_training_labels(
     """
     if teacher is None or not parts.changes_labels:
         return target
+    logits = teacher.choose(parts.identifies_labels).logits
     if parts.pseudo_labels == "entropy":
         if thresholds is None:
             expected = "one for each old channel, from Method.prepare or a run's metrics"
             raise ValueError(f"entropy pseudo-labels have no thresholds: expected {expected}")
-        return entropy_pseudo_labels(target, teacher.logits, thresholds)
-    return selective_pseudo_labels(target, teacher.logits, parts.relabel_threshold, parts.ignore_uncertain)
+        return entropy_pseudo_labels(target, logits, thresholds)
+    return selective_pseudo_labels(target, logits, parts.relabel_threshold, parts.ignore_uncertain)
 
 
 # %% ../nbs/34_objective.ipynb #beb5d073
@@ -127,7 +128,8 @@ def reference_pixel_terms(
     n_old = step.n_old if parts.cross_entropy == "unbiased" else 1
     terms = dict(cross_entropy=cross_entropy(logits, labels, n_old, factor))
     if teacher is not None and parts.distils_outputs:
-        terms["output"] = _output_term(logits, teacher.logits, target, parts)
+        teacher_logits = teacher.choose(parts.identifies_targets).logits
+        terms["output"] = _output_term(logits, teacher_logits, target, parts)
     return terms, labels
 
 
@@ -149,9 +151,16 @@ def _band_pixel_terms(
 ) -> tuple[dict[str, Tensor], Tensor]:  # terms, training labels
     "Compute what `reference_pixel_terms` computes, in bands."
     reads_teacher = teacher is not None and (parts.changes_labels or parts.distils_outputs)
-    teacher_z = teacher.patch_logits if reads_teacher else None
+    teacher_z = teacher.choose(parts.identifies_targets).patch_logits if reads_teacher else None
+    label_z = teacher.choose(parts.identifies_labels).patch_logits if reads_teacher else None
     entropy, distilled, labels = compute_band_loss(
-        student.patch_logits, teacher_z, target, student.canvas, parts, mean_over_processes
+        student.patch_logits,
+        teacher_z,
+        target,
+        student.canvas,
+        parts,
+        mean_over_processes,
+        label_z=None if label_z is teacher_z else label_z,
     )
     terms = dict(cross_entropy=entropy)
     if reads_teacher and parts.distils_outputs:

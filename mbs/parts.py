@@ -46,7 +46,7 @@ class Parts(Parameters):
     identity_share: float = Field(1, ge=0, le=1)  # η: 1 asks the regression alone, 0 the network alone
     identity_ridge: float | None = Field(None, gt=0)  # γ, as a multiple of the mean eigenvalue; None: chosen
     identity_sharpness: float | None = Field(None, gt=0)  # β; None: chosen
-    identity_teacher: bool = False  # the teacher's classes come from the regression, too
+    identity_teacher: Literal[False, True, "labels", "targets"] = False  # what it also decides in training
 
     @property
     def relabel_threshold(self) -> float | None:
@@ -67,6 +67,16 @@ class Parts(Parameters):
     def has_identity(self) -> bool:
         "Whether a regression decides the classes of the foreground."
         return self.identity != "none"
+
+    @property
+    def identifies_labels(self) -> bool:
+        "Whether the regression decides the class of a pseudo-label."
+        return self.identity_teacher in (True, "labels")
+
+    @property
+    def identifies_targets(self) -> bool:
+        "Whether the regression decides the classes that output distillation asks for."
+        return self.identity_teacher in (True, "targets")
 
     @property
     def needs_teacher(self) -> bool:

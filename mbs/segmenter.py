@@ -246,6 +246,7 @@ class SegmenterOutput(NamedTuple):
     class_tokens: Tensor  # (C, D) the parameters themselves
     size: tuple[int, int] | None = None  # (H, W) of the picture …
     canvas: tuple[int, int] | None = None  # … and with its padding: the area that the patches cover
+    own_logits: Tensor | None = None  # (B, C, h, w) `patch_logits` of the network alone, where an identity changed them
 
     @property
     def n_channels(self) -> int:
@@ -260,6 +261,12 @@ class SegmenterOutput(NamedTuple):
         upsampled = F.interpolate(self.patch_logits, size=self.canvas, mode="bilinear", align_corners=False)
         height, width = self.size
         return upsampled[..., :height, :width]
+
+    def choose(self, identity: bool) -> "SegmenterOutput":
+        "Return the output as it is, or with `identity=False` what the network alone says."
+        if identity or self.own_logits is None:
+            return self
+        return self._replace(full=None, patch_logits=self.own_logits, own_logits=None)
 
 
 # %% ../nbs/20_segmenter.ipynb #dc29913d

@@ -51,21 +51,25 @@ def draw_target(rng, step, height, width):
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(CHOICES)),
+    st.sampled_from([False, True, "labels", "targets"]),
     st.integers(1, 5),
     st.integers(1, 3),
     st.integers(9, 50),
     st.integers(9, 50),
     st.integers(0, 2**32 - 1),
 )
-def test_value_and_gradient(name, n_old_classes, n_new, height, width, seed):
-    "For any class counts, sizes that need padding, void, permuted labels."
-    method = Method(CHOICES[name]["method"], **CHOICES[name]["parts"])
+def test_value_and_gradient(name, teaches, n_old_classes, n_new, height, width, seed):
+    "For any class counts, sizes that need padding, void, permuted labels, and teachers with an identity."
+    choice = dict(identity="analytic", identity_teacher=teaches)
+    method = Method(CHOICES[name]["method"], **CHOICES[name]["parts"] | choice)
     step, rng = make_step(1 + n_old_classes, n_new), np.random.default_rng(seed)
     teacher, student = networks(method, [1, n_old_classes], step)
     images = torch.from_numpy(rng.normal(size=(2, 3, height, width)))
     target = draw_target(rng, step, height, width)
     with torch.no_grad():
         old = teacher(images)
+    own = torch.from_numpy(rng.normal(size=old.patch_logits.shape))
+    old = old._replace(own_logits=own)
     thresholds = rng.uniform(0, 2, step.n_old).tolist()
     sides = []
     for way in (lambda out: out, by_full_maps):

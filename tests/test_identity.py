@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mbs.augment import Normalisation, TestTransform
 from mbs.data import open_data
 from mbs.experiment import Experiment
+from mbs.feature_distillation import reliability
 from mbs.identity import (
     IdentifiedSegmenter,
     Identity,
@@ -30,10 +31,13 @@ from mbs.identity import (
 from mbs.identity_learning import learn_identity
 from mbs.inference import segment
 from mbs.methods import Method
+from mbs.objective import cross_entropy, step_loss
+from mbs.output_distillation import label_guided_distillation
 from mbs.parts import Parts
-from mbs.protocol import Protocol
+from mbs.protocol import VOID, Protocol
+from mbs.pseudo_labels import selective_pseudo_labels
 from mbs.run import load_run
-from mbs.segmenter import Segmenter
+from mbs.segmenter import Segmenter, SegmenterOutput
 from mbs.settings import Settings
 from mbs.views import StepView
 from mbs.weights import make_encoder
@@ -239,6 +243,34 @@ def test_prediction_reads_the_identity_from_disk(home):
         Experiment(Settings(name="plain"), home).run().identity()
 
 
+def make_output(logits, **more):
+    "An output of patches of one pixel."
+    size = tuple(logits.shape[2:])
+    patches = torch.zeros(len(logits), logits[0, 0].numel(), 4)
+    features, tokens = torch.zeros(len(logits), logits.shape[1], 4), torch.zeros(logits.shape[1], 4)
+    return SegmenterOutput(None, logits, patches, features, tokens, size, size, **more)
+
+
+@pytest.mark.parametrize("teaches", [False, True, "labels", "targets"])
+def test_identity_teaches_what_the_switch_says(teaches):
+    "Each use of the teacher reads the network's own logits or the corrected ones, and reliability reads no difference."
+    generator = torch.Generator().manual_seed(4)
+    own = (3 * torch.randn(2, 4, 6, 8, generator=generator)).log_softmax(1)
+    changed = own.clone()
+    changed[:, [1, 2, 3]] = own[:, [3, 1, 2]]  # other classes, the same background
+    student = make_output(torch.randn(2, 5, 6, 8, generator=generator))
+    target = torch.tensor([0, 0, 4, VOID])[torch.randint(4, (2, 6, 8), generator=generator)]
+    parts = Method("mbs-analytic", identity_teacher=teaches, orthogonality=False, threshold=0.5).parts
+    step = Protocol("3-1", 4)[1]
+    terms = step_loss(student, make_output(changed, own_logits=own), target, parts, step)
+    label_logits, target_logits = (changed if teaches in (True, use) else own for use in ("labels", "targets"))
+    labels = selective_pseudo_labels(target, label_logits, 0.5)
+    torch.testing.assert_close(terms["cross_entropy"], cross_entropy(student.patch_logits, labels))
+    distilled = label_guided_distillation(student.patch_logits, target_logits, target)
+    torch.testing.assert_close(terms["output"], parts.output_weight * distilled)
+    torch.testing.assert_close(reliability(labels, own, 4), reliability(labels, changed, 4))  # reads the background
+
+
 @pytest.mark.parametrize("teaches", [False, True])
 def test_stopped_run_ends_alike(home, teaches):
     parameters = dict(method="mbs-analytic", parts=dict(identity_width=32, identity_teacher=teaches), share_base=False)
@@ -284,7 +316,13 @@ def test_damaged_identity_is_refused_in_one_sentence(home, damage):
 
 
 def test_unknown_values_are_refused():
-    for wrong in (dict(identity="other"), dict(identity_width=0), dict(identity_share=1.5), dict(identity_ridge=0)):
+    for wrong in (
+        dict(identity="other"),
+        dict(identity_width=0),
+        dict(identity_teacher="all"),
+        dict(identity_share=1.5),
+        dict(identity_ridge=0),
+    ):
         with pytest.raises(ValueError, match="identity"):
             Parts.checked(**wrong)
 
