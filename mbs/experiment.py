@@ -18,7 +18,7 @@ from torch import Tensor
 from .augment import Normalisation
 from .cache import cache_pictures
 from .checkpoint import load_model
-from .evaluation import evaluate, score_new_classes
+from .evaluation import evaluate, evaluate_identity, score_new_classes
 from .files import lock_folder
 from .folders import home
 from .identity import Predictor, split_predictor
@@ -70,14 +70,23 @@ def _choose_columns(recipe: Recipe) -> dict[str, tuple[str, str]]:
 
 
 # %% ../nbs/52_experiment.ipynb #9c5fa0a9
-def _evaluate_state(setup: Setup, model: Predictor, step: Step, state: dict[str, Tensor], test: str) -> Confusion:
-    "Load `state` into the network of `model` and return its confusion matrix on the test part, tested as `test` says."
+def _evaluate_state(
+    setup: Setup,
+    model: Predictor,
+    step: Step,
+    state: dict[str, Tensor],  # of the network
+    test: str,  # way of testing
+) -> tuple[Confusion, dict[str, Confusion]]:  # of the model; with an identity also of its network alone, as "network"
+    "Load `state` into the network of `model` and compute confusion matrices on the test part."
     recipe = setup.recipe
-    network, _ = split_predictor(model)
+    network, identity = split_predictor(model)
     network.load_state_dict(state)
     view = make_test_view(setup.test, step, setup.normalisation(model), recipe, test)
-    window = recipe.crop if test == "window" else None
-    return evaluate(model, view, recipe.test_batch, device=make_accelerator(recipe).device, window=window)
+    options = dict(device=make_accelerator(recipe).device, window=recipe.crop if test == "window" else None)
+    if identity is None:
+        return evaluate(model, view, recipe.test_batch, **options), {}
+    together, alone = evaluate_identity(model, view, recipe.test_batch, **options)
+    return together, dict(network=alone)
 
 
 # %% ../nbs/52_experiment.ipynb #a66094c7
@@ -180,7 +189,7 @@ def _take_base_step(experiment: Experiment, student: Segmenter, step: Step) -> S
         student.to(make_accelerator(experiment.setup.recipe).device)
         predictor = _make_predictor(experiment, student, step)
         test = experiment.setup.recipe.test
-        confusion, columns = _evaluate_state(experiment.setup, predictor, step, student.state_dict(), test), {}
+        confusion, columns = _evaluate_state(experiment.setup, predictor, step, student.state_dict(), test)
     else:
         predictor, confusion = student, other.confusion(0)
         columns = {name: other.confusion(0, name) for name in other.metrics(0).get("columns", {})}
@@ -225,12 +234,12 @@ def _train_and_write(experiment: Experiment, student: Segmenter, teacher: Segmen
     kept = states.get(recipe.selection, last)
     student.load_state_dict(kept)
     predictor = _make_predictor(experiment, student, step)
-    columns = {
-        name: _evaluate_state(setup, predictor, step, states.get(iterate, last), test)
+    ways = {
+        name: _evaluate_state(setup, predictor, step, states.get(iterate, last), test)[0]
         for name, (iterate, test) in _choose_columns(recipe).items()
     }
-    confusion = _evaluate_state(setup, predictor, step, kept, recipe.test)
+    confusion, columns = _evaluate_state(setup, predictor, step, kept, recipe.test)
     seconds = round(time.perf_counter() - started, 2)
     facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), **setup.method.found)
-    writer.finish_step(step, predictor, confusion, columns, facts, teacher)
+    writer.finish_step(step, predictor, confusion, ways | columns, facts, teacher)
     return student

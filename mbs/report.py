@@ -48,6 +48,7 @@ from mbs.report_tables import (
     make_card_table,
     make_classes_table,
     make_columns_table,
+    make_identity_table,
     make_pseudo_label_table,
     make_published_table,
     make_score_table,
@@ -65,7 +66,14 @@ from .viz import METHOD_COLOURS, compare_methods, show_curves, show_iou_matrix, 
 def make_tables(group: Group) -> list[Table]:
     "Make the tables of a group, without those that would be empty."
     tables = [make_score_table(group), make_shift_table(group)] if group.finished else []
-    for make in (make_pseudo_label_table, make_columns_table, make_unfinished_table, make_published_table):
+    optional = (
+        make_pseudo_label_table,
+        make_columns_table,
+        make_identity_table,
+        make_unfinished_table,
+        make_published_table,
+    )
+    for make in optional:
         if table := make(group):
             tables.append(table)
     return tables

@@ -9,6 +9,7 @@ __all__ = [
     "make_score_table",
     "make_shift_table",
     "make_columns_table",
+    "make_identity_table",
     "make_pseudo_label_table",
     "make_unfinished_table",
     "make_steps_table",
@@ -72,9 +73,9 @@ def make_columns_table(group: Group) -> Table | None:
     "Make the table of published and clean measurement and their difference; None where no run measured both."
     keys, rows = ("old", "new", "all"), []
     for label, line in group.finished.items():
-        both = [run for run in line if run.metrics().get("columns")]
+        both = [run for run in line if "published" in run.metrics().get("columns", {})]
         if both:
-            rows.append([label, len(both), *_measure_both_ways(both, group, keys)])
+            rows.append([label, len(both), *_compare_columns(both, group, keys, ("published", "clean"))])
     if not rows:
         return None
     note = (
@@ -87,13 +88,34 @@ def make_columns_table(group: Group) -> Table | None:
 
 
 # %% ../nbs/69a_report_tables.ipynb #2ee8ed82
-def _measure_both_ways(line: Sequence[Run], group: Group, keys: Sequence[str]) -> list:
-    "Return the scores `keys` of a line in the published way, in the clean way, and their differences, as `Value`s."
-    published, clean = (
-        [scores(run.confusion(-1, way), group.last_step) for run in line] for way in ("published", "clean")
+def _compare_columns(
+    line: Sequence[Run],
+    group: Group,
+    keys: Sequence[str],
+    columns: tuple[str, str],  # see `Run.confusion`
+) -> list:
+    "Return the scores `keys` of a line in both columns, and first minus second, as `Value`s."
+    first, second = ([scores(run.confusion(-1, name), group.last_step) for run in line] for name in columns)
+    cells = [summarise_seeds([found[k] for found in way]) for way in (first, second) for k in keys]
+    return cells + [summarise_seeds([a[k] - b[k] for a, b in zip(first, second)]) for k in keys]
+
+
+# %% ../nbs/69a_report_tables.ipynb #da607a45
+def make_identity_table(group: Group) -> Table | None:
+    "Make the table of runs with an identity and of their networks alone; None where no run has an identity."
+    keys, rows = ("old", "new", "all"), []
+    for label, line in group.finished.items():
+        identified = [run for run in line if "network" in run.metrics().get("columns", {})]
+        if identified:
+            rows.append([label, len(identified), *_compare_columns(identified, group, keys, ("", "network"))])
+    if not rows:
+        return None
+    note = (
+        "Percent, after the last step. The network decides what is background in both; the identity, a regression on "
+        "frozen features, decides the class of the rest. The difference is with identity minus network alone."
     )
-    cells = [summarise_seeds([found[k] for found in way]) for way in (published, clean) for k in keys]
-    return cells + [summarise_seeds([p[k] - c[k] for p, c in zip(published, clean)]) for k in keys]
+    headings = [f"{way} {k}" for way in ("with identity", "network alone", "difference") for k in keys]
+    return Table(f"Class identity: {group.title}", ["method", "seeds", *headings], rows, note)
 
 
 # %% ../nbs/69a_report_tables.ipynb #e625259a

@@ -167,7 +167,7 @@ def _write_step(
     step: Step,
     predictor: Predictor,
     confusion: Confusion,
-    columns: dict[str, Confusion],  # of the published and the clean way, where they were measured
+    columns: dict[str, Confusion],  # of other ways of testing, by name, see `Run.confusion`
     facts: dict,  # more fields of metrics.json
 ):
     "Write model, confusion matrices, sample predictions and metrics of a complete step, atomically."

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from mbs.augment import Normalisation, TestTransform
+from mbs.comparison import group_runs
 from mbs.data import open_data
 from mbs.experiment import Experiment
 from mbs.feature_distillation import reliability
@@ -36,6 +37,7 @@ from mbs.output_distillation import label_guided_distillation
 from mbs.parts import Parts
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels
+from mbs.report_tables import make_identity_table
 from mbs.run import load_run
 from mbs.segmenter import Segmenter, SegmenterOutput
 from mbs.settings import Settings
@@ -345,4 +347,21 @@ def test_both_ways_of_testing_are_measured_in_the_base_step(home):
     both = dict(training=dict(crop=48, batch=8, iterations=20, optimizer="adamw", selection="held-out", both=True))
     Experiment(Settings(name="plain", **both), home).run()
     run = Experiment(Settings(name="analytic", **ANALYTIC, **both), home).run()
-    assert "base_from" not in run.metrics(0) and run.metrics(0)["columns"].keys() == {"published", "clean"}
+    assert "base_from" not in run.metrics(0)
+    assert run.metrics(0)["columns"].keys() == {"published", "clean", "network"}
+
+
+@pytest.mark.parametrize("test", ["whole", "window"])
+def test_the_network_alone_is_tested_in_the_same_pass(home, test):
+    "Its confusion matrix is that of the run without identity, in every step, and the report shows the difference."
+    training = dict(training=dict(crop=24, test=test), samples=0)
+    plain = Experiment(Settings(name="plain", **training), home).run()
+    run = Experiment(Settings(name="analytic", **ANALYTIC, **training), home).run()
+    assert run.metrics(0)["base_from"] == "plain"
+    for step in range(run.n_steps):
+        assert (run.confusion(step, "network").counts == plain.confusion(step).counts).all()
+    assert (run.confusion().counts != plain.confusion().counts).any()
+    (row,) = make_identity_table(group_runs([plain, run])[0]).rows
+    means = [r.metrics()["scores"]["all"] for r in (run, plain)]
+    assert [row[k].mean for k in (4, 7, 10)] == pytest.approx([*means, means[0] - means[1]])
+    assert make_identity_table(group_runs([plain])[0]) is None
