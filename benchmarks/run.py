@@ -16,7 +16,7 @@ import torch
 
 from mbs.run import _read_git_commit
 
-PARTS = ("objective", "attention", "step", "input", "evaluation")
+PARTS = ("objective", "attention", "step", "input", "evaluation", "identity")
 HERE = Path(__file__).parent
 
 
