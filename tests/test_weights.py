@@ -10,17 +10,18 @@ from mbs.weights import _HALF, _find_installed_weights, make_encoder, read_state
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
 
 
-def test_lite0_is_the_package_network():
+@pytest.mark.parametrize("name, digest", [("tf_efficientnet_lite0", "57934424"), ("tf_efficientnet_lite2", "9656183e")])
+def test_encoder_is_the_package_network(name, digest):
     "timm's network with the package's tensors gives our encoder's features, and only the classifier is left over."
-    encoder = make_encoder("tf_efficientnet_lite0", "pretrained").eval()
+    encoder = make_encoder(name, "pretrained").eval()
     assert encoder.mean == encoder.std == _HALF
     receipt = encoder.receipt
-    assert receipt["loaded"] == len(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict())
-    assert len(receipt["sha256"]) == 64 and receipt["sha256"].startswith("57934424")
+    assert receipt["loaded"] == len(timm.create_model(name, num_classes=0).state_dict())
+    assert len(receipt["sha256"]) == 64 and receipt["sha256"].startswith(digest)
     assert receipt["unused"] == ["classifier"]
     assert not {"bn2", "conv_head"} & {k.split(".")[0] for k in encoder.network.state_dict()}
-    whole = timm.create_model("tf_efficientnet_lite0").eval()
-    state = read_state(_find_installed_weights("tf_efficientnet_lite0"))
+    whole = timm.create_model(name).eval()
+    state = read_state(_find_installed_weights(name))
     assert [tuple(v.shape) for v in state.values()] == [tuple(v.shape) for v in whole.state_dict().values()]
     whole.load_state_dict(dict(zip(whole.state_dict(), state.values())))
     x = torch.randn(1, 3, 96, 96)
