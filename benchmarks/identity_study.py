@@ -1,11 +1,13 @@
 """The evidence for the class identity: the animals of `animals.py`, with the network of `mbs` and of its rivals.
 
-    python benchmarks/identity_study.py run 3-1 [SETTING] [--seeds 0 1 2] [--order ORDER] [NAME]...
+    python benchmarks/identity_study.py run 3-1 [SETTING] [--seeds 0 1 2] [--order ORDER] [--encoder ENCODER] [NAME]...
+    python benchmarks/identity_study.py scenes [--seeds 0 1 2]
     python benchmarks/identity_study.py decide [--seeds 0 1 2]
     python benchmarks/identity_study.py collect
 
 `run` trains on the test part with the values that `animals.py tune` chose; no value is chosen for the identity, which
 chooses its own on training pictures. Every run is also tested by its network alone, so that one run gives both rows.
+`scenes` does the same with `mbs` on the scenes of `mbs demo`.
 `decide` compares ways to decide the classes that need no training of a network, on the networks of 3-1 overlapped.
 `collect` writes the confusion matrices to docs/results/identity.npz, and prints the tables.
 """
@@ -21,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mbs import Experiment, load_run
+from mbs import Experiment, Settings, load_run
 from mbs.bands import argmax_in_bands
 from mbs.evaluation import count_pairs, iterate_by_size
 from mbs.folders import home
@@ -38,6 +40,7 @@ from mbs.identity import (
 )
 from mbs.identity_learning import N_SCORED
 from mbs.metrics import Confusion, scores
+from mbs.parameter_files import read_parameters
 from mbs.protocol import SETTINGS, Protocol, Step
 from mbs.recipe import make_test_view
 from mbs.run import Run
@@ -60,14 +63,15 @@ NAMES = {name: dict(method=name, parts=dict(identity="analytic")) for name in ("
 RESULTS = Path(__file__).parents[1] / "docs/results/identity.npz"
 
 
-def plan_run(name, protocol, setting, seed, order):
+def plan_run(name, protocol, setting, seed, order, encoder=animals.NETWORK["encoder"]):
     "Make the settings of one run."
     chosen = yaml.safe_load(animals.CHOSEN.read_text())
     values = chosen[name.split(",")[0]] if name != "joint" else dict(lr_factor=1, parts={})
     recipe = {}
     if name == "joint":  # as many iterations as all steps of 3-1 together
         recipe["iterations"] = animals.RECIPE["iterations"] + 3 * animals.RECIPE["new_iterations"]
-    words = [protocol, setting, order, re.sub(r"\W+", "-", name), f"s{seed}"]
+    is_other = encoder != animals.NETWORK["encoder"]
+    words = [protocol, setting, order, *[encoder] * is_other, re.sub(r"\W+", "-", name), f"s{seed}"]
     planned = animals.make_settings(
         NAMES[name]["method"],
         values["lr_factor"],
@@ -78,18 +82,23 @@ def plan_run(name, protocol, setting, seed, order):
         name="-".join(words),
     )
     training = animals.RECIPE | dict(lr_factor=values["lr_factor"]) | recipe
-    return type(planned).checked(**planned.model_dump() | dict(classes=ORDERS[order], training=training))
+    return Settings.checked(**planned.model_dump() | dict(classes=ORDERS[order], encoder=encoder, training=training))
 
 
-def run(protocol, setting, seeds, order, names):
-    "Train and test, and print the scores of each run and of its network alone."
+def train(settings):
+    "Train and test one run, and print its scores and those of its network alone."
+    finished = Experiment(settings).run()
+    for column in ("network", ""):
+        found = scores(finished.confusion(-1, column), finished.protocol[finished.n_steps - 1])
+        percent = {k: round(100 * found[k], 1) for k in ("old", "new", "all")}
+        print(f"{finished.folder.name:44} {column or 'with identity':14}", percent, flush=True)
+
+
+def train_on_scenes(seeds):
+    "Train `mbs` with an identity on the scenes of the demo."
     for seed in seeds:
-        for name in names:
-            finished = Experiment(plan_run(name, protocol, setting, seed, order)).run()
-            for column in ("network", ""):
-                found = scores(finished.confusion(-1, column), finished.protocol[finished.n_steps - 1])
-                percent = {k: round(100 * found[k], 1) for k in ("old", "new", "all")}
-                print(f"{finished.folder.name:44} {column or 'with identity':14}", percent, flush=True)
+        name = f"demo-mbs-analytic-s{seed}"
+        train(Settings.checked(**read_parameters("demo") | dict(name=name, method="mbs-analytic", seed=seed)))
 
 
 class Ridge:
@@ -221,7 +230,8 @@ def decide(seeds):
 def read_runs() -> dict[str, np.ndarray]:
     """Read the confusion matrices after the last step of all finished runs of the study.
 
-    The keys are protocol/setting/order/name/seed/column; the column is "network" or "identity"."""
+    The keys are protocol/setting/order/encoder/name/seed/column, the order is "scenes" for these, and the column
+    "network", "identity" or a way of `decide`."""
     found = {}
     for path in sorted(home("outputs").glob("*/run.json")):
         finished = load_run(path.parent)
@@ -230,8 +240,9 @@ def read_runs() -> dict[str, np.ndarray]:
         names = [name for name, chosen in NAMES.items() if chosen == choice]
         if not (names and finished.finished) or given.tuning:
             continue
-        order = next(name for name, classes in ORDERS.items() if classes == given.classes)
-        key = f"{given.protocol}/{given.setting}/{order}/{names[0]}/{given.seed}"
+        orders = [name for name, classes in ORDERS.items() if classes == given.classes]
+        words = [given.protocol, given.setting, *(orders or ["scenes"]), given.encoder, names[0], str(given.seed)]
+        key = "/".join(words)
         found[f"{key}/network"] = finished.confusion(-1, "network").counts
         found[f"{key}/identity"] = finished.confusion().counts
         decisions = path.with_name("decisions.npz")
@@ -245,15 +256,17 @@ def tabulate(found: dict[str, np.ndarray]) -> list[Table]:
     "Make a table for each protocol, setting and order: rows are names and columns, cells means over seeds in percent."
     tables = {}
     for key, counts in found.items():
-        protocol, setting, order, name, _, column = key.split("/")
-        rows = tables.setdefault((protocol, setting, order), {})
+        *title, name, _, column = key.split("/")
+        rows = tables.setdefault(tuple(title), {})
         rows.setdefault((name, column), []).append(counts)
-    return [tabulate_rows(*key, rows) for key, rows in tables.items()]
+    return [tabulate_rows(title, rows) for title, rows in tables.items()]
 
 
-def tabulate_rows(protocol, setting, order, rows) -> Table:
-    "Make the table of one protocol, setting and order."
-    split = Protocol(protocol, len(animals.CLASSES), setting)
+def tabulate_rows(title, rows) -> Table:
+    "Make the table of one protocol, setting, order and encoder."
+    protocol, setting, *_ = title
+    n_classes = len(next(iter(rows.values()))[0]) - 1
+    split = Protocol(protocol, n_classes, setting)
     step, cells = split[len(split) - 1], []
     for (name, column), matrices in rows.items():
         after = [scores(Confusion(step.n_channels, counts), step) for counts in matrices]
@@ -261,7 +274,7 @@ def tabulate_rows(protocol, setting, order, rows) -> Table:
         values = [summarise_seeds([a[k] for a in after]) for k in ("old", "new", "all", "all_fg")]
         cells.append([name, column, len(matrices), *values, summarise_seeds(confused)])
     headings = ["network of", "classes from", "seeds", "old", "new", "all", "all, no background", "confused"]
-    return Table(f"{protocol} {setting}, {order}", headings, cells)
+    return Table(", ".join(title), headings, cells)
 
 
 def measure_confusion(counts: np.ndarray) -> float:
@@ -284,17 +297,22 @@ def collect():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "decide", "collect"])
+    parser.add_argument("command", choices=["run", "scenes", "decide", "collect"])
     parser.add_argument("protocol", nargs="?", default="3-1")
     parser.add_argument("words", nargs="*", help="setting and names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--order", choices=ORDERS, default="hoofed-last")
+    parser.add_argument("--encoder", default=animals.NETWORK["encoder"])
     given = parser.parse_intermixed_args()
     if given.command == "collect":
         collect()
+    elif given.command == "scenes":
+        train_on_scenes(given.seeds)
     elif given.command == "decide":
         decide(given.seeds)
     else:
         names = [word for word in given.words if word not in SETTINGS]
         setting = next((word for word in given.words if word in SETTINGS), "overlapped")
-        run(given.protocol, setting, given.seeds, given.order, names or list(NAMES))
+        for seed in given.seeds:
+            for name in names or NAMES:
+                train(plan_run(name, given.protocol, setting, seed, given.order, given.encoder))
