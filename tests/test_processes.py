@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from mbs import Experiment, Settings, load_run
 from mbs.launch import launch
@@ -30,11 +31,12 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
 
 
-@pytest.mark.parametrize("method", ["mbs", "plop"])
+@pytest.mark.parametrize("method", ["mbs", "plop", "mbs-analytic"])
 def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
     "Losses and model are the same up to rounding; the confusion matrix of the same weights is the same exactly."
     monkeypatch.setattr("mbs.training.LOG_EVERY", 1)
-    settings = Settings(name="one", method=method, training=QUIET, **SMALL)
+    parts = dict(identity_width=32) if method == "mbs-analytic" else {}
+    settings = Settings(name="one", method=method, parts=parts, training=QUIET, **SMALL)
     one = Experiment(settings, tmp_path).run()
     worker = tmp_path / "worker.py"  # logs each iteration, and also evaluates the weights of the first run
     worker.write_text(
@@ -43,6 +45,7 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
         import mbs.experiment, mbs.processes, mbs.training
         import numpy as np
         from mbs import load_run
+        from mbs.identity import split_predictor
         from mbs.launch import train_in_process
         mbs.training.LOG_EVERY = 1
         inner = mbs.experiment._evaluate_state
@@ -50,7 +53,8 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
         def evaluate_both(setup, student, step, state, test):
             own = inner(setup, student, step, state, test)
             model = one.model(step.number)
-            counts = inner(setup, model, step, model.state_dict(), test).counts
+            state = split_predictor(model)[0].state_dict()
+            counts = inner(setup, model, step, state, test)[0].counts
             rank = mbs.processes.get_processes().process_index
             np.save({str(tmp_path)!r} + f"/counts-{{step.number}}-{{rank}}.npy", counts)
             return own
@@ -73,6 +77,12 @@ def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
     for step in range(one.n_steps):
         for rank in range(2):
             assert (np.load(tmp_path / f"counts-{step}-{rank}.npy") == one.confusion(step).counts).all()
+    if parts:  # from the same network each process sums its own pictures, and all hold the total
+        mine, theirs = later.identity(0), one.identity(0)
+        for name, sums in mine.sums._asdict().items():
+            torch.testing.assert_close(sums, getattr(theirs.sums, name), rtol=1e-6, atol=1e-9)
+        assert (mine.ridge, mine.sharpness) == (theirs.ridge, theirs.sharpness)
+        assert (later.confusion(0).counts == one.confusion(0).counts).all()
 
 
 DYING = """
