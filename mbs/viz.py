@@ -45,6 +45,7 @@ __all__ = [
     "show_protocol",
     "show_losses",
     "show_iou_matrix",
+    "show_confusions",
     "show_forgetting",
     "show_reliability",
     "draw_matrix",
@@ -506,6 +507,12 @@ def _write_percents(ax: Axes, values: np.ndarray, fontsize: float):
 
 
 # %% ../nbs/60_viz.ipynb #034b86ec
+def _find_step_edges(first_step: Sequence[int], n: int) -> list[float]:
+    "Find where the classes of a step begin among `n` channels, halfway between two."
+    return [c - 0.5 for c in range(1, n) if c == 1 or first_step[c] != first_step[c - 1]]
+
+
+# %% ../nbs/60_viz.ipynb #ec16deba
 def show_iou_matrix(
     iou: np.ndarray,  # (T, C), NaN where a class is not yet known
     names: Sequence[str],  # of the channels
@@ -518,12 +525,37 @@ def show_iou_matrix(
     ax.set_facecolor("#EEEEEE")
     ax.imshow(iou, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     _write_percents(ax, iou, fontsize)
-    for c in range(1, n_channels):
-        if c == 1 or first_step[c] != first_step[c - 1]:
-            ax.axvline(c - 0.5, color="white", lw=2)
+    for edge in _find_step_edges(first_step, n_channels):
+        ax.axvline(edge, color="white", lw=2)
     ax.set_xticks(range(n_channels), names[:n_channels], rotation=45, ha="right", fontsize=fontsize)
     ax.set_yticks(range(n_steps), [f"after step {t}" for t in range(n_steps)], fontsize=8)
     ax.set_title("IoU, percent", fontsize=8)
+    return fig
+
+
+# %% ../nbs/60_viz.ipynb #7b3e98f1
+def show_confusions(
+    counts: dict[str, np.ndarray],  # title → (C, C) pixels of each pair of true and predicted channel
+    names: Sequence[str],  # of the channels
+    first_step: Sequence[int],  # step in which each channel arrives
+) -> Figure:
+    "Show confusion matrices side by side, in percent of each true class."
+    n = len(next(iter(counts.values())))
+    side = min(6, 1.0 + 0.36 * n)
+    fig, axes = make_grid(1, len(counts), side, side)
+    fontsize = 7 if n < 22 else 4
+    for ax, (title, pixels) in zip(axes[0], counts.items()):
+        totals = pixels.sum(1, keepdims=True)
+        shares = np.divide(pixels, totals, out=np.full(pixels.shape, np.nan), where=totals > 0)
+        ax.set_facecolor("#EEEEEE")
+        ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+        _write_percents(ax, shares, fontsize)
+        for edge in _find_step_edges(first_step, n):
+            ax.axvline(edge, color="white", lw=1.5)
+            ax.axhline(edge, color="white", lw=1.5)
+        ax.set_xticks(range(n), names[:n], rotation=45, ha="right", fontsize=fontsize)
+        ax.set_yticks(range(n), names[:n] if ax is axes[0, 0] else [""] * n, fontsize=fontsize)
+        ax.set_title(title, fontsize=8)
     return fig
 
 
