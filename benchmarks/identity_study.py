@@ -9,7 +9,7 @@
 chooses its own on training pictures. Every run is also tested by its network alone, so that one run gives both rows.
 `scenes` does the same with `mbs` on the scenes of `mbs demo`.
 `decide` compares ways to decide the classes that need no training of a network, on the networks of 3-1 overlapped.
-`collect` writes the confusion matrices to docs/results/identity.npz, and prints the tables.
+`collect` writes the confusion matrices to docs/results/identity.npz and a figure to docs/images, and prints the tables.
 """
 
 import argparse
@@ -47,6 +47,7 @@ from mbs.run import Run
 from mbs.segmenter import cover
 from mbs.settings import Setup
 from mbs.tables import Table, summarise_seeds, to_markdown
+from mbs.viz import show_confusions
 
 ORDERS = {  # of arrival; the hoofed animals are the ones that are taken for one another
     "hoofed-last": animals.CLASSES,
@@ -283,14 +284,27 @@ def measure_confusion(counts: np.ndarray) -> float:
     return 1 - np.trace(foreground) / foreground.sum()
 
 
+def draw_confusion(found: dict[str, np.ndarray]):
+    "Save the confusion matrices of `mbs` on 3-1 overlapped, of the network alone and with the identity, over seeds."
+    start = f"3-1/overlapped/hoofed-last/{animals.NETWORK['encoder']}/mbs/"
+    titles = {"network": "network of mbs alone", "identity": "network and identity"}
+    counts = {
+        title: sum(found[key] for key in found if key.startswith(start) and key.endswith(f"/{column}"))
+        for column, title in titles.items()
+    }
+    figure = show_confusions(counts, ["background", *animals.CLASSES], Protocol("3-1", 6).first_step)
+    animals.save_figure(figure, RESULTS.parents[1] / "images/animals-identity.png")
+
+
 def collect():
-    "Add the finished runs to docs/results/identity.npz, and print the tables of all runs in it."
+    "Add the finished runs to docs/results/identity.npz, draw a figure, and print the tables of all runs in it."
     found = {}
     if RESULTS.is_file():
         with np.load(RESULTS) as arrays:
             found = dict(arrays)
     found = dict(sorted((found | read_runs()).items()))
     np.savez_compressed(RESULTS, **found)
+    draw_confusion(found)
     for table in tabulate(found):
         print(to_markdown(table))
 
