@@ -37,8 +37,10 @@ from mbs.explore.page import Display, describe_shift_panels, describe_shift_pict
 from mbs.explore.paint import FATE_STYLE, FLOW_STYLE, make_class_style, make_group_style, paint, quantise
 from mbs.explore.states import COLOURS, ORDERS, SOURCES, FeatureState, Pictures, ShiftState
 from mbs.explore.widgets import make_control
+from mbs.identity import IdentifiedSegmenter
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels
+from mbs.segmenter import Segmenter
 from mbs.settings import Settings
 from mbs.viz import AGREE, FATES, classify_fate
 
@@ -298,6 +300,23 @@ def test_runs_that_do_not_fit_are_refused(runs, tmp_path):
         explore_pseudo_labels(runs[0], other)
     with pytest.raises(ValueError, match="in other steps"):
         explore_class_tokens(runs[0], other)
+
+
+# network and identity
+
+
+def test_teacher_has_an_identity_only_where_training_gave_it_one(identified, monkeypatch):
+    assert isinstance(identified.model(0), IdentifiedSegmenter)
+    network = identified.teacher(1)
+    assert isinstance(network, Segmenter)
+    pairs = zip(network.state_dict().values(), identified.model(0, identity=False).state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert identified.teacher(-1).n_channels == identified.protocol[2].n_old
+    with pytest.raises(ValueError, match="step 0 has no teacher: expected an incremental step"):
+        identified.teacher(0)
+    parts = identified.card.parts.model_copy(update=dict(identity_teacher=True))
+    monkeypatch.setattr(identified, "card", identified.card.model_copy(update=dict(parts=parts)))
+    assert isinstance(identified.teacher(1), IdentifiedSegmenter)
 
 
 # widgets without a kernel
