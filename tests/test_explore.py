@@ -347,6 +347,18 @@ def test_predictor_is_the_one_that_is_chosen(identified):
     assert all((seen["both", k] == sample.predictions[2]).all() for k, sample in enumerate(identified.samples()))
 
 
+def test_network_alone_is_the_run_without_identity(runs, identified):
+    "The regression changes nothing in training, so the explorers of both runs show the same numbers."
+    state, plain = (ShiftState(Pictures(run), order="as stored") for run in (identified, runs[0]))
+    state.predictor = "network"
+    for state.step in (1, 2):
+        plain.step = state.step
+        for index in range(4):
+            state.index = plain.index = index
+            assert state.counts == plain.counts and np.array_equal(state.quality, plain.quality, equal_nan=True)
+            assert all(map(np.array_equal, state.probabilities, plain.probabilities))
+
+
 def test_pictures_are_ranked_by_the_chosen_predictor(identified):
     samples = identified.samples()
     images = [tuple(np.roll(a, by, 1) for a in sample[:2]) for sample in samples for by in (0, 7, 19, 26)]
@@ -456,7 +468,7 @@ def test_every_way_out_follows_the_predictor(identified, runs, tmp_path):
         row = frame.loc["analytic", explorer.state.index]
         assert row["predictor"] == switch.value
         assert {name: row[name] for name in explorer.state.counts} == explorer.state.counts
-        assert repr(explorer).endswith(f"picture 0 {switch.value})") == (switch.value != "both")
+        assert repr(explorer).endswith(f"picture 0, {switch.value})") == (switch.value != "both")
     assert second.picture is before
     explorer.close()
 

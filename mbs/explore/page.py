@@ -90,7 +90,7 @@ class Panel(NamedTuple):
 # %% ../../nbs/61d_page.ipynb #756fd924
 def describe_moment(state: PictureState) -> str:
     "Name the step and the picture that are shown, and the predictor if it is not the run's."
-    predictor = "" if state.predictor == RUN_PREDICTOR else f" {state.predictor}"
+    predictor = "" if state.predictor == RUN_PREDICTOR else f", {state.predictor}"
     return f"step {state.step} picture {state.index}{predictor}"
 
 
