@@ -66,5 +66,5 @@ def make_pseudo_label_examples(setup: Setup, run: Run, step: Step, n: int = 3) -
     "Return photos, truths, labels of the step and labels trained on, for the `n` training pictures with most classes."
     positions = choose_samples(setup.train, setup.protocol, n, setup.positions[step.number])
     thresholds = run.metrics(step.number).get("thresholds")
-    pictures = relabel_pictures(setup, run.model(step.number - 1), step, positions, thresholds)
+    pictures = relabel_pictures(setup, run.teacher(step.number), step, positions, thresholds)
     return tuple(map(list, zip(*pictures)))

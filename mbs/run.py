@@ -12,6 +12,7 @@ __all__ = [
     "make_protocol",
     "read_log",
     "read_metrics",
+    "read_confusion",
     "Sample",
     "read_samples",
     "Run",
@@ -258,6 +259,16 @@ def read_metrics(file: Path) -> dict:
     return metrics
 
 
+# %% ../nbs/51_run.ipynb #4e13c2f5
+def read_confusion(file: Path, n: int) -> Confusion:
+    "Read a confusion matrix of `n` channels; ValueError when it is damaged."
+    counts = read_arrays(file).get("counts")
+    is_sound = counts is not None and counts.shape == (n, n) and counts.dtype.kind in "iu"
+    if not is_sound or (counts < 0).any() or (counts > 2**53).any():
+        raise ValueError(f"{file} holds no confusion matrix of {n} channels: expected that of this run; it is damaged")
+    return Confusion(n, counts)
+
+
 # %% ../nbs/51_run.ipynb #fc7d4de9
 class Sample(NamedTuple):
     "A fixed test picture of a run."
@@ -369,14 +380,7 @@ class Run(_RunFiles):
         """
         step = range(self.n_steps)[step]
         file = self.step_path(step, f"confusion-{column}.npz" if column else "confusion.npz")
-        n = self.protocol[step].n_channels
-        counts = read_arrays(file).get("counts")
-        is_sound = counts is not None and counts.shape == (n, n) and counts.dtype.kind in "iu"
-        if not is_sound or (counts < 0).any() or (counts > 2**53).any():
-            raise ValueError(
-                f"{file} holds no confusion matrix of {n} channels: expected that of this run; it is damaged"
-            )
-        return Confusion(n, counts)
+        return read_confusion(file, self.protocol[step].n_channels)
 
     def iou(self) -> np.ndarray:
         "(T, C) IoU of every channel after every complete step."
@@ -392,6 +396,13 @@ class Run(_RunFiles):
         if not (identity and self.card.parts.has_identity):
             return model
         return IdentifiedSegmenter(model, self.identity(step), self.reference()).eval()
+
+    def teacher(self, step: int) -> Predictor:
+        "Load the model that taught `step`: the network before it, with its identity if parts.identity_teacher is set."
+        step = range(self.n_steps)[step]
+        if step == 0:
+            raise ValueError("step 0 has no teacher: expected an incremental step, 1 or later")
+        return self.model(step - 1, identity=self.card.parts.identity_teacher)
 
     def reference(self) -> Segmenter | None:
         "Load the network whose frozen encoder the identity reads; None where that is the encoder of every step."

@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    "An mbs and a kd run of the same steps, trained for seconds: enough to predict more than background."
+def train_briefly(tmp_path_factory):
+    "A function that trains a run for seconds, in one folder: enough to predict more than background."
     from mbs.experiment import Experiment
     from mbs.settings import Settings
 
@@ -44,4 +44,16 @@ def runs(tmp_path_factory):
         scenes=dict(n_train=120, n_test=8, size=40),
         samples=4,
     )
-    return tuple(Experiment(Settings(name=name, method=name, **common), folder).run() for name in ("mbs", "kd"))
+    return lambda **chosen: Experiment(Settings(**chosen, **common), folder).run()
+
+
+@pytest.fixture(scope="session")
+def runs(train_briefly):
+    "An mbs and a kd run of the same steps."
+    return tuple(train_briefly(name=name, method=name) for name in ("mbs", "kd"))
+
+
+@pytest.fixture(scope="session")
+def identified(runs, train_briefly):
+    "A run of the same steps whose foreground a network and an identity divide, half and half; the teacher has none."
+    return train_briefly(name="analytic", method="mbs-analytic", parts=dict(identity_width=32, identity_share=0.5))

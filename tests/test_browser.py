@@ -25,9 +25,9 @@ def chrome():
 
 
 @pytest.fixture(scope="module")
-def tour(runs, chrome, tmp_path_factory):
-    "The guided tour of two runs, open in JupyterLab, every cell run."
-    notebook = write_tour(*runs)
+def tour(identified, runs, chrome, tmp_path_factory):
+    "The guided tour of two runs, the first with an identity, open in JupyterLab, every cell run."
+    notebook = write_tour(identified, runs[1])
     with jupyter_lab(tmp_path_factory.mktemp("lab")) as lab, page_of(chrome) as page:
         open_notebook(page, lab, notebook)
         try:
@@ -50,7 +50,7 @@ def shift(tour):
         """
 from mbs.explore.paint import make_class_style
 start = dict(step=1, tau=.5, alpha=.55, hidden=[], flow_filter=[], source='prediction', colour_by='class',
-             order='as stored', index=0, pick=(20, 20))
+             order='as stored', index=0, pick=(20, 20), predictor='both')
 for name, value in start.items():
     setattr(shift.state, name, value)""",
     )
@@ -258,6 +258,27 @@ def test_switch_picture_and_step(shift):
     assert "truth" not in changed(middle, shift.pixels())
 
 
+def test_switch_predictor(shift):
+    shift.shows()
+    before = shift.pixels()
+    switch = shift.page.locator(".widget-dropdown", has_text="prediction by").first.locator("select")
+    for name in ("network", "identity"):
+        switch.select_option(name)
+        shift.page.wait_for_function(
+            "(name) => document.querySelector('.mbs-explore').dataset.drawn.includes(`, ${name} `)", arg=name
+        )
+        assert shift.state("predictor") == name
+        shift.shows()
+        assert changed(before, shift.pixels()) <= {"predicted", "flow"}
+        assert f"prediction ({name}) after step 1" in shift.root.inner_text()
+        assert shift.panel("predicted").get_attribute("aria-label").startswith(f"prediction ({name}) after step 1: ")
+    assert "identity, given the foreground: " in shift.root.locator(".mbs-card").inner_text()
+    switch.select_option("both")
+    shift.page.wait_for_function("() => !document.querySelector('.mbs-explore').dataset.drawn.includes(', ')")
+    shift.settled()
+    assert changed(before, shift.pixels()) == set()
+
+
 def test_filter_by_flow_and_class(shift):
     row = shift.root.locator(".mbs-tables button").first
     row.click()
@@ -298,7 +319,7 @@ def test_two_runs_move_together(tour):
     for one in (first, second):
         one.root.get_by_text(f"pseudo-labels, τ = {tau:.2f}").wait_for()
     titles = [one.root.locator(".mbs-heading").inner_text() for one in (first, second)]
-    assert titles[0].startswith("mbs") and titles[1].startswith("kd") and tour.external == []
+    assert titles[0].startswith("analytic") and titles[1].startswith("kd") and tour.external == []
 
 
 def test_features_follow_the_pick(tour):

@@ -20,9 +20,11 @@ from mbs.explore.evidence import (
     FLOWS,
     IGNORED_OLD,
     LEVELS,
+    PREDICTORS,
     THRESHOLDS,
     Evidence,
     classify_flow,
+    collect_evidence,
     compare_tokens,
     count_codes,
     fit_colours,
@@ -37,8 +39,11 @@ from mbs.explore.page import Display, describe_shift_panels, describe_shift_pict
 from mbs.explore.paint import FATE_STYLE, FLOW_STYLE, make_class_style, make_group_style, paint, quantise
 from mbs.explore.states import COLOURS, ORDERS, SOURCES, FeatureState, Pictures, ShiftState
 from mbs.explore.widgets import make_control
+from mbs.identity import IdentifiedSegmenter
+from mbs.inference import segment, to_batch
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels
+from mbs.segmenter import Segmenter
 from mbs.settings import Settings
 from mbs.viz import AGREE, FATES, classify_fate
 
@@ -298,6 +303,174 @@ def test_runs_that_do_not_fit_are_refused(runs, tmp_path):
         explore_pseudo_labels(runs[0], other)
     with pytest.raises(ValueError, match="in other steps"):
         explore_class_tokens(runs[0], other)
+
+
+# network and identity
+
+
+def test_teacher_has_an_identity_only_where_training_gave_it_one(identified, monkeypatch):
+    assert isinstance(identified.model(0), IdentifiedSegmenter)
+    network = identified.teacher(1)
+    assert isinstance(network, Segmenter)
+    pairs = zip(network.state_dict().values(), identified.model(0, identity=False).state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert identified.teacher(-1).n_channels == identified.protocol[2].n_old
+    with pytest.raises(ValueError, match="step 0 has no teacher: expected an incremental step"):
+        identified.teacher(0)
+    parts = identified.card.parts.model_copy(update=dict(identity_teacher=True))
+    monkeypatch.setattr(identified, "card", identified.card.model_copy(update=dict(parts=parts)))
+    assert isinstance(identified.teacher(1), IdentifiedSegmenter)
+
+
+def describe_card(state):
+    return describe_shift_pixel(state)["lines"]
+
+
+def test_predictor_is_the_one_that_is_chosen(identified):
+    "Prediction, flow, ranking and probabilities are those of the network, or of network and identity."
+    state = ShiftState(Pictures(identified), step=2, order="as stored")
+    models = dict(network=identified.model(2, identity=False), both=identified.model(2), identity=identified.model(2))
+    models["identity"].identity.share = 1
+    assert state.predictor == "both"
+    seen = {}
+    for state.predictor, model in models.items():
+        for state.index in range(4):
+            m = state.moment
+            assert (m.prediction == segment(model, m.photo, identified.card.normalisation)).all()
+            assert (state.shift.flow == classify_flow(m.seen_truth, m.prediction, state.n_old)).all()
+            with torch.inference_mode():
+                p = model(to_batch(m.photo, identified.card.normalisation)).logits.softmax(1)[0]
+            assert np.allclose(state.probabilities.student, p[(slice(None), *state.pick)], atol=1e-5)
+            seen[state.predictor, state.index] = m.prediction
+    for name in ("network", "identity"):
+        assert any((seen[name, k] != seen["both", k]).any() for k in range(4)), f"{name} says what both say"
+    assert all((seen["both", k] == sample.predictions[2]).all() for k, sample in enumerate(identified.samples()))
+
+
+def test_network_alone_is_the_run_without_identity(runs, identified):
+    "The regression changes nothing in training, so the explorers of both runs show the same numbers."
+    state, plain = (ShiftState(Pictures(run), order="as stored") for run in (identified, runs[0]))
+    state.predictor = "network"
+    for state.step in (1, 2):
+        plain.step = state.step
+        for index in range(4):
+            state.index = plain.index = index
+            assert state.counts == plain.counts and np.array_equal(state.quality, plain.quality, equal_nan=True)
+            assert all(map(np.array_equal, state.probabilities, plain.probabilities))
+
+
+def test_pictures_are_ranked_by_the_chosen_predictor(identified):
+    samples = identified.samples()
+    images = [tuple(np.roll(a, by, 1) for a in sample[:2]) for sample in samples for by in (0, 7, 19, 26)]
+    state = ShiftState(Pictures(identified, images), step=2, order="most forgotten")
+    rankings = set()
+    for state.predictor in PREDICTORS:
+        forgotten = []
+        for index in state.ranking:
+            state.index = index
+            forgotten.append(state.counts["old->background"])
+        assert forgotten == sorted(forgotten, reverse=True)
+        rankings.add(tuple(state.ranking))
+    assert len(rankings) > 1, "all predictors rank alike: the test would say nothing"
+
+
+def test_identity_alone_is_the_run_with_a_share_of_one(runs, train_briefly):
+    "Then nothing but the regression divides the foreground, so both predictors agree at every pixel."
+    run = train_briefly(name="alone", method="mbs-analytic", parts=dict(identity_width=32))
+    pictures = Pictures(run)
+    for index in range(4):
+        assert (pictures.predict(2, index, "identity") == pictures.predict(2, index)).all()
+
+
+def test_evidence_of_the_teacher_is_that_of_training(identified, monkeypatch):
+    "The network alone, whoever predicts, unless the identity taught, too."
+    for teaches in (False, True):
+        parts = identified.card.parts.model_copy(update=dict(identity_teacher=teaches))
+        monkeypatch.setattr(identified, "card", identified.card.model_copy(update=dict(parts=parts)))
+        state = ShiftState(Pictures(identified), step=2, order="least confident")
+        expected = collect_evidence(
+            identified.model(1, identity=teaches), state.moment.photo, identified.card.normalisation
+        )
+        for state.predictor in PREDICTORS:
+            assert np.array_equal(state.moment.teacher.confidence, expected.confidence)
+        confidences = [state.pictures.get_teacher_evidence(2, k).confidence.mean() for k in state.ranking]
+        assert confidences == sorted(confidences)
+        assert (
+            f"The teacher of a step is {'network and identity' if teaches else 'the network alone'}."
+            in (describe_shift_picture(state, Display())["note"])
+        )
+
+
+def test_card_says_what_network_and_identity_each_think(identified):
+    state = ShiftState(Pictures(identified), step=2)
+    model, (row, column) = identified.model(2), state.pick
+    images = to_batch(state.moment.photo, identified.card.normalisation)
+    with torch.inference_mode():
+        logits = model.network(images).logits[0, 1:, row, column]
+        log_identity = model.identity((model.reference or model.network).encode(images), (5, 5))
+        upsampled = F.interpolate(log_identity, size=(40, 40), mode="bilinear")[0, :, row, column]
+    assert model.identity.known.tolist() == list(range(1, 9))
+    expected = []
+    for name, values in (("network", logits), ("identity", upsampled)):
+        p, classes = values.softmax(0).topk(2)
+        first, second = (f"{identified.names[1 + int(c)]} {q:.2f}" for q, c in zip(p, classes))
+        expected.append(f"{name}, given the foreground: {first}, {second}")
+    lines = describe_card(state)
+    assert [line for line in lines if "given the foreground" in line] == expected
+    for state.predictor in PREDICTORS:
+        lines = describe_card(state)
+        assert [line for line in lines if "given the foreground" in line] == expected
+        assert f"blue: new model ({state.predictor})" in lines[-1]
+        assert f"prediction: {identified.names[state.moment.prediction[row, column]]}" in lines
+
+
+def test_run_without_identity_has_no_switch_and_no_cost(runs, identified):
+    assert "prediction by" in controls(explore_pseudo_labels(identified).view)
+    explorer = explore_pseudo_labels(runs[0])
+    assert not [name for name in controls(explorer.view) if "prediction by" in name]
+    with pytest.raises(ValueError, match="run mbs has no identity: expected predictor=both, its only one"):
+        explorer.state.predictor = "network"
+    assert explorer.state.opinions is None and "given the foreground" not in " ".join(describe_card(explorer.state))
+    assert "predictor" not in explorer.to_frame()
+    pictures = Pictures(runs[0])
+    pictures.get_moment(1, 0), pictures.get_moment(2, 0)
+    assert pictures._get_evidence.cache_info().misses == 3  # the student of a step is the teacher of the next one
+    assert pictures._load_teacher.cache_info().misses == pictures.get_opinions.cache_info().misses == 0
+
+
+def test_every_way_out_follows_the_predictor(identified, runs, tmp_path):
+    explorer = explore_pseudo_labels(identified, runs[0], step=2, order="as stored")
+    found, (canvas, second) = controls(explorer.view), explorer.canvases
+    switch = found["prediction by (mbs-analytic)"]
+    assert switch.options == tuple(PREDICTORS) and not [name for name in found if name == "prediction by (mbs)"]
+    before = second.picture
+    for switch.value in PREDICTORS:
+        prediction = explorer.state.moment.prediction
+        assert explorer.state.predictor == switch.value and explorer.states[1].predictor == "both"
+        assert decompress(canvas.picture["maps"]["predicted"]) == prediction.tobytes()
+        titles = {panel["key"]: (panel["title"], panel["about"]) for panel in canvas.panels["panels"]}
+        assert titles["predicted"][0] == f"prediction ({switch.value}) after step 2"
+        assert titles["predicted"][1].endswith(PREDICTORS[switch.value])
+        assert titles["flow"][0] == canvas.panels["tables"][1]["title"] == f"flow of the prediction ({switch.value})"
+        page = explorer.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+        states = json.loads(re.search(r'<script type="application/json" id="states">(.*?)</script>', page, re.S)[1])
+        assert decompress(base64.b64decode(states[0]["picture"]["maps"]["predicted"]["base64"])) == prediction.tobytes()
+        assert states[0]["frames"][3]["panels"]["moment"] == states[0]["picture"]["moment"]
+        rows = {
+            row["name"].replace(" → ", "->"): row["count"]
+            for row in states[0]["frames"][3]["panels"]["tables"][1]["rows"]
+        }
+        assert rows == {name: explorer.state.counts[name] for name in FLOWS}
+        figure = explorer.to_figure()
+        drawn = [ax.get_title() for part in figure.subfigs for top in part.subfigs for ax in top.axes]
+        assert f"prediction ({switch.value})" in drawn and "prediction" in drawn
+        frame = explorer.to_frame().set_index(["run", "picture"])
+        row = frame.loc["analytic", explorer.state.index]
+        assert row["predictor"] == switch.value
+        assert {name: row[name] for name in explorer.state.counts} == explorer.state.counts
+        assert repr(explorer).endswith(f"picture 0, {switch.value})") == (switch.value != "both")
+    assert second.picture is before
+    explorer.close()
 
 
 # widgets without a kernel

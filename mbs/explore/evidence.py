@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     "LEVELS",
+    "PREDICTORS",
+    "RUN_PREDICTOR",
     "FLOWS",
     "IGNORED_OLD",
     "IGNORED_OTHER",
@@ -12,6 +14,9 @@ __all__ = [
     "Evidence",
     "collect_evidence",
     "interpolate_probabilities",
+    "choose_predictor",
+    "Opinions",
+    "collect_opinions",
     "make_step_labels",
     "hide_later_classes",
     "relabel_background",
@@ -29,16 +34,17 @@ __all__ = [
 
 # %% ../../nbs/61a_evidence.ipynb #d3c4e109
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..augment import Normalisation
+from ..identity import IdentifiedSegmenter, Predictor, split_predictor
 from ..inference import to_batch
 from ..protocol import VOID, Step
 from ..pseudo_labels import doubts_background, ignore_doubtful, relabel_confident
-from ..segmenter import Segmenter
 from ..viz import GREY, SHIFT_COLOURS, UNCOUNTED, VERMILLION, classify_shift
 
 # %% ../../nbs/61a_evidence.ipynb #88c68f1a
@@ -57,7 +63,7 @@ class Evidence(NamedTuple):
 
 
 # %% ../../nbs/61a_evidence.ipynb #fd1ca227
-def _run_with_hooks(model: Segmenter, batch: torch.Tensor) -> tuple:  # (output, {level: (1, N, D) tokens})
+def _run_with_hooks(model: Predictor, batch: torch.Tensor) -> tuple:  # (output, {level: (1, N, D) tokens})
     "Run `model` on a batch and keep the outputs of its encoder and of its decoder's last normalisation."
     layers = dict(encoder=model.encoder, decoder=model.decoder.decoder_norm)
     tokens = {}
@@ -76,7 +82,7 @@ def _run_with_hooks(model: Segmenter, batch: torch.Tensor) -> tuple:  # (output,
 # %% ../../nbs/61a_evidence.ipynb #4f785f86
 @torch.inference_mode()
 def collect_evidence(
-    model: Segmenter,
+    model: Predictor,
     photo: np.ndarray,  # (H, W, 3) uint8
     normalisation: Normalisation,
 ) -> Evidence:
@@ -125,6 +131,54 @@ def interpolate_probabilities(
     logits = upper * (1 - v) + lower * v
     exponentials = np.exp(logits - logits.max())
     return exponentials / exponentials.sum()
+
+
+# %% ../../nbs/61a_evidence.ipynb #49df5056
+PREDICTORS = {
+    "network": "the network alone",
+    "identity": "the network, but the identity alone divides the foreground",
+    "both": "network and identity, as the run does",
+}
+RUN_PREDICTOR = "both"
+
+
+# %% ../../nbs/61a_evidence.ipynb #9a29afbd
+def choose_predictor(model: Predictor, name: str) -> Predictor:
+    """Return the predictor that `name`, one of `PREDICTORS`, stands for.
+
+    "network" is the network of `model` (η = 0), "both" is `model` with the η of its run. "identity" is `model` with
+    η = 1: the background of a patch is as probable as for the network, and the regression alone divides the rest. A
+    class that the regression does not know keeps the network's probability."""
+    network, identity = split_predictor(model)
+    if name == "network":
+        return network
+    if name == "both":
+        return model
+    alone = copy(identity)
+    alone.share = 1
+    return IdentifiedSegmenter(network, alone, model.reference)
+
+
+# %% ../../nbs/61a_evidence.ipynb #fd51c281
+class Opinions(NamedTuple):
+    "The same quantity of the two parts that decide: of the C − 1 classes, without the background."
+
+    network: np.ndarray
+    identity: np.ndarray
+
+
+# %% ../../nbs/61a_evidence.ipynb #4ac18232
+@torch.inference_mode()
+def collect_opinions(
+    model: IdentifiedSegmenter,
+    photo: np.ndarray,  # (H, W, 3) uint8
+    normalisation: Normalisation,
+) -> Opinions:  # (C − 1, h, w) float32 each; the softmax gives the probabilities given the foreground
+    "Run network and identity once on a photo and keep the patch logits of the classes."
+    batch = to_batch(photo, normalisation)
+    tokens = model.eval().encode(batch)
+    outputs = [choose_predictor(model, name)(batch, tokens) for name in Opinions._fields]
+    return Opinions(*(output.patch_logits[0, 1:].numpy() for output in outputs))
 
 
 # %% ../../nbs/61a_evidence.ipynb #a83c7a5c

@@ -25,7 +25,7 @@ import numpy as np
 import traitlets as T
 from matplotlib.figure import Figure
 
-from .evidence import LEVELS, THRESHOLDS
+from .evidence import LEVELS, PREDICTORS, THRESHOLDS
 from mbs.explore.figures import (
     SHIFT_PANELS,
     draw_feature_figure,
@@ -226,6 +226,19 @@ class PictureExplorer(Explorer):
 
 
 # %% ../../nbs/61g_explorers.ipynb #03b2cffa
+def _make_run_controls(explorer) -> list:
+    "Make the controls of a `ShiftExplorer` that two runs do not share: rule 2, and the predictor if there are several."
+    controls = []
+    for state in explorer.states:
+        whose = f" ({state.run.settings.method})" if explorer.display.is_wide else ""
+        controls.append(make_control("Checkbox", f"ignore doubtful pixels{whose}", state, "ignore", indent=False))
+        if state.pictures.has_identity:
+            options = dict(options=list(PREDICTORS), tooltip="whose prediction after the step is shown")
+            controls.append(make_control("Dropdown", f"prediction by{whose}", state, "predictor", **options))
+    return controls
+
+
+# %% ../../nbs/61g_explorers.ipynb #636f081f
 class ShiftExplorer(PictureExplorer):
     "Pseudo-labels, flow and distillation weights; see `explore_pseudo_labels`."
 
@@ -249,7 +262,8 @@ class ShiftExplorer(PictureExplorer):
     def describe_saved(self, state: ShiftState) -> dict:
         "Describe the parts, and the panels at every twentieth of τ, at the runs' own and at the chosen τ."
         own = {s.run.card.parts.threshold for s in self.states}
-        copied = {name: getattr(state, name) for name in ("step", "index", "ignore", "source", "colour_by")}
+        names = ("step", "index", "predictor", "ignore", "source", "colour_by")
+        copied = {name: getattr(state, name) for name in names}
         frames = []
         for tau in sorted({*THRESHOLDS[::5].round(2).tolist(), *own, state.tau}):
             other = ShiftState(state.pictures, tau=tau, **copied)
@@ -263,16 +277,12 @@ class ShiftExplorer(PictureExplorer):
         reset.on_click(lambda _: setattr(state, "tau", own))
         source = make_choice("flow of the", state, "source", SOURCES)
         colour_by = make_choice("pseudo-labels by", state, "colour_by", COLOURS)
-        rules = []
-        for s in self.states:
-            description = "ignore doubtful pixels" + (f" ({s.run.settings.method})" if self.display.is_wide else "")
-            rules.append(make_control("Checkbox", description, s, "ignore", indent=False))
         common = make_picture_controls(state, self.canvases)
         self._links += common.links
         return [
             wrap_row(tau, common.opacity, reset),
             wrap_row(*common.pictures, common.step, common.order),
-            wrap_row(source, colour_by, *rules),
+            wrap_row(source, colour_by, *_make_run_controls(self)),
         ]
 
     def to_figure(self, panels: Sequence[str] = SHIFT_PANELS, annotate: bool = True) -> Figure:
@@ -284,7 +294,7 @@ class ShiftExplorer(PictureExplorer):
         return tabulate_shift(self.states)
 
 
-# %% ../../nbs/61g_explorers.ipynb #636f081f
+# %% ../../nbs/61g_explorers.ipynb #19333077
 def explore_pseudo_labels(
     run: Run | Path | str,  # or its folder
     other: Run | Path | str | None = None,  # a second run of the same classes and steps, side by side
@@ -292,7 +302,7 @@ def explore_pseudo_labels(
     images: Sequence | None = None,  # files, PIL pictures, arrays (H, W, 3), or pairs with a truth; None: run's samples
     max_side: int = 512,  # larger pictures are thinned out for display, pixels
     palette: np.ndarray | None = None,  # (C, 3) uint8 colours of the channels; None: those of VOC
-    **chosen,  # traits of `ShiftState`: step, tau, source, order, index, …
+    **chosen,  # traits of `ShiftState`: step, tau, source, predictor, order, index, …
 ) -> ShiftExplorer:
     """Explore what a step hides and what the pseudo-labels give back.
 

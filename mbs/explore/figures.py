@@ -29,7 +29,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .evidence import LEVELS, THRESHOLDS, measure_distance
-from .page import CURVE_LINES, find_cosine_range, format_run, scale_curve
+from mbs.explore.page import (
+    CURVE_LINES,
+    find_cosine_range,
+    format_run,
+    list_opinions,
+    name_judged,
+    name_predicted,
+    scale_curve,
+)
 from mbs.explore.paint import (
     DARKENED,
     FATE_STYLE,
@@ -95,9 +103,9 @@ def _list_label_maps(state: ShiftState, palette: np.ndarray | None) -> dict[str,
     return dict(
         truth=_LabelMap("truth", m.truth, classes),
         view=_LabelMap(f"labels of step {state.step}", m.step_labels, classes),
-        predicted=_LabelMap("prediction", m.prediction, classes),
+        predicted=_LabelMap(name_predicted(state), m.prediction, classes),
         pseudo=_LabelMap(f"pseudo-labels, τ = {state.tau:.2f}", pseudo, pseudo_style),
-        flow=_LabelMap(f"flow of the {state.source}", shift.flow, FLOW_STYLE),
+        flow=_LabelMap(f"flow of the {name_judged(state)}", shift.flow, FLOW_STYLE),
     )
 
 
@@ -182,6 +190,8 @@ def _draw_shift_state(fig, state: ShiftState, panels: Sequence[str], palette: np
     _draw_curve(left, state)
     show_probabilities(*state.probabilities, state.run.names, state.tau, ax=right)
     right.set_title(f"pixel {state.pick}", fontsize=8, loc="left")
+    if opinions := list_opinions(state):
+        right.set_xlabel("\n".join(opinions), fontsize=8, loc="left")
     return handles
 
 
@@ -193,7 +203,9 @@ def draw_shift_figure(
     annotate: bool = True,  # False: only the panels
 ) -> Figure:
     "Draw pseudo-label states, one below the other."
-    size = 1.75 * len(panels) + 0.2, len(states) * (2.0 + 1.9 * annotate) + 0.3 * annotate
+    n_identities = sum(state.pictures.has_identity for state in states)
+    height = len(states) * (2.0 + 1.9 * annotate) + (0.3 + 0.3 * n_identities) * annotate
+    size = 1.75 * len(panels) + 0.2, height
     fig = NotebookFigure(figsize=size, layout="constrained")
     if not annotate:
         for state, part in zip(states, _split_rows(fig, len(states))):
@@ -218,8 +230,9 @@ def tabulate_shift(states: Sequence[ShiftState]):
     rows = []
     for state in states:
         for index in range(len(state.pictures)):
-            other = ShiftState(state.pictures, index=index, ignore=state.ignore, **chosen)
+            other = ShiftState(state.pictures, index=index, ignore=state.ignore, predictor=state.predictor, **chosen)
             row = dict(run=state.run.folder.name, picture=index, **chosen, pixels=other.moment.truth.size)
+            row |= dict(predictor=state.predictor) if state.pictures.has_identity else {}
             rows.append(row | other.counts | other.quality._asdict())
     return pd.DataFrame(rows)
 

@@ -13,7 +13,10 @@ __all__ = [
     "describe_moment",
     "scale_curve",
     "describe_shift_picture",
+    "name_predicted",
+    "name_judged",
     "describe_shift_panels",
+    "list_opinions",
     "describe_shift_pixel",
     "find_cosine_range",
     "describe_feature_picture",
@@ -40,7 +43,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from .evidence import FLOWS, compare_to_patch
+from .evidence import FLOWS, PREDICTORS, RUN_PREDICTOR, compare_to_patch
 from mbs.explore.paint import (
     DARKENED,
     FATE_STYLE,
@@ -86,8 +89,9 @@ class Panel(NamedTuple):
 
 # %% ../../nbs/61d_page.ipynb #756fd924
 def describe_moment(state: PictureState) -> str:
-    "Name the step and the picture that are shown."
-    return f"step {state.step} picture {state.index}"
+    "Name the step and the picture that are shown, and the predictor if it is not the run's."
+    predictor = "" if state.predictor == RUN_PREDICTOR else f", {state.predictor}"
+    return f"step {state.step} picture {state.index}{predictor}"
 
 
 # %% ../../nbs/61d_page.ipynb #b27953d3
@@ -200,6 +204,9 @@ def _note_differences(state: ShiftState) -> str:
         )
     elif state.ignore != parts.ignore_uncertain:
         notes.append(f"The run itself was trained with rule 2 {'on' if parts.ignore_uncertain else 'off'}.")
+    if parts.has_identity:
+        teacher = "network and identity" if parts.identity_teacher else "the network alone"
+        notes.append(f"The teacher of a step is {teacher}.")
     if parts.feature_distillation != "adaptive":
         notes.append("This run does not weight its feature distillation: the panel shows what the weights would be.")
     return " ".join(notes)
@@ -241,11 +248,22 @@ def _describe_rows(counts: dict[str, int], style: Style) -> list[dict]:
 
 
 # %% ../../nbs/61d_page.ipynb #26d80855
+def name_predicted(state: ShiftState, name: str = "prediction") -> str:
+    "Append the predictor to `name`, of what the new model says, if the run has several."
+    return f"{name} ({state.predictor})" if state.pictures.has_identity else name
+
+
+def name_judged(state: ShiftState) -> str:
+    "Name the labels whose flow is shown."
+    return name_predicted(state) if state.source == "prediction" else "pseudo-labels"
+
+
+# %% ../../nbs/61d_page.ipynb #a174f00d
 def _describe_tables(state: ShiftState) -> list[dict]:
     "Describe the tables of fates and of flows."
     fates, flows = ({name: state.counts[name] for name in names} for names in (FATES, FLOWS))
     precision, recall = ("undefined" if np.isnan(v) else f"{100 * v:.1f} %" for v in state.quality)
-    judged = "prediction" if state.source == "prediction" else f"pseudo-labels at τ = {state.tau:.2f}"
+    judged = name_judged(state) + ("" if state.source == "prediction" else f" at τ = {state.tau:.2f}")
     return [
         dict(
             title=f"fate of the pixels at τ = {state.tau:.2f}",
@@ -262,7 +280,7 @@ def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
     "List the six panels; `cell` is the side of a patch in shown pixels."
     n_pixels, weights = state.moment.truth.size, state.shift.weights
     relabelled, ignored = (state.counts[name] / n_pixels for name in ("relabelled", "ignored"))
-    judged = "prediction" if state.source == "prediction" else "pseudo-labels"
+    predictor = f": {PREDICTORS[state.predictor]}" if state.pictures.has_identity else ""
     return [
         Panel("truth", "truth", "all classes, later ones included", "truth", style="class"),
         Panel(
@@ -281,13 +299,17 @@ def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
         ),
         Panel(
             "predicted",
-            f"prediction after step {state.step}",
-            "labels that the new model predicts",
+            f"{name_predicted(state)} after step {state.step}",
+            f"labels that the new model predicts{predictor}",
             "prediction",
             style="class",
         ),
         Panel(
-            "flow", f"flow of the {judged}", "direction in which each pixel moved, see the table", "flow", style="flow"
+            "flow",
+            f"flow of the {name_judged(state)}",
+            "direction in which each pixel moved, see the table",
+            "flow",
+            style="flow",
         ),
         Panel(
             "weight",
@@ -321,6 +343,19 @@ def describe_shift_panels(state: ShiftState, display: Display) -> dict:
 
 
 # %% ../../nbs/61d_page.ipynb #b0147a70
+def list_opinions(state: ShiftState, n: int = 2) -> list[str]:
+    "Say which `n` classes network and identity find most probable at the picked pixel; [] without an identity."
+    if not (opinions := state.opinions):
+        return []
+    lines = []
+    for name, probabilities in opinions._asdict().items():
+        first = np.argsort(-probabilities, kind="stable")[:n].tolist()
+        classes = ", ".join(f"{state.run.names[1 + k]} {probabilities[k]:.2f}" for k in first)
+        lines.append(f"{name}, given the foreground: {classes}")
+    return lines
+
+
+# %% ../../nbs/61d_page.ipynb #11487c86
 def describe_shift_pixel(state: ShiftState, n_bars: int = 6) -> dict:
     "Describe the picked pixel: its labels, and the most probable classes of both models."
     m = state.moment
@@ -333,7 +368,7 @@ def describe_shift_pixel(state: ShiftState, n_bars: int = 6) -> dict:
     }
     lines = [f"pixel {state.pick}"]
     lines += [f"{title}: {names[int(values[state.pick])]}" for title, values in labels.items()]
-    lines += ["grey: old model, blue: new model; dashed line: τ"]
+    lines += [*list_opinions(state), f"grey: old model, blue: {name_predicted(state, 'new model')}; dashed line: τ"]
     old, new = state.probabilities
     largest = np.maximum(np.pad(old, (0, len(new) - len(old))), new)  # (C,) of either model
     first = np.argsort(-largest, kind="stable")[:n_bars].tolist()

@@ -38,11 +38,16 @@ from PIL import Image
 from mbs.explore.evidence import (
     FLOWS,
     LEVELS,
+    PREDICTORS,
+    RUN_PREDICTOR,
     ColourBasis,
     Evidence,
+    Opinions,
     ThresholdCurve,
+    choose_predictor,
     classify_flow,
     collect_evidence,
+    collect_opinions,
     compare_to_patch,
     compare_tokens,
     count_codes,
@@ -110,8 +115,8 @@ class Moment(NamedTuple):
     seen_truth: np.ndarray  # (H, W) uint8 truth with later classes 255
     step_labels: np.ndarray  # (H, W) uint8 training labels of the step
     prediction: np.ndarray  # (H, W) uint8 of the student
-    teacher: Evidence  # of the model before the step
-    student: Evidence  # of the model after the step
+    teacher: Evidence  # of the model that taught the step
+    student: Evidence  # of the predictor after the step
 
 
 # %% ../../nbs/61b_states.ipynb #1e14cd61
@@ -123,7 +128,42 @@ class ModelPair(NamedTuple):
 
 
 # %% ../../nbs/61b_states.ipynb #0af8184a
-class Pictures:
+class _EvidenceStore:
+    "What the models of a run's steps say about photos, computed when it is first asked for."
+
+    def __init__(self, run: Run, photos: Sequence[np.ndarray]):
+        self.run = run
+        self._photos = photos
+        self._load_model = lru_cache(3)(run.model)
+        self._load_teacher = lru_cache(2)(run.teacher)
+        self._get_evidence = lru_cache(16)(self._collect_evidence)
+        self.get_opinions = lru_cache(16)(self._collect_opinions)
+
+    @property
+    def has_identity(self) -> bool:
+        "Whether the run has an identity, and so several predictors."
+        return self.run.card.parts.has_identity
+
+    def get_evidence(self, step: int, index: int, predictor: str = RUN_PREDICTOR) -> Evidence:
+        "Return what one of `PREDICTORS` after `step` says about photo `index`."
+        return self._get_evidence(step, index, predictor)
+
+    def get_teacher_evidence(self, step: int, index: int) -> Evidence:
+        "Return what the teacher of `step` says: without an identity the model after the step before."
+        return self._get_evidence(step, index, "teacher") if self.has_identity else self.get_evidence(step - 1, index)
+
+    def _collect_evidence(self, step: int, index: int, role: str) -> Evidence:
+        "Run one of `PREDICTORS` after `step`, or for the role of the teacher the model that taught it."
+        is_teacher = role == "teacher"
+        model = self._load_teacher(step) if is_teacher else choose_predictor(self._load_model(step), role)
+        return collect_evidence(model, self._photos[index], self.run.card.normalisation)
+
+    def _collect_opinions(self, step: int, index: int) -> Opinions:
+        return collect_opinions(self._load_model(step), self._photos[index], self.run.card.normalisation)
+
+
+# %% ../../nbs/61b_states.ipynb #2c30ae9f
+class Pictures(_EvidenceStore):
     "The pictures to explore with a run, and what the models of its steps say about them."
 
     def __init__(
@@ -135,7 +175,6 @@ class Pictures:
         name = run.folder.name
         if run.n_steps < 2:
             raise ValueError(f"run {name} has {run.n_steps} complete steps: expected 2 or more, the base step included")
-        self.run = run
         self.n_steps = n_steps or run.n_steps
         self.is_own = images is not None
         self.samples = [read_sample(item, len(run.names)) for item in images] if self.is_own else run.samples()
@@ -143,20 +182,17 @@ class Pictures:
             raise ValueError(
                 f"run {name} has no picture to explore: expected images=[...], or a run with the setting samples > 0"
             )
-        self._load_model = lru_cache(3)(run.model)
-        self.get_evidence = lru_cache(16)(self._collect_evidence)
+        super().__init__(run, [sample.photo for sample in self.samples])
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def _collect_evidence(self, step: int, index: int) -> Evidence:
-        return collect_evidence(self._load_model(step), self.samples[index].photo, self.run.card.normalisation)
+    def predict(self, step: int, index: int, predictor: str = RUN_PREDICTOR) -> np.ndarray:
+        "Return the (H, W) prediction after `step`: of the run the stored one, else what one of `PREDICTORS` says."
+        is_stored = predictor == RUN_PREDICTOR and not self.is_own
+        return self.samples[index].predictions[step] if is_stored else self.get_evidence(step, index, predictor).best
 
-    def predict(self, step: int, index: int) -> np.ndarray:
-        "Return the (H, W) prediction after `step`: the stored one, or for your own pictures the model's."
-        return self.get_evidence(step, index).best if self.is_own else self.samples[index].predictions[step]
-
-    def get_moment(self, step: int, index: int) -> Moment:
+    def get_moment(self, step: int, index: int, predictor: str = RUN_PREDICTOR) -> Moment:
         "Collect everything that is known about picture `index` at `step`."
         photo, truth, _ = self.samples[index]
         if truth is None:
@@ -168,20 +204,20 @@ class Pictures:
             truth=truth,
             seen_truth=hide_later_classes(truth, self.run.protocol[step].n_channels),
             step_labels=step_labels,
-            prediction=self.predict(step, index),
-            teacher=self.get_evidence(step - 1, index),
-            student=self.get_evidence(step, index),
+            prediction=self.predict(step, index, predictor),
+            teacher=self.get_teacher_evidence(step, index),
+            student=self.get_evidence(step, index, predictor),
         )
 
 
 # %% ../../nbs/61b_states.ipynb #83f6f3c7
-def _measure_flow(pictures: Pictures, step: int, index: int, flow: str) -> float:
+def _measure_flow(pictures: Pictures, step: int, index: int, predictor: str, flow: str) -> float:
     "Measure the share of a picture whose prediction moved in the direction `flow`; 0 without a truth."
     truth, now = pictures.samples[index].truth, pictures.run.protocol[step]
     if truth is None:
         return 0.0
     seen_truth = hide_later_classes(truth, now.n_channels)
-    flows = classify_flow(seen_truth, pictures.predict(step, index), now.n_old)
+    flows = classify_flow(seen_truth, pictures.predict(step, index, predictor), now.n_old)
     return (flows == list(FLOWS).index(flow)).mean()
 
 
@@ -196,14 +232,14 @@ def _measure_ignored(pictures: Pictures, step: int, index: int) -> float:
 ORDERS = ("as stored", "most forgotten", "most intruded", "most ignored", "least confident")
 
 
-def rank_pictures(pictures: Pictures, order: str, step: int) -> list[int]:
+def rank_pictures(pictures: Pictures, order: str, step: int, predictor: str = RUN_PREDICTOR) -> list[int]:
     "Sort the positions of the pictures by one of `ORDERS`, most first; ties stay as stored."
     measures = {
         "as stored": lambda i: 0,
-        "most forgotten": lambda i: _measure_flow(pictures, step, i, "old->background"),
-        "most intruded": lambda i: _measure_flow(pictures, step, i, "background->new"),
+        "most forgotten": lambda i: _measure_flow(pictures, step, i, predictor, "old->background"),
+        "most intruded": lambda i: _measure_flow(pictures, step, i, predictor, "background->new"),
         "most ignored": lambda i: _measure_ignored(pictures, step, i),
-        "least confident": lambda i: -pictures.get_evidence(step - 1, i).confidence.mean(),
+        "least confident": lambda i: -pictures.get_teacher_evidence(step, i).confidence.mean(),
     }
     measure = measures[order]
     return sorted(range(len(pictures)), key=lambda i: -float(measure(i)))
@@ -223,6 +259,7 @@ class PictureChoice(T.HasTraits):
 
     index = T.Int(help="position of the picture, as stored")
     step = T.Int(help="incremental step, 1 or later")
+    predictor = T.Enum(list(PREDICTORS), RUN_PREDICTOR, help="whose prediction is judged, in a run with an identity")
     order = T.Enum(ORDERS, "as stored", help="order of the pictures for previous and next")
     alpha = T.Float(0.55, help="opacity of the colours over the photo, 0..1")
     hidden = T.List(T.Int(), help="channels without colours; 255 stands for ignored")
@@ -236,6 +273,13 @@ class PictureChoice(T.HasTraits):
     @T.validate("step")
     def _check_step(self, proposal):
         return _check_range("step", proposal.value, 1, self.pictures.n_steps - 1)
+
+    @T.validate("predictor")
+    def _check_predictor(self, proposal):
+        if proposal.value != RUN_PREDICTOR and not self.pictures.has_identity:
+            name = self.pictures.run.folder.name
+            raise ValueError(f"run {name} has no identity: expected predictor={RUN_PREDICTOR}, its only one")
+        return proposal.value
 
     @T.validate("alpha")
     def _check_alpha(self, proposal):
@@ -262,6 +306,7 @@ class PictureState(PictureChoice):
         self.pictures = pictures
         self.run = pictures.run
         self.step = pictures.n_steps - 1 if step is None else step
+        self.predictor = chosen.pop("predictor", RUN_PREDICTOR)
         self.order = chosen.pop("order", ORDERS[0])
         self._update_ranking()
         self.index = chosen.pop("index", self.ranking[0])
@@ -269,8 +314,8 @@ class PictureState(PictureChoice):
         for name, value in chosen.items():
             setattr(self, name, value)
         self._update_moment()
-        self.observe(lambda _: self._update_moment(), ["index", "step"])
-        self.observe(lambda _: self._update_ranking(), "step")
+        self.observe(lambda _: self._update_moment(), ["index", "step", "predictor"])
+        self.observe(lambda _: self._update_ranking(), ["step", "predictor"])
         self.observe(lambda _: self._change_order(), "order")
 
     @property
@@ -291,12 +336,12 @@ class PictureState(PictureChoice):
 
     def _update_moment(self):
         "Fetch the picture at the step; a pick outside the picture moves to its border."
-        self.moment = self.pictures.get_moment(self.step, self.index)
+        self.moment = self.pictures.get_moment(self.step, self.index, self.predictor)
         height, width = self._size
         self.pick = min(self.pick[0], height - 1), min(self.pick[1], width - 1)
 
     def _update_ranking(self):
-        self.ranking = rank_pictures(self.pictures, self.order, self.step)
+        self.ranking = rank_pictures(self.pictures, self.order, self.step, self.predictor)
 
     def _change_order(self):
         "Rank the pictures anew and show the first."
@@ -358,6 +403,28 @@ def _weigh_patches(
 
 
 # %% ../../nbs/61b_states.ipynb #aa453acc
+def _derive_shift(
+    moment: Moment,
+    tau: float,
+    ignore: bool,
+    source: str,  # one of `SOURCES`
+    n_old: int,  # old channels, background included
+) -> Shift:
+    "Compute pseudo-labels, fate, flow, weights and counts."
+    pseudo_labels = relabel_background(moment.step_labels, moment.teacher, tau, ignore)
+    judged = moment.prediction if source == "prediction" else pseudo_labels
+    fate = classify_fate(moment.step_labels, pseudo_labels)
+    flow = classify_flow(moment.seen_truth, judged, n_old)
+    return Shift(
+        pseudo_labels=pseudo_labels,
+        fate=fate,
+        flow=flow,
+        weights=_weigh_patches(pseudo_labels, moment.teacher, n_old),
+        counts=count_codes(fate, FATES) | count_codes(flow, FLOWS),
+    )
+
+
+# %% ../../nbs/61b_states.ipynb #486578af
 class ShiftState(PictureState):
     "What is chosen in the pseudo-label explorer, and what follows from it."
 
@@ -380,19 +447,7 @@ class ShiftState(PictureState):
         return _check_range("τ", proposal.value, 0, 1)
 
     def _update_shift(self):
-        "Compute pseudo-labels, fate, flow, weights and counts."
-        m = self.moment
-        pseudo_labels = relabel_background(m.step_labels, m.teacher, self.tau, self.ignore)
-        judged = m.prediction if self.source == "prediction" else pseudo_labels
-        fate = classify_fate(m.step_labels, pseudo_labels)
-        flow = classify_flow(m.seen_truth, judged, self.n_old)
-        self.shift = Shift(
-            pseudo_labels=pseudo_labels,
-            fate=fate,
-            flow=flow,
-            weights=_weigh_patches(pseudo_labels, m.teacher, self.n_old),
-            counts=count_codes(fate, FATES) | count_codes(flow, FLOWS),
-        )
+        self.shift = _derive_shift(self.moment, self.tau, self.ignore, self.source, self.n_old)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -414,6 +469,14 @@ class ShiftState(PictureState):
         "Probabilities (C,) of both models at the picked pixel."
         models = self.moment.teacher, self.moment.student
         return ModelPair(*(interpolate_probabilities(e.patch_logits, e.stride, *self.pick) for e in models))
+
+    @property
+    def opinions(self) -> Opinions | None:
+        "Probabilities (C − 1,) of the classes at the picked pixel, given the foreground; None without an identity."
+        if not self.pictures.has_identity:
+            return None
+        stride, maps = self.moment.student.stride, self.pictures.get_opinions(self.step, self.index)
+        return Opinions(*(interpolate_probabilities(logits, stride, *self.pick) for logits in maps))
 
 
 # %% ../../nbs/61b_states.ipynb #84e7a271

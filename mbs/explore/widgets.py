@@ -158,5 +158,5 @@ def make_picture_controls(state: PictureState, canvases: Sequence) -> PictureCon
     rank.observe(lambda change: setattr(state, "index", state.ranking[change.new - 1]), "value")
     previous, following = _make_picture_buttons(state)
     links = [W.jslink((opacity, "value"), (canvas, "alpha")) for canvas in canvases]
-    links.append(Observer(state, lambda _: setattr(rank, "value", get_rank()), ["index", "step", "order"]))
+    links.append(Observer(state, lambda _: setattr(rank, "value", get_rank()), ["index", "step", "predictor", "order"]))
     return PictureControls(opacity, step, order, (previous, rank, following), links)
