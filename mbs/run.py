@@ -398,11 +398,11 @@ class Run(_RunFiles):
         return IdentifiedSegmenter(model, self.identity(step), self.reference()).eval()
 
     def teacher(self, step: int) -> Predictor:
-        "Load the model that taught `step`: the network before it, with its identity if parts.identity_teacher is set."
+        "Load the model that made the pseudo-labels of `step`: the network before it, with the identity if that taught."
         step = range(self.n_steps)[step]
         if step == 0:
             raise ValueError("step 0 has no teacher: expected an incremental step, 1 or later")
-        return self.model(step - 1, identity=self.card.parts.identity_teacher)
+        return self.model(step - 1, identity=self.card.parts.identifies_labels)
 
     def reference(self) -> Segmenter | None:
         "Load the network whose frozen encoder the identity reads; None where that is the encoder of every step."

@@ -383,20 +383,20 @@ def test_identity_alone_is_the_run_with_a_share_of_one(runs, train_briefly):
 
 
 def test_evidence_of_the_teacher_is_that_of_training(identified, monkeypatch):
-    "The network alone, whoever predicts, unless the identity taught, too."
-    for teaches in (False, True):
+    "The network alone, whoever predicts, unless the identity made the pseudo-labels, too."
+    for teaches, labels in ((False, False), ("targets", False), ("labels", True), (True, True)):
         parts = identified.card.parts.model_copy(update=dict(identity_teacher=teaches))
         monkeypatch.setattr(identified, "card", identified.card.model_copy(update=dict(parts=parts)))
         state = ShiftState(Pictures(identified), step=2, order="least confident")
         expected = collect_evidence(
-            identified.model(1, identity=teaches), state.moment.photo, identified.card.normalisation
+            identified.model(1, identity=labels), state.moment.photo, identified.card.normalisation
         )
         for state.predictor in PREDICTORS:
             assert np.array_equal(state.moment.teacher.confidence, expected.confidence)
         confidences = [state.pictures.get_teacher_evidence(2, k).confidence.mean() for k in state.ranking]
         assert confidences == sorted(confidences)
         assert (
-            f"The teacher of a step is {'network and identity' if teaches else 'the network alone'}."
+            f"pseudo-labels are those of {'network and identity' if labels else 'the network alone'}."
             in (describe_shift_picture(state, Display())["note"])
         )
 

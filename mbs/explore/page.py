@@ -205,8 +205,8 @@ def _note_differences(state: ShiftState) -> str:
     elif state.ignore != parts.ignore_uncertain:
         notes.append(f"The run itself was trained with rule 2 {'on' if parts.ignore_uncertain else 'off'}.")
     if parts.has_identity:
-        teacher = "network and identity" if parts.identity_teacher else "the network alone"
-        notes.append(f"The teacher of a step is {teacher}.")
+        teacher = "network and identity" if parts.identifies_labels else "the network alone"
+        notes.append(f"The teacher's pseudo-labels are those of {teacher}.")
     if parts.feature_distillation != "adaptive":
         notes.append("This run does not weight its feature distillation: the panel shows what the weights would be.")
     return " ".join(notes)
