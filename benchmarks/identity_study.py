@@ -164,7 +164,7 @@ class Decisions:
         Its background is the step's, in which earlier classes are relabelled by the ridge so far, as its pseudo-labels;
         with `true_labels` all classes of a picture are labelled, those of later steps as background."""
         identity = self.model.identity
-        ridge = Ridge(identity, self.run.protocol[-1].n_channels)
+        ridge = Ridge(identity, self.model.n_channels)
         rng = np.random.default_rng(0)
         for step in self.run.protocol:
             pictures = []
@@ -187,7 +187,7 @@ class Decisions:
 
     def compare(self) -> dict[str, Confusion]:
         "Compute the confusion matrix of each way on the test part."
-        step = self.run.protocol[len(self.run.protocol) - 1]
+        step = self.run.protocol[self.run.n_steps - 1]
         ridges = {
             "ridge with background, pseudo-labels": self.learn(true_labels=False),
             "ridge with background, all labels": self.learn(true_labels=True),
