@@ -981,6 +981,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mbs.report_tables._explain_published': ( 'report_tables.html#_explain_published',
                                                                              'mbs/report_tables.py'),
                                    'mbs.report_tables._find_published': ('report_tables.html#_find_published', 'mbs/report_tables.py'),
+                                   'mbs.report_tables._name_untested': ('report_tables.html#_name_untested', 'mbs/report_tables.py'),
                                    'mbs.report_tables._to_percent': ('report_tables.html#_to_percent', 'mbs/report_tables.py'),
                                    'mbs.report_tables.make_card_table': ('report_tables.html#make_card_table', 'mbs/report_tables.py'),
                                    'mbs.report_tables.make_classes_table': ( 'report_tables.html#make_classes_table',

@@ -79,10 +79,10 @@ class Confusion:
 
 # %% ../nbs/40_metrics.ipynb #393d90e8
 def class_iou(counts: np.ndarray) -> np.ndarray:
-    "Return the intersection over union of each channel, (C,); NaN for a class without a true or predicted pixel."
-    hit = np.diag(counts)
-    union = counts.sum(0) + counts.sum(1) - hit
-    return np.divide(hit, union, out=np.full(len(counts), np.nan), where=union > 0)
+    "Return the intersection over union of each channel, (C,); NaN for a class without a true pixel."
+    hit, true = np.diag(counts), counts.sum(1)
+    union = counts.sum(0) + true - hit
+    return np.divide(hit, union, out=np.full(len(counts), np.nan), where=true > 0)
 
 
 # %% ../nbs/40_metrics.ipynb #19258575
@@ -113,14 +113,12 @@ def scores(
     confusion: Confusion,  # after `step`
     step: Step,
     split: str = "base",  # "base": old = base classes; "step": old = all classes before this step
-) -> dict[str, float]:  # NaN where a group is empty
+) -> dict[str, float]:  # NaN where no class of a group is tested
     "Compute the mean IoU in every convention, as shares 0..1; ValueError for a matrix of other channels."
     if split not in ("base", "step"):
         raise ValueError(f"split {split!r} is not known: expected 'base' or 'step'")
     _check_channels(confusion, step)
     iou, accuracy = class_iou(confusion.counts), class_accuracy(confusion.counts)
-    if not step.protocol.background_tested:
-        iou[0] = np.nan  # the background is never true in this test, so an IoU of 0 would mean nothing
     before_step = step.n_old if step.number else step.n_channels  # the base step has no class before it
     first_new = step.protocol.n_base if split == "base" else before_step
     old, new = nan_mean(iou[1:first_new]), nan_mean(iou[first_new:])
@@ -134,6 +132,7 @@ def scores(
         released=nan_mean(iou[iou > 0]),
         accuracy=nan_mean(accuracy),
         pixel_accuracy=float(np.diag(confusion.counts).sum() / max(1, confusion.counts.sum())),
+        tested=int((~np.isnan(iou)).sum()),
     )
 
 

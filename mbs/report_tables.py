@@ -45,6 +45,14 @@ def make_summary_table(group: Group, columns: dict[str, str], title: str, note: 
 
 
 # %% ../nbs/69a_report_tables.ipynb #0831f0d0
+def _name_untested(group: Group) -> list[str]:
+    "Name the classes without a true pixel in the test part."
+    run = next(iter(group.finished.values()))[0]
+    is_tested = run.confusion().counts.sum(1) > 0
+    return [name for name, tested in zip(group.names, is_tested) if not tested]
+
+
+# %% ../nbs/69a_report_tables.ipynb #4232b477
 def make_score_table(group: Group) -> Table:
     "Make the table of every convention of mIoU after the last step, forgetting and backward transfer."
     arrivals = [", ".join(group.names[channel] for channel in step.new_channels) for step in group.protocol]
@@ -56,6 +64,8 @@ def make_score_table(group: Group) -> Table:
     )
     if mixed := describe_mixed_testing(group):
         note += f" CAUTION: {mixed}."
+    if untested := _name_untested(group):
+        note += f" Left out of every mean, because the test part has no pixel of them: {', '.join(untested)}."
     if group.repeats:
         note += f" Left out as repeats of a seed: {', '.join(run.folder.name for run in group.repeats)}."
     return make_summary_table(group, SCORES, f"Scores: {group.title}", note)

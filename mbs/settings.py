@@ -177,7 +177,7 @@ class Setup:
         return _draw_held_out(positions, self.recipe.held_out, self.settings.seed)
 
     def _check_pictures(self, step: Step):
-        "Raise ValueError for a step without training images, and warn of classes without a pixel in them."
+        "Raise ValueError for a step without training images, and warn of classes that no training or test image shows."
         positions, names = self.positions[step.number], self.new_names(step)
         if not len(positions):
             raise ValueError(
@@ -188,6 +188,13 @@ class Setup:
             warnings.warn(
                 f"step {step.number} sees no pixel of {', '.join(missing)} in its {len(positions)} training images: "
                 "these classes cannot be learnt",
+                stacklevel=3,
+            )
+        n_tested = self.test.index[:, list(step.classes)].sum(0)
+        if missing := [name for name, n in zip(names, n_tested) if not n]:
+            warnings.warn(
+                f"no test image shows {', '.join(missing)}, which step {step.number} teaches: "
+                "these classes have no IoU and are left out of every mean",
                 stacklevel=3,
             )
 

@@ -23,12 +23,14 @@ from test_stopping import command, parameters
 import mbs.checkpoint
 import mbs.run_folder
 from mbs.augment import TrainTransform
+from mbs.comparison import group_runs
 from mbs.experiment import Experiment
 from mbs.files import read_json
 from mbs.methods import Method
 from mbs.recipe import make_recipe
+from mbs.report_tables import make_score_table
 from mbs.run import load_run
-from mbs.settings import Settings
+from mbs.settings import Settings, Setup
 from mbs.training import train_step
 
 FAULTS = int(os.environ.get("MBS_FAULTS", 6))
@@ -386,6 +388,24 @@ def test_a_class_that_no_picture_of_its_step_holds(home):
     "The warning names the step, the class and the number of images."
     with pytest.warns(UserWarning, match=r"step \d sees no pixel of \S+.* in its \d+ training images"):
         Experiment(Settings(**TINY | dict(scenes=dict(n_train=3, n_test=4, size=32), protocol="4-4")))
+
+
+def test_a_class_that_no_test_picture_shows(home):
+    "The warning names the classes, in the step that teaches them, and the report leaves them out of its means."
+    with pytest.warns(UserWarning) as caught:
+        run = Experiment(Settings(**TINY | dict(scenes=dict(n_train=40, n_test=1, size=32)))).run()
+    setup = Setup(run.settings)
+    shown = setup.test.index.any(0)
+    missing = [name for c, name in enumerate(run.names) if not shown[run.protocol.order[c - 1] if c else 0]]
+    assert missing
+    for step in run.protocol:
+        of_step = [setup.names[c] for c in step.new_channels if setup.names[c] in missing]
+        said = [str(w.message) for w in caught if f"which step {step.number} teaches" in str(w.message)]
+        assert all(said_once.startswith(f"no test image shows {', '.join(of_step)},") for said_once in said)
+        assert bool(said) == bool(of_step)
+    assert f"Left out of every mean, because the test part has no pixel of them: {', '.join(missing)}." in (
+        make_score_table(group_runs([run])[0]).note
+    )
 
 
 def test_changed_data_under_an_index(home):

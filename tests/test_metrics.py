@@ -55,7 +55,7 @@ def test_scores_and_shift(base, new, seed):
     iou = []
     for c in range(n):
         union = ((t == c) | (q == c)).sum()
-        iou.append(((t == c) & (q == c)).sum() / union if union else math.nan)
+        iou.append(((t == c) & (q == c)).sum() / union if (t == c).any() else math.nan)
     np.testing.assert_allclose(class_iou(confusion.counts), iou)
     s = scores(confusion, p[1])
     np.testing.assert_allclose(
@@ -95,8 +95,7 @@ def test_agrees_with_scikit_learn(base, new, seed):
     if not len(t):
         return
     assert np.array_equal(c.counts, sk.confusion_matrix(t, q, labels=range(n)))
-    there = np.isin(range(n), t) | np.isin(range(n), q)
-    iou = np.where(there, sk.jaccard_score(t, q, labels=range(n), average=None, zero_division=0), np.nan)
+    iou = np.where(np.isin(range(n), t), sk.jaccard_score(t, q, labels=range(n), average=None, zero_division=0), np.nan)
     np.testing.assert_allclose(class_iou(c.counts), iou)
     np.testing.assert_allclose(
         class_accuracy(c.counts), sk.recall_score(t, q, labels=range(n), average=None, zero_division=np.nan)
@@ -116,6 +115,7 @@ def test_agrees_with_scikit_learn(base, new, seed):
         released=m(iou[iou > 0]),
         accuracy=statistics.fmean(sk.recall_score(t, q, labels=np.unique(t), average=None)),
         pixel_accuracy=sk.accuracy_score(t, q),
+        tested=len(np.unique(t)),
         harmonic=math.nan if math.isnan(m(old) + m(fresh)) else statistics.harmonic_mean([m(old), m(fresh)]),
     )
     assert s.keys() == want.keys()
@@ -268,14 +268,34 @@ def test_invalid_rows_raise(row, protocol, says):
 
 
 def test_a_background_that_is_not_tested_is_not_counted():
-    "A background that is predicted but never true would be a class of IoU 0."
+    "A background that is predicted but never true has no IoU."
     p, rng = Protocol("100-50", "ade"), np.random.default_rng(0)
     counts = rng.integers(1, 9, (151, 151))
     counts[0] = 0
     s, iou = scores(Confusion(151, counts), p[1]), class_iou(counts)
     assert (
-        iou[0] == 0
+        np.isnan(iou[0])
         and s["all"] == s["all_fg"] == pytest.approx(iou[1:].mean())
         and s["old"] == s["old_fg"]
         and s["accuracy"] == pytest.approx(class_accuracy(counts)[1:].mean())
     )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.sets(st.integers(0, 4)), SEEDS)
+def test_means_are_over_the_same_classes_whatever_is_predicted(base, new, shown, seed):
+    "Only the truth decides which classes count, so that two methods on one test part can be compared."
+    p, rng = Protocol(f"{base}-{new}", base + new), np.random.default_rng(seed)
+    n = p[1].n_channels
+    truth = rng.choice(sorted({c % n for c in shown} | {VOID}), 300)
+    methods = [Confusion(n).update(truth, rng.integers(0, k, 300)) for k in (1, n)]
+    tested = np.isin(range(n), truth)
+    for confusion in methods:
+        assert (~np.isnan(class_iou(confusion.counts)) == tested).all()
+        assert scores(confusion, p[1])["tested"] == tested.sum()
+    iou = np.where(tested, np.nan_to_num(class_iou(methods[1].counts)), 0)
+    if tested.any():
+        assert scores(methods[1], p[1])["all"] == pytest.approx(iou.sum() / tested.sum())
+        positive = iou[iou > 0]
+        released = scores(methods[1], p[1])["released"]
+        assert released == pytest.approx(positive.mean()) if len(positive) else np.isnan(released)
