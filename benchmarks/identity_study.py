@@ -130,7 +130,8 @@ class Ridge:
 
     def choose(self, pictures: list[tuple[Tensor, Tensor]]):
         "Choose γ and β by leaving out single pictures, as the identity does."
-        places = choose_best(*score_choices(pictures, self.sums, RIDGES, SHARPNESSES))
+        known = ((z, coverage[:, self.counts > 0]) for z, coverage in pictures)
+        places = choose_best(*score_choices(known, self.sums, RIDGES, SHARPNESSES))
         self.ridge, self.sharpness = RIDGES[places[0]], SHARPNESSES[places[1]]
 
     def solve(self):
@@ -179,7 +180,7 @@ class Decisions:
                 ridge.add(z.flatten(0, 1), coverage.flatten(0, 1))
                 if ridge.ridge is None:
                     used = (coverage > 0).any(2)
-                    pictures += [(x[u], c[u][:, : step.n_channels]) for x, c, u in zip(z, coverage, used)]
+                    pictures += [(x[u], c[u]) for x, c, u in zip(z, coverage, used)]
             if ridge.ridge is None:
                 ridge.choose([pictures[k] for k in rng.permutation(len(pictures))[:N_SCORED]])
             ridge.solve()

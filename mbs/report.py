@@ -45,6 +45,7 @@ from .notebooks import execute_notebook
 from .protocol import Protocol
 from mbs.report_tables import (
     ARROWS,
+    make_bounds_table,
     make_card_table,
     make_classes_table,
     make_columns_table,
@@ -59,13 +60,13 @@ from mbs.report_tables import (
 )
 from .run import Run
 from .tables import Table, build_html_page, embed_figure, to_csv, to_html, to_latex, to_markdown
-from .viz import METHOD_COLOURS, compare_methods, show_curves, show_iou_matrix, show_shift_flow
+from .viz import METHOD_COLOURS, compare_methods, show_confusions, show_curves, show_iou_matrix, show_shift_flow
 
 
 # %% ../nbs/71_report.ipynb #c749f299
 def make_tables(group: Group) -> list[Table]:
     "Make the tables of a group, without those that would be empty."
-    tables = [make_score_table(group), make_shift_table(group)] if group.finished else []
+    tables = [make_score_table(group), make_shift_table(group), make_bounds_table(group)] if group.finished else []
     optional = (
         make_pseudo_label_table,
         make_columns_table,
@@ -163,21 +164,29 @@ class CaptionedFigure(NamedTuple):
     caption: str
 
 
+def _draw_line(group: Group, label: str, line: Sequence[Run]) -> list[tuple[Figure, str]]:
+    "Draw the figures of one line, with their captions: flows, IoU matrix, confusion matrix."
+    flows = "where the pixels of background, old and new classes went, as shares of the true group (mean over seeds)"
+    found = [(draw_flows(line, group.protocol), f"{label}: {flows}.")]
+    first_step = group.protocol.first_step
+    if not is_single_step(line[0]):
+        iou = average_seeds([run.iou() for run in line])
+        matrix = show_iou_matrix(iou, group.names, first_step)
+        found.append((matrix, f"{label}: IoU of every class after every step (mean over seeds)."))
+    matrix = show_confusions({label: sum(run.confusion().counts for run in line)}, group.names, first_step)
+    found.append((matrix, f"{label}: true class (rows) × prediction after the last step, percent of the true class."))
+    return found
+
+
+# %% ../nbs/71_report.ipynb #cde05834
 def draw_figures(group: Group) -> list[CaptionedFigure]:
-    "Draw all figures of a group: curves, comparison, and for each line its flows and its IoU matrix."
+    "Draw all figures of a group: curves, comparison, and those of each line."
     found = [
         (draw_curves(group), "Mean IoU after each step; bands are ± one standard deviation over seeds."),
         (draw_comparison(group), "Methods side by side, and the test picture on which they differ most (first seed)."),
     ]
     for label, line in group.finished.items():
-        flows = (
-            "where the pixels of background, old and new classes went, as shares of the true group (mean over seeds)"
-        )
-        found.append((draw_flows(line, group.protocol), f"{label}: {flows}."))
-        if not is_single_step(line[0]):
-            iou = average_seeds([run.iou() for run in line])
-            matrix = show_iou_matrix(iou, group.names, group.protocol.first_step)
-            found.append((matrix, f"{label}: IoU of every class after every step (mean over seeds)."))
+        found += _draw_line(group, label, line)
     return [CaptionedFigure(figure, caption) for figure, caption in found if figure]
 
 

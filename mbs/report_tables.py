@@ -10,6 +10,7 @@ __all__ = [
     "make_shift_table",
     "make_columns_table",
     "make_identity_table",
+    "make_bounds_table",
     "make_pseudo_label_table",
     "make_unfinished_table",
     "make_steps_table",
@@ -27,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
+from .bounds import CORRECTIONS, bound_miou, find_confused_pairs
 from .comparison import SCORES, Group, collect_outcome, describe_mixed_testing, summarise_group
 from .folders import find_runs_folder
 from .metrics import CONVENTIONS, FLOWS, background_shift, check_row, format_flow, nan_mean, scores
@@ -126,6 +128,26 @@ def make_identity_table(group: Group) -> Table | None:
     )
     headings = [f"{way} {k}" for way in ("with identity", "network alone", "difference") for k in keys]
     return Table(f"Class identity: {group.title}", ["method", "seeds", *headings], rows, note)
+
+
+# %% ../nbs/69a_report_tables.ipynb #4addf542
+def make_bounds_table(group: Group) -> Table:
+    "Make the table of mIoU after the last step with one kind of error corrected, and of the pair mixed up most."
+    rows = []
+    for label, line in group.finished.items():
+        counts = [run.confusion().counts for run in line]
+        bounds = [bound_miou(c) for c in counts]
+        pairs = find_confused_pairs(sum(counts), 1)
+        said = [f"{group.names[p.true]} → {group.names[p.predicted]} {100 * p.share:.0f}" for p in pairs]
+        values = [summarise_seeds([b[k] for b in bounds]) for k in CORRECTIONS]
+        rows.append([label, len(line), *values, said[0] if said else "–"])
+    note = (
+        "Percent, mean IoU of all classes after the last step. Classes corrected: pixels of an object that are "
+        "predicted as another object get their class. Background corrected: no object is predicted as background, no "
+        "background as an object. Most confused: the pair of classes with the largest share of the true class's pixels."
+    )
+    headings = ["method", "seeds", *CORRECTIONS, "most confused"]
+    return Table(f"Which errors cost what: {group.title}", headings, rows, note)
 
 
 # %% ../nbs/69a_report_tables.ipynb #e625259a
