@@ -17,6 +17,7 @@ https://arxiv.org/abs/2008.08115)."""
 __all__ = ["CORRECTIONS", "correct_classes", "correct_background", "bound_miou", "ConfusedPair", "find_confused_pairs"]
 
 # %% ../nbs/42_bounds.ipynb #6866b107
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -54,8 +55,8 @@ def correct_background(counts: np.ndarray) -> np.ndarray:  # (C, C) → (C, C) f
 
 # %% ../nbs/42_bounds.ipynb #059fea8c
 CORRECTIONS = {
-    "as it is": lambda counts: counts,
-    "classes half corrected": lambda counts: correct_classes(counts, 0.5),
+    "as it is": np.asarray,
+    "classes half corrected": partial(correct_classes, share=0.5),
     "classes corrected": correct_classes,
     "background corrected": correct_background,
 }
