@@ -1158,6 +1158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.settings._hash_base_code': ('settings.html#_hash_base_code', 'mbs/settings.py'),
                               'mbs.settings._hash_method': ('settings.html#_hash_method', 'mbs/settings.py'),
                               'mbs.settings._make_name': ('settings.html#_make_name', 'mbs/settings.py'),
+                              'mbs.settings._warn_of_untested': ('settings.html#_warn_of_untested', 'mbs/settings.py'),
                               'mbs.settings.build_network': ('settings.html#build_network', 'mbs/settings.py'),
                               'mbs.settings.hash_base_step': ('settings.html#hash_base_step', 'mbs/settings.py'),
                               'mbs.settings.settings_from_notebook': ('settings.html#settings_from_notebook', 'mbs/settings.py')},

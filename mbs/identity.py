@@ -291,8 +291,7 @@ class Identity(nn.Module):
         if not len(self.known):
             return output
         log_p = output.patch_logits.float().log_softmax(1)
-        log_identity = self(tokens, log_p.shape[2:])
-        changed = replace_identity(log_p, log_identity, self.known, self.share)
+        changed = replace_identity(log_p, self(tokens, log_p.shape[2:]), self.known, self.share)
         return output._replace(full=None, patch_logits=changed, own_logits=output.patch_logits)
 
 

@@ -375,9 +375,7 @@ class Run(_RunFiles):
     def confusion(self, step: int = -1, column: str = "") -> Confusion:
         """Read the confusion matrix of a complete `step` (negative: from the end).
 
-        `column` is 'published' or 'clean' where the recipe measured both, 'network' for the network alone where
-        an identity decides the classes.
-        """
+        `column`: 'published' or 'clean' where both were measured, 'network' for the network without its identity."""
         step = range(self.n_steps)[step]
         file = self.step_path(step, f"confusion-{column}.npz" if column else "confusion.npz")
         return read_confusion(file, self.protocol[step].n_channels)

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from .augment import IMAGENET, Normalisation
-from .data import open_data
+from .data import SegmentationFolder, open_data
 from .fingerprint import hash_class, hash_code
 from .methods import Method
 from .parameters import Parameters
@@ -152,6 +152,18 @@ def _check_names(settings: Settings, method: type[Method]):
 
 
 # %% ../nbs/48_settings.ipynb #0c4b9551
+def _warn_of_untested(test: SegmentationFolder, step: Step, names: list[str]):
+    "Warn of classes of `step`, called `names`, that no picture of the test part shows."
+    n_pictures = test.index[:, list(step.classes)].sum(0)
+    if missing := [name for name, n in zip(names, n_pictures) if not n]:
+        warnings.warn(
+            f"no test image shows {', '.join(missing)}, which step {step.number} teaches: "
+            "these classes have no IoU and are left out of every mean",
+            stacklevel=4,
+        )
+
+
+# %% ../nbs/48_settings.ipynb #80dde6e1
 class Setup:
     "Data, protocol, recipe and method that `settings` describe; ValueError for what does not fit."
 
@@ -177,7 +189,7 @@ class Setup:
         return _draw_held_out(positions, self.recipe.held_out, self.settings.seed)
 
     def _check_pictures(self, step: Step):
-        "Raise ValueError for a step without training images, and warn of classes that no training or test image shows."
+        "Raise ValueError for a step without training images; warn of classes that no training or test image shows."
         positions, names = self.positions[step.number], self.new_names(step)
         if not len(positions):
             raise ValueError(
@@ -190,13 +202,7 @@ class Setup:
                 "these classes cannot be learnt",
                 stacklevel=3,
             )
-        n_tested = self.test.index[:, list(step.classes)].sum(0)
-        if missing := [name for name, n in zip(names, n_tested) if not n]:
-            warnings.warn(
-                f"no test image shows {', '.join(missing)}, which step {step.number} teaches: "
-                "these classes have no IoU and are left out of every mean",
-                stacklevel=3,
-            )
+        _warn_of_untested(self.test, step, names)
 
     def new_names(self, step: Step) -> list[str]:
         "Names of the classes that arrive in `step`."
