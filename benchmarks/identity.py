@@ -20,7 +20,7 @@ from step import VITB, Ours, make_step, networks, pictures
 from mbs.augment import IMAGENET
 from mbs.data import SegmentationFolder
 from mbs.identity import IdentifiedSegmenter, Identity
-from mbs.identity_learning import N_SCORED, learn_identity
+from mbs.identity_learning import learn_identity
 from mbs.inference import predict_labels
 from mbs.recipe import make_recipe, make_test_view
 
@@ -38,7 +38,7 @@ def draw_pictures(root):
 
 
 class Costs:
-    "The parts of a step's cost, each as a function to time: training, one pass over pictures, choice and solution."
+    "The parts of a later step's cost, each as a function to time: training, passes over its pictures, and solution."
 
     def __init__(self, data, n_old, n_new, encoder, side, device, **options):
         teacher, student = networks(encoder, n_old + n_new, n_new, side, device, **options)
@@ -50,9 +50,9 @@ class Costs:
         self.identity = Identity(student.encoder.dim).to(device)
         self.identity.features.std.fill_(1)  # standardised by the base step
 
-    def learn(self, **values):
-        "Learn the new classes from all pictures of the view, with γ and β given or chosen."
-        identity = Identity(self.model.encoder.dim, **values).to(self.identity.gram.device)
+    def learn(self):
+        "Learn the new classes from all pictures of the view; γ and β are known since the base step."
+        identity = Identity(self.model.encoder.dim, ridge=0.1, sharpness=4.0).to(self.identity.gram.device)
         identity.features.load_state_dict(self.identity.features.state_dict())
         learn_identity(identity, self.model, self.view, batch=N_TIMED)
 
@@ -61,17 +61,15 @@ class Costs:
 
 
 def compare_step(costs, repeats):
-    "Make the row of a step's training and of learning its classes; γ and β are chosen in every step, which overstates."
-    fixed = dict(ridge=0.1, sharpness=4.0)
-    ways = dict(train=costs.train, learn=partial(costs.learn, **fixed), choose=costs.learn, solve=costs.solve)
+    "Make the row of a later step's training and of learning its classes."
+    ways = dict(train=costs.train, learn=costs.learn, solve=costs.solve)
     for way in ways.values():
         way()
     spent = rounds(ways, repeats)
     total = dict(training=[], identity=[])
-    for train, learn, choose, solve in zip(*spent.values()):
+    for train, learn, solve in zip(*spent.values()):
         total["training"].append(train * N_PICTURES * costs.recipe.epochs)
-        passes = (learn - solve) / len(costs.view) * N_PICTURES
-        total["identity"].append(passes + solve + (choose - learn) / len(costs.view) * min(N_SCORED, N_PICTURES))
+        total["identity"].append((learn - solve) / len(costs.view) * N_PICTURES + solve)
     what = f"identity: training a step of {N_PICTURES} pictures, and learning its classes"
     return row(what, total, "identity", baseline="training")
 

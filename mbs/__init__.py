@@ -5,7 +5,7 @@ Modules:
 - `mbs.archives`: Download the archives of VOC 2012, SBD and ADE20K, resume, verify and read them safely.
 - `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
 - `mbs.bands`: Compute the pixel losses of a step from patch logits, in bands of rows.
-- `mbs.bounds`: What the score would be if classes were not taken for one another, or if the background were perfect.
+- `mbs.bounds`: Compute what the score would be without mixed-up classes, or with a perfect background.
 - `mbs.feature_distillation`: Hold the student's features to the teacher's, but only where the teacher can be trusted.
 - `mbs.identity`: Decide which class a foreground pixel is by a regression on frozen features, which forgets nothing.
 - `mbs.identity_learning`: Add the classes of a step to an identity, from the step's own training pictures.

@@ -1,4 +1,4 @@
-"""What the score would be if classes were not taken for one another, or if the background were perfect.
+"""Compute what the score would be without mixed-up classes, or with a perfect background.
 
 Correct one kind of error in a confusion matrix n_cj (true channel c, predicted channel j, background 0):
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .metrics import class_iou, nan_mean
+from .metrics import class_iou, nan_mean, share_rows
 
 
 # %% ../nbs/42_bounds.ipynb #c6113abe
@@ -82,8 +82,7 @@ def find_confused_pairs(
     n: int = 5,  # most pairs
 ) -> list[ConfusedPair]:
     "List the pairs of foreground classes with the largest share of the true class's pixels, largest first."
-    totals = counts.sum(1, keepdims=True)
-    shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
+    shares = np.nan_to_num(share_rows(counts))
     shares[0], shares[:, 0] = 0, 0
     np.fill_diagonal(shares, 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:n]

@@ -23,6 +23,7 @@ __all__ = [
     "class_accuracy",
     "nan_mean",
     "scores",
+    "share_rows",
     "group_flow",
     "background_shift",
     "format_flow",
@@ -145,6 +146,13 @@ def _harmonic_mean(a: float, b: float) -> float:
 
 
 # %% ../nbs/40_metrics.ipynb #1b604cac
+def share_rows(counts: np.ndarray) -> np.ndarray:  # (C, C) → (C, C)
+    "Divide each row of a confusion matrix by its sum; NaN for a row without a pixel."
+    total = counts.sum(1, keepdims=True)
+    return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+
+
+# %% ../nbs/40_metrics.ipynb #26aa2c3e
 def group_flow(
     confusion: Confusion,  # after `step`
     step: Step,
@@ -157,8 +165,7 @@ def group_flow(
     member[1, 1:first_new] = 1
     member[2, first_new:] = 1
     counts = member @ confusion.counts @ member.T  # (3, 3)
-    total = counts.sum(1, keepdims=True)
-    return np.divide(counts, total, out=np.full((3, 3), np.nan), where=total > 0)
+    return share_rows(counts)
 
 
 # %% ../nbs/40_metrics.ipynb #85af41ae

@@ -152,10 +152,16 @@ def _check_names(settings: Settings, method: type[Method]):
 
 
 # %% ../nbs/48_settings.ipynb #0c4b9551
+def _list_unseen(index: np.ndarray, step: Step, names: list[str]) -> list[str]:
+    "List the classes of `step`, called `names`, that no picture of the class index (N, n_classes + 1) shows."
+    is_seen = index[:, list(step.classes)].any(0)
+    return [name for name, seen in zip(names, is_seen) if not seen]
+
+
+# %% ../nbs/48_settings.ipynb #80dde6e1
 def _warn_of_untested(test: SegmentationFolder, step: Step, names: list[str]):
     "Warn of classes of `step`, called `names`, that no picture of the test part shows."
-    n_pictures = test.index[:, list(step.classes)].sum(0)
-    if missing := [name for name, n in zip(names, n_pictures) if not n]:
+    if missing := _list_unseen(test.index, step, names):
         warnings.warn(
             f"no test image shows {', '.join(missing)}, which step {step.number} teaches: "
             "these classes have no IoU and are left out of every mean",
@@ -163,7 +169,7 @@ def _warn_of_untested(test: SegmentationFolder, step: Step, names: list[str]):
         )
 
 
-# %% ../nbs/48_settings.ipynb #80dde6e1
+# %% ../nbs/48_settings.ipynb #beccd072
 class Setup:
     "Data, protocol, recipe and method that `settings` describe; ValueError for what does not fit."
 
@@ -195,8 +201,7 @@ class Setup:
             raise ValueError(
                 f"step {step.number} sees no training image: expected at least one that holds {' or '.join(names)}"
             )
-        n_pictures = self.train.index[positions][:, list(step.classes)].sum(0)
-        if missing := [name for name, n in zip(names, n_pictures) if not n]:
+        if missing := _list_unseen(self.train.index[positions], step, names):
             warnings.warn(
                 f"step {step.number} sees no pixel of {', '.join(missing)} in its {len(positions)} training images: "
                 "these classes cannot be learnt",

@@ -68,7 +68,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .metrics import format_flow
+from .metrics import format_flow, share_rows
 from .protocol import VOID
 
 
@@ -545,8 +545,7 @@ def show_confusions(
     fig, axes = make_grid(1, len(counts), side, side)
     fontsize = 7 if n < 22 else 4
     for ax, (title, pixels) in zip(axes[0], counts.items()):
-        totals = pixels.sum(1, keepdims=True)
-        shares = np.divide(pixels, totals, out=np.full(pixels.shape, np.nan), where=totals > 0)
+        shares = share_rows(pixels)
         ax.set_facecolor("#EEEEEE")
         ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
         if n <= 40:  # more numbers could not be read

@@ -383,7 +383,7 @@ def test_identity_alone_is_the_run_with_a_share_of_one(runs, train_briefly):
 
 
 def test_evidence_of_the_teacher_is_that_of_training(identified, monkeypatch):
-    "The network alone, whoever predicts, unless the identity made the pseudo-labels, too."
+    "The network alone, whichever predictor is shown, unless the identity made the pseudo-labels, too."
     for teaches, labels in ((False, False), ("targets", False), ("labels", True), (True, True)):
         parts = identified.card.parts.model_copy(update=dict(identity_teacher=teaches))
         monkeypatch.setattr(identified, "card", identified.card.model_copy(update=dict(parts=parts)))

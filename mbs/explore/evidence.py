@@ -175,9 +175,8 @@ def collect_opinions(
     normalisation: Normalisation,
 ) -> Opinions:  # (C − 1, h, w) float32 each; the softmax gives the probabilities given the foreground
     "Run network and identity once on a photo and keep the patch logits of the classes."
-    batch = to_batch(photo, normalisation)
-    tokens = model.eval().encode(batch)
-    outputs = [choose_predictor(model, name)(batch, tokens) for name in Opinions._fields]
+    output = choose_predictor(model.eval(), "identity")(to_batch(photo, normalisation))
+    outputs = Opinions(network=output.choose(identity=False), identity=output)
     return Opinions(*(output.patch_logits[0, 1:].numpy() for output in outputs))
 
 
