@@ -2,6 +2,7 @@ from .batch import Batch as Batch
 from .comparison import find_runs as find_runs
 from .data import SegmentationFolder as SegmentationFolder
 from .data import open_data as open_data
+from .diagnosis import diagnose as diagnose
 from .executors import Local as Local
 from .executors import OnRay as OnRay
 from .experiment import Experiment as Experiment

@@ -148,6 +148,27 @@ def _print_summary(runs: list):
 
 
 # %% ../nbs/80_cli.ipynb #5eabcc05
+def _print_findings(run):
+    "Print what a run suffers from, one line for each finding."
+    from mbs.diagnosis import diagnose
+
+    for finding in diagnose(run):
+        typer.echo(f"! {finding}")
+
+
+def _count_findings(runs: list):
+    "Print one line for each run that suffers from something."
+    from collections import Counter
+
+    from mbs.diagnosis import diagnose
+
+    for run in runs:
+        kinds = Counter(finding.kind for finding in diagnose(run))
+        if kinds:
+            typer.echo(f"! {run.folder.name}: " + ", ".join(f"{kind} ({n})" for kind, n in kinds.items()))
+
+
+# %% ../nbs/80_cli.ipynb #3bf83acd
 _WORDS_HELP = "Parameter file or built-in name, then parameters."
 
 
@@ -164,6 +185,7 @@ def run(
         values = read_parameters(words.pop(0)) if words and "=" not in words[0] else {}
         runs = _run_with_progress([parse_words(words, values)])
         _print_summary(runs)
+        _print_findings(runs[0])
 
 
 # %% ../nbs/80_cli.ipynb #f90ee458
@@ -200,6 +222,7 @@ def batch(
             return
         runs = chosen.run(_make_executor(executor, workers, address, gpus, cpus, memory, chosen.processes))
         _print_summary(runs)
+        _count_findings(runs)
         typer.echo(f"Compare all runs: mbs report {runs[0].folder.parent}")
 
 

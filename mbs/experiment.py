@@ -6,6 +6,7 @@
 __all__ = ["Experiment"]
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor
 from .augment import Normalisation
 from .cache import cache_pictures
 from .checkpoint import load_model
+from .diagnosis import diagnose_step
 from .evaluation import evaluate, evaluate_identity, score_new_classes
 from .files import lock_folder
 from .folders import home
@@ -90,6 +92,14 @@ def _evaluate_state(
 
 
 # %% ../nbs/52_experiment.ipynb #a66094c7
+def _log_findings(folder: Path, step: Step):
+    "Log each finding of the complete `step` of the run in `folder` as a warning."
+    if get_processes().is_main_process:
+        for finding in diagnose_step(load_run(folder), step.number):
+            logging.getLogger(__name__).warning("%s, %s", folder.name, finding)
+
+
+# %% ../nbs/52_experiment.ipynb #f4d005f0
 class Experiment:
     "All steps of a run. `run()` trains them; `steps()` yields after each one."
 
@@ -130,6 +140,7 @@ class Experiment:
                         student, is_current = self._load_student(step.number - 1), True
                     self.writer.begin_step(step)
                     student = self.train_step(student, step)
+                    _log_findings(self.folder, step)
                 yield step.number
 
     def _load_student(self, step: int) -> Segmenter:

@@ -49,6 +49,7 @@ from mbs.report_tables import (
     make_card_table,
     make_classes_table,
     make_columns_table,
+    make_diagnosis_table,
     make_identity_table,
     make_pseudo_label_table,
     make_published_table,
@@ -71,6 +72,7 @@ def make_tables(group: Group) -> list[Table]:
         make_pseudo_label_table,
         make_columns_table,
         make_identity_table,
+        make_diagnosis_table,
         make_unfinished_table,
         make_published_table,
     )

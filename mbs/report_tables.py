@@ -11,6 +11,7 @@ __all__ = [
     "make_columns_table",
     "make_identity_table",
     "make_bounds_table",
+    "make_diagnosis_table",
     "make_pseudo_label_table",
     "make_unfinished_table",
     "make_steps_table",
@@ -30,6 +31,7 @@ import yaml
 
 from .bounds import CORRECTIONS, bound_miou, find_confused_pairs
 from .comparison import SCORES, Group, collect_outcome, describe_mixed_testing, summarise_group
+from .diagnosis import diagnose
 from .folders import find_runs_folder
 from .metrics import CONVENTIONS, FLOWS, background_shift, check_row, format_flow, nan_mean, scores
 from .protocol import Protocol
@@ -148,6 +150,19 @@ def make_bounds_table(group: Group) -> Table:
     )
     headings = ["method", "seeds", *CORRECTIONS, "most confused"]
     return Table(f"Which errors cost what: {group.title}", headings, rows, note)
+
+
+# %% ../nbs/69a_report_tables.ipynb #b2036967
+def make_diagnosis_table(group: Group) -> Table | None:
+    "Make the table of what each run suffers from; None where nothing is suspicious."
+    rows = [[run.folder.name, f.step, f.kind, f.text] for run in group.runs for f in diagnose(run)]
+    if not rows:
+        return None
+    note = (
+        "Facts that pass a threshold, see mbs.diagnosis; what is suspicious for one method may be the point of another."
+    )
+    headings = ["run", "step", "finding", "what was seen, and what to look at"]
+    return Table(f"What went wrong: {group.title}", headings, rows, note)
 
 
 # %% ../nbs/69a_report_tables.ipynb #e625259a

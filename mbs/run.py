@@ -243,6 +243,7 @@ class _Metrics(Parameters):
     memory: float = 0.0
     columns: dict[str, dict[str, float]] = {}
     pseudo_labels: dict[str, float] = {}
+    labels: dict[str, float | list[int]] = {}
     base_from: str = ""
 
 

@@ -30,7 +30,7 @@ from .files import replace_folder_atomically, write_arrays, write_json, write_te
 from .identity import Predictor, split_predictor
 from .identity_learning import save_identity
 from .inference import segment
-from .label_quality import measure_label_quality
+from .label_quality import describe_labels, measure_label_quality
 from .metrics import Confusion, background_shift, scores
 from .processes import get_processes
 from .protocol import Step
@@ -228,8 +228,9 @@ class RunWriter:
         facts: dict,
         teacher: Predictor | None = None,
     ):
-        "Write the folder of `step`, with the quality of the teacher's pseudo-labels; all processes wait for it."
+        "Write the folder of `step`, with facts about labels and pseudo-labels; all processes wait for it."
         if get_processes().is_main_process:
+            facts = facts | dict(labels=describe_labels(self.setup, step))
             if teacher and self.setup.method.parts.changes_labels:
                 facts = facts | dict(pseudo_labels=measure_label_quality(self.setup, teacher, step))
             _write_step(self.folder, self.setup, step, predictor, confusion, columns, facts)
