@@ -1133,6 +1133,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mbs.segmenter.MaskTransformer.__init__': ('segmenter.html#masktransformer.__init__', 'mbs/segmenter.py'),
                                'mbs.segmenter.MaskTransformer.forward': ('segmenter.html#masktransformer.forward', 'mbs/segmenter.py'),
                                'mbs.segmenter.MaskTransformer.grow': ('segmenter.html#masktransformer.grow', 'mbs/segmenter.py'),
+                               'mbs.segmenter.MaskTransformer.newest_parameters': ( 'segmenter.html#masktransformer.newest_parameters',
+                                                                                    'mbs/segmenter.py'),
                                'mbs.segmenter.MaskTransformer.tokens': ('segmenter.html#masktransformer.tokens', 'mbs/segmenter.py'),
                                'mbs.segmenter.Segmenter': ('segmenter.html#segmenter', 'mbs/segmenter.py'),
                                'mbs.segmenter.Segmenter.__init__': ('segmenter.html#segmenter.__init__', 'mbs/segmenter.py'),

@@ -47,11 +47,13 @@ class Recipe(Parameters):
     crop: int = Field(512, ge=8)  # side of training crops, pixels
     batch: int = Field(16, ge=1)  # pictures an iteration, of all processes together
     epochs: int = Field(32, ge=1)  # passes over the pictures of a step
+    min_iterations: int = Field(1, ge=1)  # of a step whose epochs are shorter
     iterations: int | None = Field(None, ge=1)  # iterations of the base step, instead of epochs
     new_iterations: int | None = Field(None, ge=1)  # iterations of every later step; None: as the base step
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(1e-3, gt=0)  # learning rate of the base step
     lr_factor: float = Field(0.1, gt=0)  # factor on it in later steps
+    token_factor: float = Field(1, gt=0)  # factor for the tokens of new classes and their mask norm, in later steps
     encoder_factor: Factors = (1, 1)  # factor for the encoder, in the base step and in later steps; 0 freezes it
     momentum: float = Field(0.9, ge=0, lt=1)  # of SGD (Nesterov)
     weight_decay: float = Field(1e-5, ge=0)
@@ -93,9 +95,9 @@ def make_recipe(
 
 # %% ../nbs/46_recipe.ipynb #a0ce2e1d
 def count_iterations(recipe: Recipe, n_images: int, step: int) -> int:
-    "Return the iterations of `step`: as the recipe fixes them, or epochs × full batches of its images."
+    "Return the iterations of `step`: as the recipe fixes them, or epochs × full batches, but the minimum at least."
     fixed = recipe.new_iterations if step and recipe.new_iterations else recipe.iterations
-    return fixed or recipe.epochs * max(1, n_images // recipe.batch)
+    return fixed or max(recipe.min_iterations, recipe.epochs * max(1, n_images // recipe.batch))
 
 
 # %% ../nbs/46_recipe.ipynb #59640757

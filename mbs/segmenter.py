@@ -125,6 +125,10 @@ class MaskTransformer(nn.Module):
         self.class_tokens.append(nn.Parameter(_make_tokens(self.class_tokens[0].detach(), n_new, transfer)))
         self.mask_norm.grow(n_new, balanced)
 
+    def newest_parameters(self) -> list[nn.Parameter]:
+        "Return the tokens of the last group, and the scale and the shift of their mask norm."
+        return [self.class_tokens[-1], self.mask_norm.weight[-1], self.mask_norm.bias[-1]]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, N, D_in) → logits, patches, class features
         x = self.proj_dec(x)  # (B, N, D)
         n_patches = x.shape[1]

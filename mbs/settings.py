@@ -255,7 +255,9 @@ def _hash_method(method: Method) -> list[str]:
 def hash_base_step(setup: Setup, model: Segmenter) -> str:
     "Return a hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
     settings, recipe = setup.settings, setup.recipe
-    later = dict(new_iterations=None, lr_factor=None, encoder_factor=recipe.encoder_factor[0])  # of later steps
+    later = dict(
+        new_iterations=None, lr_factor=None, token_factor=None, encoder_factor=recipe.encoder_factor[0]
+    )  # of later steps
     facts = dict(
         data=[setup.train.fingerprint, setup.test.fingerprint],
         classes=setup.protocol.steps[0],

@@ -55,9 +55,12 @@ from .views import StepView, move_to_device
 # %% ../nbs/50_training.ipynb #6ab7d623
 def make_optimizer(student: Segmenter, recipe: Recipe, step: int) -> torch.optim.Optimizer:
     "Return SGD with Nesterov momentum or AdamW over all parameters that learn in `step`, at its first learning rate."
-    encoder = dict(params=student.encoder.parameters(), factor=recipe.encoder_factor[min(step, 1)])
-    decoder = dict(params=student.decoder.parameters(), factor=1)
-    groups = [group for group in (encoder, decoder) if group["factor"]]
+    encoder = dict(params=list(student.encoder.parameters()), factor=recipe.encoder_factor[min(step, 1)])
+    has_own_rate = step > 0 and recipe.token_factor != 1
+    tokens = dict(params=student.decoder.newest_parameters() if has_own_rate else [], factor=recipe.token_factor)
+    others = {id(p) for p in tokens["params"]}
+    decoder = dict(params=[p for p in student.decoder.parameters() if id(p) not in others], factor=1)
+    groups = [group for group in (encoder, decoder, tokens) if group["factor"] and group["params"]]
     lr = recipe.lr * (recipe.lr_factor if step else 1)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr, weight_decay=recipe.weight_decay, fused=True)
