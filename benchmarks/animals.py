@@ -4,7 +4,7 @@ The encoder is EfficientNet-Lite0 with its ImageNet weights. The commands, in or
 
     python benchmarks/animals.py copy VOCdevkit/VOC2012  # once
     python benchmarks/animals.py tune [METHOD]...
-    python benchmarks/animals.py test 3-1 [overlapped] [--seeds 0 1 2] [METHOD | ABLATION]...
+    python benchmarks/animals.py test 3-1 [overlapped] [METHOD | ABLATION]... [--seeds 0 1 2]
     python benchmarks/animals.py collect
 
 `copy` reduces pictures and masks to a long side of 160 pixels, in data/animals. `tune` chooses learning rate and weight

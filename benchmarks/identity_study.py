@@ -1,6 +1,6 @@
 """The evidence for the class identity: the animals of `animals.py`, with the network of `mbs` and of its rivals.
 
-    python benchmarks/identity_study.py run 3-1 [SETTING] [--seeds 0 1 2] [--order ORDER] [--encoder ENCODER] [NAME]...
+    python benchmarks/identity_study.py run 3-1 [SETTING] [NAME]... [--seeds 0 1 2] [--order ORDER] [--encoder ENCODER]
     python benchmarks/identity_study.py scenes [--seeds 0 1 2]
     python benchmarks/identity_study.py decide [--seeds 0 1 2]
     python benchmarks/identity_study.py collect
