@@ -89,13 +89,14 @@ def make_optimiser(student):
 
 
 def confusion(z, truth):
-    """Count a confusion matrix from patch logits (B, C, h, w), picture by picture.
+    """Count a confusion matrix from patch logits (B, C, h, w) as the released program does, picture by picture.
 
-    Upsampling and softmax run on the device, argmax and NumPy's histogram on the processor.
+    Upsampling, softmax and `max(1)[1]`, which is faster than `argmax(1)` on a CPU, run on the device; NumPy's histogram
+    runs on the processor.
     """
     n, counts = z.shape[1], 0
     for logits, labels in zip(z, truth):
-        predicted = upsample(logits[None], labels.shape).softmax(1).cpu().argmax(1)[0].numpy()
+        predicted = upsample(logits[None], labels.shape).softmax(1).max(1)[1][0].cpu().numpy()
         labels = labels.cpu().numpy()
         seen = labels < n
         counts = counts + np.bincount(n * labels[seen] + predicted[seen], minlength=n * n).reshape(n, n)

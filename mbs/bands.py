@@ -28,6 +28,7 @@ from .output_distillation import guide_targets
 from .parts import Parts
 from .protocol import VOID
 from .pseudo_labels import select_labels
+from .segmenter import check_finite, find_best_channel
 
 
 # %% ../nbs/33a_bands.ipynb #dd233c10
@@ -242,11 +243,7 @@ def _argmax_band(
     "Find the largest channel of each pixel of a band, the first of equal ones."
     channels = _find_contenders(near).nonzero()[:, 0]
     values = (rows @ near[:, channels].flatten(1)).unflatten(1, (len(channels), near.shape[2]))
-    best, winner = values[:, 0].clone(), torch.zeros(len(rows), near.shape[2], dtype=torch.int16)
-    for k in range(1, len(channels)):
-        winner.masked_fill_(values[:, k] > best, k)
-        torch.maximum(best, values[:, k], out=best)
-    return channels[winner.long()]
+    return channels.take(find_best_channel(values))
 
 
 # %% ../nbs/33a_bands.ipynb #e7f365a4
@@ -256,14 +253,18 @@ def argmax_in_bands(
     canvas: tuple[int, int],  # (H', W') that the patches cover
     height: int | None = None,  # rows of a band; None: as many as suit the device
 ) -> Tensor:  # (B, H, W) int64
-    "Compute `argmax(1)` of the stretched logits band by band; on a CPU stretch only the channels that can win."
+    """Compute `argmax(1)` of the stretched logits band by band; on a CPU stretch only the channels that can win.
+
+    Raise ValueError for patch logits that are not finite.
+    """
+    check_finite(z)
     stretched = UpsampledBands(z, size, canvas)
     labels = torch.empty(len(z), *size, dtype=torch.long, device=z.device)
     rows = _BAND_CELLS["cuda"] // (len(z) * z.shape[1] * size[1]) if z.is_cuda else 2**13 // size[1]
     height = height or max(1, rows)
     for top in range(0, size[0], height):
         band = slice(top, min(size[0], top + height))
-        if z.is_cuda:  # asking which channels can win would make the GPU wait
+        if z.is_cuda:  # asking in every band which channels can win would make the GPU wait
             labels[:, band] = stretched[band].argmax(2).transpose(0, 1)
             continue
         span = stretched.span(band)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from .inference import find_labels, predict_in_windows
 from .metrics import Confusion, class_iou, nan_mean
 from .processes import sum_over_processes, take_own_turns
-from .segmenter import Segmenter
+from .segmenter import Segmenter, find_best_channel
 from .views import StepView, move_to_device
 
 
@@ -40,7 +40,7 @@ def count_pairs(
     n: int,  # channels; truth from `n` on (void, future classes) is left out
 ) -> Tensor:  # (n, n)
     "Count the pixels of each pair of true and predicted channel."
-    pairs = torch.where(truth < n, truth * n + predicted, n * n)
+    pairs = (truth * n).add_(predicted).masked_fill_(truth >= n, n * n)  # in place: a third of the time of new maps
     return torch.bincount(pairs.flatten(), minlength=n * n + 1)[:-1].unflatten(0, (n, n))
 
 
@@ -96,7 +96,7 @@ def _evaluate_each(
         output = None if window else model(images)
         for total, identity in zip(counts, identities):
             if window:
-                predicted = predict_in_windows(model, images, window, identity=identity).argmax(1)
+                predicted = find_best_channel(predict_in_windows(model, images, window, identity=identity))
             else:
                 predicted = find_labels(output.choose(identity))
             total += count_pairs(labels, predicted, n)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .augment import Normalisation, normalise
 from .bands import argmax_in_bands
-from .segmenter import Segmenter, SegmenterOutput
+from .segmenter import Segmenter, SegmenterOutput, check_finite, find_best_channel
 
 
 # %% ../nbs/38_inference.ipynb #d9c8bb15
@@ -41,7 +41,8 @@ def predict_in_windows(
 ) -> Tensor:  # (B, C, H, W)
     """Compute the logits of `model` in overlapping windows and average them.
 
-    A picture smaller than a window is padded with zeros at the right and the bottom."""
+    A picture smaller than a window is padded with zeros at the right and the bottom.
+    Raise ValueError for logits that are not finite."""
     height, width = images.shape[2:]
     stride = stride or window // 2
     images = F.pad(images, (0, max(0, window - width), 0, max(0, window - height)))
@@ -52,14 +53,16 @@ def predict_in_windows(
             rows, columns = slice(top, top + window), slice(left, left + window)
             total[..., rows, columns] += model(images[..., rows, columns]).choose(identity).logits
             count[rows, columns] += 1
+    check_finite(total)
     return (total / count)[..., :height, :width]
 
 
 # %% ../nbs/38_inference.ipynb #875fa0fa
 def find_labels(output: SegmenterOutput) -> Tensor:  # (B, H, W) int64
-    "Find the channel with the largest logit at every pixel."
+    "Find the channel with the largest logit at every pixel; ValueError for logits that are not finite."
     if output.full is not None:
-        return output.full.argmax(1)
+        check_finite(output.full)
+        return find_best_channel(output.full)
     return argmax_in_bands(output.patch_logits, output.size, output.canvas)
 
 
@@ -71,7 +74,7 @@ def predict_labels(
 ) -> Tensor:  # (B, H, W) int64
     "Run the model and find the channel with the largest logit at every pixel."
     if window:
-        return predict_in_windows(model, images, window).argmax(1)
+        return find_best_channel(predict_in_windows(model, images, window))
     return find_labels(model(images))
 
 

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from .protocol import VOID
+from .segmenter import find_best_channel
 
 
 # %% ../nbs/30_pseudo_labels.ipynb #48310e27
@@ -115,7 +116,7 @@ def entropy_pseudo_labels(
     thresholds: Sequence[float],  # of the C channels, see `entropy_thresholds`
 ) -> Tensor:  # (B, H, W) training labels, dtype of `target`
     "Relabel background as the teacher's best class, or ignore it where entropy reaches the class's threshold: (19)."
-    u, best = teacher_uncertainty(teacher_logits), teacher_logits.argmax(1)  # (B, H, W) each
+    u, best = teacher_uncertainty(teacher_logits), find_best_channel(teacher_logits)  # (B, H, W) each
     limits = torch.as_tensor(thresholds, dtype=u.dtype).to(u.device, non_blocking=True)  # a GPU does not wait for it
     is_sure = u < limits[best]
     return torch.where(target == 0, torch.where(is_sure, best.to(target.dtype), VOID), target)
@@ -141,7 +142,7 @@ def entropy_thresholds(
     "Compute the median entropy of the background-labelled pixels that the teacher gives to each of its channels: (20)."
     counts = torch.zeros(n_old * bins, dtype=torch.long)
     for target, logits in pairs:
-        u, best = teacher_uncertainty(logits), logits.argmax(1)
+        u, best = teacher_uncertainty(logits), find_best_channel(logits)
         slot = best * bins + (u * bins).long().clamp(max=bins - 1)
         counts += torch.bincount(slot[target == 0], minlength=n_old * bins).cpu()
     return _read_medians(counts.view(n_old, bins)).clamp(min=floor)

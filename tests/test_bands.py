@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,3 +161,17 @@ def test_argmax_in_bands_is_argmax():
         stretched = F.interpolate(z, size=(8 * h, 8 * w), mode="bilinear", align_corners=False)[..., :height, :width]
         found = argmax_in_bands(z, (height, width), (8 * h, 8 * w), int(rng.integers(1, 9)))
         torch.testing.assert_close(stretched.gather(1, found[:, None])[:, 0], stretched.amax(1), rtol=0, atol=1e-12)
+
+
+def test_argmax_in_bands_takes_the_first_of_equal_channels():
+    z = torch.randn(2, 5, 3, 4)
+    found = argmax_in_bands(torch.cat([z, z], 1), (20, 30), (24, 32))
+    assert torch.equal(found, argmax_in_bands(z, (20, 30), (24, 32)))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_patch_logits_that_are_not_finite_have_no_argmax(number):
+    z = torch.randn(1, 3, 4, 4)
+    z[0, 1, 2, 2] = number
+    with pytest.raises(ValueError, match="not finite: expected finite logits"):
+        argmax_in_bands(z, (32, 32), (32, 32))

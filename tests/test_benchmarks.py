@@ -31,7 +31,7 @@ def is_row(r):
     [
         ("objective", dict(side=64, classes=(5, 9)), 2),
         ("attention", dict(tokens=33, heads=2, width=8), 1),
-        ("evaluation", dict(side=64, classes=(5,), batch=2), 2),
+        ("evaluation", dict(side=64, classes=(5,), batch=2), 4),
         ("step", dict(side=64, classes=(5,), **NETWORK), 3),
     ],
 )
@@ -54,6 +54,18 @@ def test_ways_that_differ_are_refused(part, name, wrong, monkeypatch):
     monkeypatch.setattr(plain, name, wrong)
     with pytest.raises(AssertionError, match="is not what plain gives"):
         __import__(part).measure(1, **dict(objective=dict(side=64, classes=(5,)), attention=dict(tokens=33))[part])
+
+
+def test_plain_evaluation_is_that_of_the_released_program():
+    "The channel of the largest value comes from `max`: on a CPU `argmax` would make the baseline slower than it is."
+    import plain
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        plain.confusion(torch.randn(1, 5, 4, 4), torch.zeros(1, 64, 64, dtype=torch.long))
+    called = {event.key for event in record.key_averages()}
+    assert "aten::max" in called and "aten::argmax" not in called
 
 
 def test_absolute_numbers():

@@ -10,7 +10,7 @@ from mbs.augment import IMAGENET
 from mbs.cli import app
 from mbs.data import open_data
 from mbs.experiment import Experiment
-from mbs.inference import predict_in_windows
+from mbs.inference import find_labels, predict_in_windows, predict_labels
 from mbs.metrics import scores
 from mbs.recipe import make_recipe, make_test_view
 from mbs.run import load_run
@@ -71,6 +71,30 @@ def test_windows_against_a_plain_loop(height, width, window, stride):
                     if top <= y < top + window and left <= x < left + window
                 ]
                 torch.testing.assert_close(got[:, y, x], torch.stack(values).mean(0))
+
+
+def make_spoiled_model():
+    "A network whose logits are NaN."
+    encoder = make_encoder("vit_tiny_patch16_224", image_size=32, **SHORT["encoder_options"])
+    model = Segmenter(encoder, [1, 2]).eval()
+    with torch.no_grad():
+        model.decoder.mask_norm.bias[0].fill_(float("nan"))
+    return model
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@torch.inference_mode()
+def test_a_network_that_is_spoiled_predicts_nothing(window):
+    "An error, whole or in windows, rather than a picture of background."
+    with pytest.raises(ValueError, match="not finite: expected finite logits"):
+        predict_labels(make_spoiled_model(), torch.randn(1, 3, 32, 32), window)
+
+
+@torch.inference_mode()
+def test_full_size_logits_that_are_not_finite_are_refused():
+    output = make_spoiled_model()(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="not finite: expected finite logits"):
+        find_labels(output._replace(full=output.logits))
 
 
 def test_one_window_that_covers_all_is_the_whole_picture():

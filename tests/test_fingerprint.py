@@ -52,7 +52,7 @@ def test_a_reformatted_package_has_the_same_fingerprint(package):
         ("training", r"self\.optimizer\.step\(\)", "pass"),
         ("recipe", r"total // 20", "total // 10"),
         ("segmenter", r"\(std \+ 1e-5\)", "(std + 1e-6)"),
-        ("evaluation", r"truth \* n \+ predicted", "truth + n * predicted"),
+        ("evaluation", r"\(truth \* n\)\.add_\(predicted\)", "(predicted * n).add_(truth)"),
         ("pictures", r"convert\(\"RGB\"\)", 'convert("L")'),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbs.segmenter import MaskNorm, Segmenter
+from mbs.segmenter import MaskNorm, Segmenter, check_finite, find_best_channel
 from mbs.weights import make_encoder
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
@@ -46,3 +46,27 @@ def test_convolutional_encoders(name):
 def test_small_vit_with_another_grid():
     encoder = make_encoder("vit_small_patch16_224", image_size=100)
     assert encoder.grid == (7, 7) and encoder(torch.randn(1, 3, 64, 128)).shape == (1, 32, 384)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_best_channel_is_that_of_argmax(dtype):
+    "In every layout; of equal channels the first, and of NaN the first."
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        n, height, width = torch.randint(1, 30, (3,), generator=generator).tolist()
+        values = (2 * torch.randn(2, n, height, width, generator=generator)).round().to(dtype)
+        if seed % 2:
+            values[torch.rand(values.shape, generator=generator) < 0.1] = float("nan")
+        by_rows = values.permute(2, 0, 1, 3).contiguous()
+        for layout in (values, values.contiguous(memory_format=torch.channels_last), by_rows.permute(1, 2, 0, 3)):
+            assert torch.equal(find_best_channel(layout), layout.argmax(1))
+        assert torch.equal(find_best_channel(by_rows, dim=2), by_rows.argmax(2))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_refused(number):
+    logits = torch.randn(2, 3, 4, 5)
+    check_finite(logits)
+    logits[1, 2, 3, 4] = number
+    with pytest.raises(ValueError, match="not finite: expected finite logits"):
+        check_finite(logits)
