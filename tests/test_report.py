@@ -338,7 +338,7 @@ def test_published_rows_go_by_the_classes_of_each_step(voc, tmp_path):
     assert "at most 5 pictures of each new class" in to_markdown(make_score_table(groups[1]))
     table = make_card_table([few, voc])
     k = table.columns.index("shots")
-    assert [row[k : k + 2] for row in table.rows] == [[5, "15, 2, 2, 2, 2, 2"], ["all", "15, 2, 2, 2, 2, 2"]]
+    assert [row[k : k + 2] for row in table.rows] == [[5, "16, 2, 2, 2, 2, 2"], ["all", "16, 2, 2, 2, 2, 2"]]
 
 
 @pytest.mark.parametrize("split", ["15-3-2", [10, 6, 4], [14, 6], "15-1-1-1-2"])
