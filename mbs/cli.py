@@ -36,7 +36,7 @@ from typing import Annotated
 import typer
 
 from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
-from .parameter_files import parse_words, read_parameters
+from .parameter_files import parse_value, parse_words, read_parameters
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -466,7 +466,7 @@ _MEASURE_STEPS_HELP = "Measure an iteration on this machine and estimate the com
 @app.command()
 def inspect(
     data: Annotated[str, typer.Argument(help="voc, ade, scenes or a folder.")],
-    protocol: Annotated[str, typer.Argument(help="For example 15-1.")],
+    protocol: Annotated[str, typer.Argument(help="For example 15-1, 10-5-5 or [10,5,5].")],
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Other parameters, as for mbs run.")
     ] = None,
@@ -478,16 +478,17 @@ def inspect(
     with explain_errors():
         from mbs.inspect import count_views, inspect_steps, show_inspection, time_steps
 
-        setup = _make_setup(words or [], dict(data=data, protocol=protocol, setting=setting))
+        setup = _make_setup(words or [], dict(data=data, protocol=parse_value(protocol), setting=setting))
         rows = inspect_steps(setup)
         if measure:
             rows = time_steps(setup, rows)
-        _print_steps(rows)
+        _print_steps(rows, setup.settings.shots)
         _print_views(count_views(setup))
         if measure:
             _print_cost(setup, rows)
         if figure:
-            show_inspection(rows, f"{data} {protocol} {setting}").savefig(figure, dpi=150)
+            title = f"{data} {setup.settings.protocol} {setup.settings.setting_and_shots}"
+            show_inspection(rows, title).savefig(figure, dpi=150)
 
 
 # %% ../nbs/80_cli.ipynb #5d9e12f4
@@ -541,8 +542,13 @@ def _format_step(row: dict) -> list[str]:
 
 
 # %% ../nbs/80_cli.ipynb #9c182a46
-def _print_steps(rows: list[dict]):
-    "Print a table with a line for each step."
+def _format_range(counts: list[int]) -> str:
+    "Format the smallest and the largest of `counts`, or the one that both are."
+    return "–".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+def _print_steps(rows: list[dict], shots: int | None):
+    "Print a table with a line for each step; with `shots`, also the pictures of its new classes."
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -551,9 +557,13 @@ def _print_steps(rows: list[dict]):
     if "seconds" in rows[0]:
         columns.append("time")
     title = "old, future: share of pixels whose class is hidden in the background"
+    if shots:
+        columns.append("each")
+        title += f"\neach: pictures of each new class, at most {shots} in later steps"
     table = Table(*columns, title=title, box=SIMPLE)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*_format_step(row))
+        each = [_format_range(row["each"])] if shots else []
+        table.add_row(*_format_step(row), *each)
     Console().print(table)

@@ -71,10 +71,11 @@ def is_single_step(run: Run) -> bool:
 
 
 def _make_table_key(run: Run) -> tuple[str, str]:
-    "Return the key of a run's table: data and class order, then setting and steps ('' for a run of one step)."
+    "Return the key of a run's table: data and class order, then setting, shots and steps ('' for a run of one step)."
     order = [class_id for step in run.card.steps for class_id in step]
     data = json.dumps([run.card.data.model_dump(mode="json"), order])
-    return data, "" if is_single_step(run) else json.dumps([run.settings.setting, run.card.steps])
+    steps = json.dumps([run.settings.setting, run.settings.shots, run.card.steps])
+    return data, "" if is_single_step(run) else steps
 
 
 # %% ../nbs/69_comparison.ipynb #6b513fc1
@@ -181,7 +182,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         lines, unfinished, repeats = _split_into_lines(members if steps else [])
         single = _split_into_lines(tables.get((data, ""), []), " (all at once)")
         settings = members[0].settings
-        title = " · ".join([Path(settings.data).name, settings.protocol, *[settings.setting] * bool(steps)])
+        title = " · ".join([Path(settings.data).name, settings.protocol, *[settings.setting_and_shots] * bool(steps)])
         same = sum(_strip_number(group.title) == title for group in groups)
         title += f" (table {same + 1})" if same else ""
         groups.append(Group(title, lines, single[0], unfinished + single[1], repeats + single[2]))

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from .parameter_files import find_parameter_file, flatten_parameters, merge_parameters, read_parameters
 from .parameters import Parameters
+from .protocol import name_split
 from .settings import Settings
 
 # %% ../nbs/65_grid.ipynb #c1af967f
@@ -70,6 +71,8 @@ def _make_run_name(
 def _make_name_part(name: str, value: Any, ambiguous: set) -> str:
     "Make the part of a run's name for one parameter."
     key = name.rpartition(".")[2]
+    if name == "protocol":
+        return name_split(value)
     if name == "seed":
         return f"s{_clean_text(value)}"
     if isinstance(value, str) and key == name:

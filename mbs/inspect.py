@@ -51,8 +51,8 @@ def measure_hidden_shares(
 def inspect_steps(setup: Setup) -> list[dict]:
     """Describe every step of a run in a row.
 
-    Columns: step, names of the new classes, images, `again` (how many of them an earlier step sees), the shares of
-    pixels hidden in the background, and training iterations.
+    Columns: step, names of the new classes, images, `each` (how many of them show each new class), `again` (how many
+    an earlier step sees), the shares of pixels hidden in the background, and training iterations.
     """
     rows = []
     views = np.zeros(len(setup.train), int)  # by how many earlier steps each image is seen
@@ -61,6 +61,7 @@ def inspect_steps(setup: Setup) -> list[dict]:
             step=t,
             classes=setup.new_names(setup.protocol[t]),
             images=len(positions),
+            each=setup.train.index[positions][:, list(setup.protocol[t].classes)].sum(0).tolist(),
             again=int((views[positions] > 0).sum()),
         )
         row |= measure_hidden_shares(setup.train.counts[positions], setup.protocol[t])

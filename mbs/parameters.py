@@ -43,5 +43,7 @@ def _explain_refusal(model: type[BaseModel], error: ValidationError) -> str:
         return f"parameter {name!r} is not known: expected {expected}"
     if first["type"] == "missing":
         return f"{name!r} is missing"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])  # the whole sentence of a validator
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"parameter {name!r} cannot be {first['input']!r:.80}: {reason}"

@@ -66,6 +66,8 @@ def make_score_table(group: Group) -> Table:
         "and new; released: without classes of IoU 0; accuracy: mean over classes. "
         f"Tested on {group.first.card.data.n_test} pictures. Classes by step: {' | '.join(arrivals)}."
     )
+    if shots := group.first.settings.shots:
+        note += f" Few-shot: each step after the base step sees at most {shots} pictures of each new class."
     if mixed := describe_mixed_testing(group):
         note += f" CAUTION: {mixed}."
     if untested := _name_untested(group):
@@ -244,8 +246,10 @@ def make_classes_table(group: Group) -> Table:
 def make_card_table(runs: Sequence[Run]) -> Table:
     "Make the table of the origin of each run: seed, code, versions, data, weights, machine, time and memory."
     columns = ["run", "method", "seed", "commit", "versions", "data (train test)", "weights", "machine", "steps"]
+    columns += ["shots", "pictures a step"]
     note = (
-        "Data: fingerprints of the training part and the test part. A commit with + had uncommitted changes. "
+        "Data: fingerprints of the training part and the test part. Shots: pictures of each new class in a later step, "
+        "at most. A commit with + had uncommitted changes. "
         "Every parameter is in the run's run.json. Memory: of tensors on a GPU, of the whole process on a CPU."
     )
     rows = [_describe_origin(run) for run in runs]
@@ -270,6 +274,8 @@ def _describe_origin(run: Run) -> list:
         f"{card.weights.source} {card.weights.sha256[:12]}".strip(),
         f"{card.device}, {card.threads} threads, precision {precision}",
         f"{run.n_steps} of {len(run.iterations)}",
+        run.settings.shots or "all",
+        ", ".join(map(str, card.images)) or "–",
         seconds or "–",
         memory or "–",
     ]
@@ -313,7 +319,7 @@ _KEYS = {  # convention → scores that are its old, new and all
 def make_published_table(group: Group) -> Table | None:
     "Make the table of published rows of the group's protocol, and its runs in the same conventions; None without rows."
     published, sources = _find_published(group.protocol)
-    if not published:
+    if not published or group.first.settings.shots:
         return None
     fits = [row.fits() for row in published]
     conventions = [name for name in _KEYS if any(name in (fit or ()) for fit in fits)] or ["foreground", "both"]
@@ -332,12 +338,11 @@ def make_published_table(group: Group) -> Table | None:
 
 # %% ../nbs/69a_report_tables.ipynb #3a1b9472
 def _find_published(protocol: Protocol) -> tuple[list[Published], dict[str, dict]]:
-    "Return the published rows of a protocol, and all sources; no row for other data or another class order."
+    "Return the published rows of the same data, setting, and classes in each step, whatever its name; and all sources."
     published, sources = read_published()
-    if protocol.dataset not in ("voc", "ade") or protocol.order != list(range(1, protocol.n_classes + 1)):
-        return [], sources
-    wanted = (protocol.dataset, protocol.name, protocol.setting)
-    return [row for row in published if (row.dataset, row.protocol, row.setting) == wanted], sources
+    wanted = (protocol.dataset, protocol.setting)
+    candidates = [row for row in published if (row.dataset, row.setting) == wanted]
+    return [row for row in candidates if Protocol(row.protocol, row.dataset).steps == protocol.steps], sources
 
 
 def _explain_published(group: Group, cited: Sequence[dict]) -> str:

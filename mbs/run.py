@@ -436,12 +436,14 @@ def _render_run(run: Run) -> str:
     settings = run.settings
     facts = dict(
         method=settings.method,
-        protocol=f"{settings.protocol}, {settings.setting}",
+        protocol=f"{settings.protocol}, {settings.setting_and_shots}",
         data=settings.data,
         encoder=settings.encoder,
         seed=settings.seed,
         steps=f"{run.n_steps} of {len(run.iterations)}",
     )
+    if settings.shots:
+        facts["pictures by step"] = ", ".join(map(str, run.card.images))
     if run.n_steps:
         facts["mIoU of all classes"] = f"{100 * run.metrics()['scores']['all']:.1f} % after step {run.n_steps - 1}"
     return render_values(f"Run {run.folder.name}", facts)

@@ -15,12 +15,12 @@ from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from .augment import IMAGENET, Normalisation
@@ -28,7 +28,7 @@ from .data import SegmentationFolder, open_data
 from .fingerprint import hash_class, hash_code
 from .methods import Method
 from .parameters import Parameters
-from .protocol import Protocol, Step
+from .protocol import Protocol, Step, name_split
 from .recipe import count_iterations, make_accelerator, make_recipe
 from .scenes import write_scenes
 from .segmenter import Segmenter
@@ -37,6 +37,7 @@ from .weights import make_encoder
 
 # %% ../nbs/48_settings.ipynb #affb5e6c
 _NAME = r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$"
+_Split = Annotated[str, BeforeValidator(name_split)]  # a list of sizes becomes text
 
 
 class Settings(Parameters):
@@ -45,8 +46,9 @@ class Settings(Parameters):
     name: str | None = Field(None, pattern=_NAME)  # run folder under outputs/, or batch/run; None: made of the settings
     data: str = "scenes"  # "scenes", "voc", "ade" or a folder
     scenes: dict[str, int] = dict(n_train=60, n_test=20, size=48)  # arguments of `write_scenes`, also seed
-    protocol: str = "5-1"  # split: A classes first, then B at a time
+    protocol: _Split = "5-1"  # split: A classes first, then B at a time; or the classes of each step, as a list or text
     setting: str = "overlapped"  # overlapped, disjoint, sequential or partitioned
+    shots: int | None = Field(None, ge=1)  # pictures of each new class in a later step, at most; None: all
     classes: list[str] | None = None  # names in order of arrival; None: all, in the order of the data set
     method: str = "mbs"  # one of `METHODS`
     parts: dict[str, Any] = {}  # overrides of the parts of the method, see `Parts`
@@ -70,6 +72,11 @@ class Settings(Parameters):
         "Setting that `Protocol` receives: 'joint' for the method `joint`, which sees all at once; else `setting`."
         return "joint" if self.method == "joint" else self.setting
 
+    @property
+    def setting_and_shots(self) -> str:
+        "Setting and, where there are any, shots, for headings: 'overlapped, 5 shots'."
+        return self.setting + (f", {self.shots} shot{'s' * (self.shots > 1)}" if self.shots else "")
+
     def _repr_html_(self) -> str:
         return render_values("Settings that differ from the defaults", dict(self.__repr_args__()))
 
@@ -83,8 +90,9 @@ class Settings(Parameters):
 # %% ../nbs/48_settings.ipynb #836d043f
 def _make_name(settings: Settings) -> str:
     "Return a name for the run folder, made of what the run is."
-    parts = [f"{k}={v}" for k, v in sorted(settings.parts.items())]
-    words = [Path(settings.data).name, settings.protocol, settings.setting, settings.method, *parts]
+    choices = [f"{k}={v}" for k, v in sorted(settings.parts.items())]
+    choices += [f"shots={settings.shots}"] if settings.shots else []
+    words = [Path(settings.data).name, settings.protocol, settings.setting, settings.method, *choices]
     return re.sub(r"[^\w.+=-]", "_", "-".join([*words, f"s{settings.seed}"])).lstrip(".")
 
 
@@ -169,6 +177,19 @@ def _warn_of_untested(test: SegmentationFolder, step: Step, names: list[str]):
         )
 
 
+def _warn_of_few(index: np.ndarray, step: Step, names: list[str], shots: int | None):
+    "Warn of classes of `step`, called `names`, of which fewer than `shots` pictures were drawn; `index` is of those."
+    if shots is None or step.number == 0:
+        return
+    counts = index[:, list(step.classes)].sum(0)
+    if few := [f"{count} of {name}" for name, count in zip(names, counts) if count < shots]:
+        warnings.warn(
+            f"step {step.number} draws fewer than shots={shots} pictures, {', '.join(few)}: "
+            "there are no more, or only with a class that has its shots already",
+            stacklevel=4,
+        )
+
+
 # %% ../nbs/48_settings.ipynb #beccd072
 class Setup:
     "Data, protocol, recipe and method that `settings` describe; ValueError for what does not fit."
@@ -183,31 +204,16 @@ class Setup:
         self.protocol = Protocol(settings.protocol, dataset, settings.protocol_setting, order)
         self.recipe = make_recipe(settings.recipe, dataset, **settings.training)
         self.names = ["background", *(classes[c - 1] for c in self.protocol.order)]  # of the channels
-        seen = [step.select(self.train.index) for step in self.protocol]
+        seen = [step.select(self.train.index, settings.shots, settings.seed) for step in self.protocol]
         self.held_out = [self._hold_out(positions) for positions in seen]  # positions by step
         self.positions = [np.setdiff1d(all_, held) for all_, held in zip(seen, self.held_out)]  # that train, by step
         for step in self.protocol:
-            self._check_pictures(step)
+            _check_pictures(self, step)
 
     def _hold_out(self, positions: np.ndarray) -> np.ndarray:
         if self.recipe.selection != "held-out":
             return positions[:0]
         return _draw_held_out(positions, self.recipe.held_out, self.settings.seed)
-
-    def _check_pictures(self, step: Step):
-        "Raise ValueError for a step without training images; warn of classes that no training or test image shows."
-        positions, names = self.positions[step.number], self.new_names(step)
-        if not len(positions):
-            raise ValueError(
-                f"step {step.number} sees no training image: expected at least one that holds {' or '.join(names)}"
-            )
-        if missing := _list_unseen(self.train.index[positions], step, names):
-            warnings.warn(
-                f"step {step.number} sees no pixel of {', '.join(missing)} in its {len(positions)} training images: "
-                "these classes cannot be learnt",
-                stacklevel=3,
-            )
-        _warn_of_untested(self.test, step, names)
 
     def new_names(self, step: Step) -> list[str]:
         "Names of the classes that arrive in `step`."
@@ -228,6 +234,25 @@ class Setup:
         if self.recipe.normalisation == "imagenet":
             return IMAGENET
         return Normalisation(model.encoder.mean, model.encoder.std)
+
+
+# %% ../nbs/48_settings.ipynb #fe944c12
+def _check_pictures(setup: Setup, step: Step):
+    "Raise ValueError for a step without training images; warn of classes without enough training or test images."
+    positions, names = setup.positions[step.number], setup.new_names(step)
+    if not len(positions):
+        raise ValueError(
+            f"step {step.number} sees no training image: expected at least one that holds {' or '.join(names)}"
+        )
+    if missing := _list_unseen(setup.train.index[positions], step, names):
+        warnings.warn(
+            f"step {step.number} sees no pixel of {', '.join(missing)} in its {len(positions)} training images: "
+            "these classes cannot be learnt",
+            stacklevel=3,
+        )
+    drawn = np.union1d(positions, setup.held_out[step.number])
+    _warn_of_few(setup.train.index[drawn], step, names, setup.settings.shots)
+    _warn_of_untested(setup.test, step, names)
 
 
 # %% ../nbs/48_settings.ipynb #4fd94257

@@ -87,6 +87,7 @@ def test_methods_share_a_base_step_and_a_users_class_has_another(tmp_path, monke
     shared = fingerprint("mbs")
     assert {fingerprint(name) for name in ("kd", "mib", "plop", "finetune")} == {shared}
     assert fingerprint("mbs", parts=dict(orthogonality=False)) == shared
+    assert fingerprint("mbs", shots=1) == shared == fingerprint("mbs", protocol=[5, 2, 1])
     others = [
         fingerprint("mbs", Doubled),
         fingerprint("mbs", seed=1),

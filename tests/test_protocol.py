@@ -8,17 +8,24 @@ from golden import FOLDER, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbs.protocol import SETTINGS, SPLITS, VOID, Protocol
+from mbs.protocol import SETTINGS, SPLITS, VOID, Protocol, name_split, parse_split
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=9)  # classes of each step
 
 
 @st.composite
 def protocols(draw, settings=SETTINGS):
-    "Draw a protocol of up to 30 classes, which may leave classes out."
-    n = draw(st.integers(1, 30))
-    base = draw(st.integers(1, n))
-    new = draw(st.integers(1, n))
-    order = draw(st.permutations(range(1, n + 1)))[: draw(st.integers(base, n))]
-    return Protocol(f"{base}-{new}", n, draw(st.sampled_from(settings)), order)
+    "Draw a protocol of even or uneven steps of up to 30 classes or so, which may leave classes out."
+    if draw(st.booleans()):
+        split = draw(SIZES)
+        n = sum(split) + draw(st.integers(0, 5))
+        order = draw(st.permutations(range(1, n + 1)))[: sum(split)]
+    else:
+        n = draw(st.integers(1, 30))
+        base = draw(st.integers(1, n))
+        split = f"{base}-{draw(st.integers(1, n))}"
+        order = draw(st.permutations(range(1, n + 1)))[: draw(st.integers(base, n))]
+    return Protocol(split, n, draw(st.sampled_from(settings)), order)
 
 
 @settings(max_examples=200, deadline=None)
@@ -31,6 +38,77 @@ def test_every_class_arrives_once(p):
     last = p[len(p.steps) - 1]
     new_channels = [c for t in range(len(p.steps)) for c in p[t].new_channels]
     assert new_channels == list(range(1, last.n_channels))
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.data())
+def test_uneven_steps_have_exactly_the_sizes_of_the_list(sizes, data):
+    "A list, its name, and the name of three steps or more as text are the same protocol, and no other sum fits."
+    n = sum(sizes)
+    order = data.draw(st.permutations(range(1, n + 1)))
+    name = name_split(sizes)
+    forms = [sizes, tuple(sizes), name, "+".join(map(str, sizes))] + ["-".join(map(str, sizes))] * (len(sizes) > 2)
+    for form in forms:
+        p = Protocol(form, n, "overlapped", order)
+        assert [len(step) for step in p.steps] == sizes
+        assert [c for step in p.steps for c in step] == order
+        for other in (n - 1, n + 1):
+            with pytest.raises(ValueError, match=f"brings {n} classes in .*{other} in all"):
+                Protocol(form, other)
+    assert Protocol(sizes, n).name == name
+    joint = Protocol(sizes, n, "joint")
+    assert joint.sizes == [n] and joint.n_base == 1 + sizes[0]
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_a_list_of_two_is_never_taken_for_a_split_of_equal_steps(a, b):
+    "Its name differs from 'A-B', which keeps its meaning, also where both bring the same classes."
+    assert name_split([a, b]) != f"{a}-{b}"
+    assert parse_split(name_split([a, b]), a + b) == [a, b] == parse_split(f"{a}-{b}", a + b)
+    more = a + 2 * b
+    assert parse_split(f"{a}-{b}", more) == [a, b, b]
+    with pytest.raises(ValueError, match="in all"):
+        Protocol([a, b], more)
+
+
+@settings(max_examples=200, deadline=None)
+@given(protocols(), st.integers(0, 2**32 - 1), st.integers(1, 6))
+def test_shots_limit_the_pictures_of_each_new_class(p, seed, shots):
+    """Few-shot steps draw pictures that the step sees, at most `shots` of each new class, and as many as fit.
+
+    One shot more adds pictures and takes none away; the base step sees everything."""
+    index = np.random.default_rng(seed).random((40, p.n_classes + 1)) < 0.2
+    for step in p:
+        seen, drawn = step.select(index), step.select(index, shots, seed)
+        if step.number == 0:
+            assert drawn.tolist() == seen.tolist()
+            continue
+        assert np.array_equal(drawn, np.unique(drawn)) and set(drawn) <= set(seen)
+        shown = index[:, list(step.classes)]
+        counts = shown[drawn].sum(0)
+        assert (counts <= shots).all()
+        for i in set(seen) - set(drawn):
+            assert (counts[shown[i]] == shots).any(), "a picture that fits was left out"
+        assert set(drawn) <= set(step.select(index, shots + 1, seed))
+        assert step.select(index, 10**9, seed).tolist() == seen.tolist()
+
+
+def test_a_rare_class_gets_its_only_picture():
+    "A common class does not use up its shots on other pictures first."
+    index = np.zeros((50, 4), bool)
+    index[:, 2] = True  # class 2 is in every picture, class 3 in a single one
+    index[17, 3] = True
+    for seed in range(20):
+        assert Protocol("1-2", 3)[1].select(index, 1, seed).tolist() == [17]
+
+
+def test_shots_follow_the_seed_alone():
+    "The same seed draws the same pictures, another seed others, and every picture has a chance."
+    index = np.ones((30, 3), bool)
+    step = Protocol("1-1", 2)[1]
+    first = step.select(index, 5, 1).tolist()
+    assert step.select(index, 5, 1).tolist() == first != step.select(index, 5, 2).tolist()
+    assert {int(i) for seed in range(200) for i in step.select(index, 1, seed)} == set(range(30))
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,6 +207,14 @@ def test_ade_ignores_unlabelled_pixels_in_the_test():
         (dict(name="2-1", dataset=3, order=[1, 1, 2]), "expected different class ids"),
         (dict(name="2-1", dataset=3, order=[1, 2, 4]), "expected different class ids"),
         (dict(name="2-1", dataset=300), "do not fit"),
+        (dict(name="10-5-4"), "brings 19 classes in 3 steps: expected at least 1 a step and 20 in all"),
+        (dict(name=[15, 1]), "brings 16 classes in 2 steps"),
+        (dict(name="10-0-10"), "at least 1 a step"),
+        (dict(name="10-5-"), "expected 'A-B'"),
+        (dict(name=[10, 0, 10]), "a list of the number of classes"),
+        (dict(name=[10, True, 9]), "a list of the number of classes"),
+        (dict(name=[]), "a list of the number of classes"),
+        (dict(name=15), "expected text such as"),
     ],
 )
 def test_impossible_protocols_are_refused(arguments, message):
@@ -180,3 +266,25 @@ def test_inspect_command_measures_and_writes_only_the_figure(tmp_path, monkeypat
     assert figure.stat().st_size > 5000
     assert not (tmp_path / "outputs").exists()
     assert CliRunner().invoke(app, ["inspect", "scenes", "5-1", "--setting", "jointly"]).exit_code == 2
+
+
+def test_inspect_command_shows_few_pictures_of_uneven_steps(tmp_path, monkeypatch):
+    "It shows for each step its classes, its pictures and the pictures of each new class; a wrong list is refused."
+    from typer.testing import CliRunner
+
+    from mbs.cli import app
+
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ["scenes={n_train: 60, n_test: 12, size: 32}", "training.crop=32", "shots=1"]
+    for protocol in ("[4,3,1]", "4-3-1"):
+        result = CliRunner().invoke(app, ["inspect", "scenes", protocol, *words])
+        assert result.exit_code == 0, result.output
+        assert "at most 1 in later steps" in result.stdout
+        base, three, one = (line.split() for line in result.stdout.splitlines() if line.strip()[:1] in ("0", "1", "2"))
+        assert base[1:5] == ["ball,", "leaf,", "mushroom,", "fish"] and int(base[5]) > 40  # pictures
+        assert three[1:4] == ["flower,", "star,", "cactus"] and 1 <= int(three[4]) <= 3 and three[-1] == "1"
+        assert one[1:3] == ["butterfly", "1"] and one[-1] == "1"
+    for protocol, expected in (("[4,3]", "8 in all"), ("8", "a list of the number of classes")):
+        result = CliRunner().invoke(app, ["inspect", "scenes", protocol])
+        assert result.exit_code == 2 and expected in result.output

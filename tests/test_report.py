@@ -19,7 +19,13 @@ from mbs.experiment import Experiment
 from mbs.metrics import CONVENTIONS
 from mbs.protocol import SETTINGS, Protocol
 from mbs.report import compare_runs, write_report
-from mbs.report_tables import make_card_table, make_published_table, read_published
+from mbs.report_tables import (
+    _find_published,
+    make_card_table,
+    make_published_table,
+    make_score_table,
+    read_published,
+)
 from mbs.run import load_run
 from mbs.scenes import write_scenes
 from mbs.settings import Settings
@@ -307,6 +313,37 @@ def test_published_rows_appear_beside_ours(voc):
         np.testing.assert_allclose([value.mean for value in ours[name]], [scores[k] for k in keys])
     assert "20 pictures" in table.note and "arXiv 2608.30281" in table.note
     assert all(text in to_markdown(table) for text in ("82.3", "80.6", "–"))
+
+
+def alter(run, folder, **changes):
+    "Copy a run folder and change the settings on its card."
+    shutil.copytree(run.folder, folder)
+    card = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    card["settings"] |= changes
+    (folder / "run.json").write_text(json.dumps(card), encoding="utf-8")
+    return load_run(folder)
+
+
+def test_published_rows_go_by_the_classes_of_each_step(voc, tmp_path):
+    "Another way of writing 15-1 has its rows; a few-shot run has none, and a table of its own."
+    listed = alter(voc, tmp_path / "listed", protocol=[15, 1, 1, 1, 1, 1], seed=1)
+    few = alter(voc, tmp_path / "few", shots=5)
+    groups = group_runs([listed, voc, few])
+    assert [group.title.split(" · ")[1:] for group in groups] == [
+        ["15-1-1-1-1-1", "overlapped"],
+        ["15-1", "overlapped, 5 shots"],
+    ]
+    assert [len(line) for line in groups[0].lines.values()] == [2]
+    assert make_published_table(groups[0]) and make_published_table(groups[1]) is None
+    assert "at most 5 pictures of each new class" in to_markdown(make_score_table(groups[1]))
+    table = make_card_table([few, voc])
+    k = table.columns.index("shots")
+    assert [row[k : k + 2] for row in table.rows] == [[5, "16, 2, 2, 2, 2, 2"], ["all", "16, 2, 2, 2, 2, 2"]]
+
+
+@pytest.mark.parametrize("split", ["15-3-2", [10, 6, 4], [14, 6], "15-1-1-1-2"])
+def test_an_uneven_protocol_has_no_published_rows(split):
+    assert not _find_published(Protocol(split))[0]
 
 
 def test_nothing_is_published_on_scenes(outputs):

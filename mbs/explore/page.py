@@ -461,7 +461,7 @@ def read_asset(name: str) -> str:
 # %% ../../nbs/61d_page.ipynb #aafa29b9
 def format_run(run: Run) -> str:
     "Name a run in a heading: folder, method, protocol."
-    return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting})"
+    return f"{run.folder.name} ({run.settings.method}, {run.settings.protocol} {run.settings.setting_and_shots})"
 
 
 # %% ../../nbs/61d_page.ipynb #f7c63e6b
