@@ -48,7 +48,6 @@ RECIPE = dict(
 )
 NETWORK = dict(
     encoder="tf_efficientnet_lite0",
-    encoder_options={},
     weights="pretrained",
     decoder=dict(dim=128, heads=2),
 )

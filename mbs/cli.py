@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 # %% ../nbs/80_cli.ipynb #c84a4711
+import json
 import os
 import secrets
 import subprocess
@@ -100,13 +101,11 @@ def _make_progress():
 
 
 # %% ../nbs/80_cli.ipynb #436c240b
-def _run_with_progress(plan: list[dict]) -> list:
-    "Execute the runs with the parameters of `plan` one after the other, each with a progress bar."
+def _run_with_progress(plan: list) -> list:
+    "Execute the runs with the settings of `plan` one after the other, each with a progress bar."
     from mbs.batch import prepare_experiment, run_notebook
-    from mbs.settings import Settings
 
-    settings = [Settings.checked(**values) for values in plan]
-    experiments = [prepare_experiment(one) for one in settings]
+    experiments = [prepare_experiment(settings) for settings in plan]
     runs = []
     with _make_progress() as bars:
         tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
@@ -170,6 +169,7 @@ def _count_findings(runs: list):
 
 # %% ../nbs/80_cli.ipynb #3bf83acd
 _WORDS_HELP = "Parameter file or built-in name, then parameters."
+_PRINT_CONFIG_HELP = "Print every effective parameter with its source; run nothing."
 
 
 @app.command()
@@ -178,14 +178,43 @@ def run(
         list[str] | None,
         typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP),
     ] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help=_PRINT_CONFIG_HELP)] = False,
 ):
     "Train one run of a protocol: an executed notebook and a run folder in outputs/."
     with explain_errors(), interrupt_on_signals():
-        words = words or []
-        values = read_parameters(words.pop(0)) if words and "=" not in words[0] else {}
-        runs = _run_with_progress([parse_words(words, values)])
+        from mbs.settings import Settings, trace_parameters
+
+        layers = _read_layers(words or [])
+        if print_config:
+            _print_origins(trace_parameters(layers))
+            return
+        runs = _run_with_progress([Settings.from_layers(*layers.values())])
         _print_summary(runs)
         _print_findings(runs[0])
+
+
+# %% ../nbs/80_cli.ipynb #3cafd95a
+def _read_layers(words: list[str]) -> dict[str, dict]:
+    "Read the layers of parameters of a command: the file that the first word names, if it does, and the other words."
+    layers = {}
+    if words and "=" not in words[0]:
+        file, *words = words
+        layers[f"file {Path(file).name}"] = read_parameters(file)
+    return layers | {"command line": parse_words(words)}
+
+
+def _print_origins(rows: list):
+    "Print a line for each parameter: its name and value as in a command, and its source."
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("parameter", "value", "from", box=None, header_style="bold")
+    for row in rows:
+        value = row.value if isinstance(row.value, str) else json.dumps(row.value, ensure_ascii=False)
+        table.add_row(row.name, value, row.source)
+    table.columns[1].overflow = "fold"
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    Console(markup=False, highlight=False).print(table)
 
 
 # %% ../nbs/80_cli.ipynb #f90ee458
@@ -267,12 +296,12 @@ def demo(
     with explain_errors(), interrupt_on_signals():
         from mbs.folders import home
         from mbs.report import write_report
+        from mbs.settings import Settings
 
         names = methods.replace(" ", "").split(",")
         pairs = [(seed, name) for seed in range(seeds) for name in names]
-        values = read_parameters("demo")
-        plan = [values | dict(name=f"demo-{name}-s{seed}", method=name, seed=seed) for seed, name in pairs]
-        runs = _run_with_progress(plan)
+        chosen = [dict(name=f"demo-{name}-s{seed}", method=name, seed=seed) for seed, name in pairs]
+        runs = _run_with_progress([Settings.from_layers(read_parameters("demo"), values) for values in chosen])
         folder = write_report(runs, home("outputs", "demo"))
         _print_summary(runs)
         typer.echo(f"\nThe comparison as a picture: {folder / 'comparison.png'}")
@@ -492,14 +521,14 @@ def inspect(
 
 
 # %% ../nbs/80_cli.ipynb #5d9e12f4
-_PUBLISHED = dict(encoder="vit_base_patch16_384", encoder_options={}, recipe="paper", training={})
+_PUBLISHED = dict(encoder="vit_base_patch16_384", recipe="paper", training=dict(replace=True))
 
 
 def _make_setup(words: list[str], chosen: dict):
     "Make the setup of the published recipe with the parameters `chosen`, changed by `words`."
     from mbs.settings import Settings, Setup
 
-    return Setup(Settings.checked(**parse_words(words, _PUBLISHED | chosen)))
+    return Setup(Settings.from_layers(_PUBLISHED | chosen, parse_words(words)))
 
 
 def _print_views(counts: list[int]):

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
-from .parameter_files import find_parameter_file, flatten_parameters, merge_parameters, read_parameters
+from .parameter_files import find_parameter_file, flatten_parameters, read_parameters
 from .parameters import Parameters
 from .protocol import name_split
 from .settings import Settings
@@ -111,10 +111,10 @@ def expand_grid(grid: Grid) -> list[Settings]:
                 f"two runs of batch {grid.name!r} have the name {name!r}: "
                 "expected runs that differ; give them names under runs"
             )
-        changes = flatten_parameters(grid.parameters) | entry | point
-        base = changes.pop("base", grid.base)
-        values = merge_parameters(read_parameters(base) if base else {}, changes)
-        settings[name] = Settings.checked(**values | dict(name=f"{grid.name}/{name}"))
+        common, own = flatten_parameters(grid.parameters), entry | point
+        base = own.pop("base", common.pop("base", grid.base))
+        below = [read_parameters(base)] if base else []
+        settings[name] = Settings.from_layers(*below, common, own, dict(name=f"{grid.name}/{name}"))
     return list(settings.values())
 
 

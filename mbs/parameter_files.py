@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = [
+    "REPLACE",
     "is_within_limits",
     "read_yaml",
     "list_built_in",
     "find_parameter_file",
     "read_parameters",
+    "nest_parameters",
     "merge_parameters",
+    "remove_replace",
+    "mark_complete",
     "flatten_parameters",
+    "find_sources",
     "parse_value",
     "parse_words",
 ]
@@ -107,18 +112,63 @@ def read_parameters(path: Path | str, kind: str = "protocols") -> dict:
 
 
 # %% ../nbs/03b_parameter_files.ipynb #3b96f2cc
-def merge_parameters(values: dict, changes: dict) -> dict:
-    "Apply `changes` to a copy of `values`; a dot enters a dictionary, and ValueError where it meets a single value."
-    merged = copy.deepcopy(values)
-    for name, value in changes.items():
-        *groups, key = name.split(".")
-        target = merged
-        for group in groups:
-            target = target.setdefault(group, {})
-            if not isinstance(target, dict):
-                raise ValueError(f"parameter {name!r} has no part {key!r}: {group!r} is a single value")
-        target[key] = copy.deepcopy(value)
+REPLACE = "replace"  # key of a dictionary that replaces the dictionary below instead of changing it
+
+
+def nest_parameters(values: dict) -> dict:
+    "Return a copy of `values` in which names with dots are dictionaries; ValueError where a dot meets a single value."
+    nested = {}
+    for name, value in values.items():
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        _check_groups(nested, value)
+        nested = _merge_dictionaries(nested, value, replaces=False)
+    return nested
+
+
+def _merge_dictionaries(values: dict, changes: dict, replaces: bool) -> dict:
+    "Merge `changes` into a copy of `values`; if it `replaces`, a dictionary with the key `replace` takes nothing over."
+    if changes.get(REPLACE, True) is not True:
+        raise ValueError(f"replace cannot be {changes[REPLACE]!r}: expected true; leave it out to merge")
+    merged = {} if replaces and REPLACE in changes else copy.deepcopy(values)
+    for name, change in changes.items():
+        if isinstance(change, dict):
+            below = merged.get(name)
+            change = _merge_dictionaries(below if isinstance(below, dict) else {}, change, replaces)
+        merged[name] = copy.deepcopy(change)
     return merged
+
+
+def _check_groups(values: dict, changes: dict):
+    "Raise ValueError if a dictionary in `changes` would change a single value."
+    for name, change in changes.items():
+        if isinstance(change, dict) and change and not isinstance(values.get(name), dict | None):
+            key = next(iter(change))
+            raise ValueError(f"parameter '{name}.{key}' has no part {key!r}: {name!r} is a single value")
+
+
+# %% ../nbs/03b_parameter_files.ipynb #bd5f1aff
+def merge_parameters(values: dict, changes: dict) -> dict:
+    """Apply `changes` to a copy of `values`; a dictionary is merged, or with `replace: true` replaces what is below.
+
+    The key `replace` stays in the result. ValueError where a dot meets a single value, and for `replace: false`.
+    """
+    nested = nest_parameters(changes)
+    _check_groups(values, nested)
+    return _merge_dictionaries(values, nested, replaces=True)
+
+
+# %% ../nbs/03b_parameter_files.ipynb #8ccc4b6c
+def remove_replace(value: Any) -> Any:
+    "Remove the key `replace` from a dictionary and those in it; return other values unchanged."
+    if not isinstance(value, dict):
+        return value
+    return {name: remove_replace(part) for name, part in value.items() if name != REPLACE}
+
+
+def mark_complete(values: dict) -> dict:
+    "Mark every dictionary in `values` as a replacement, so that merging it adds nothing."
+    return {name: value | {REPLACE: True} if isinstance(value, dict) else value for name, value in values.items()}
 
 
 # %% ../nbs/03b_parameter_files.ipynb #3a4e71f4
@@ -141,6 +191,17 @@ def _parse_number(value: Any) -> Any:
     return float(value) if is_number else value
 
 
+# %% ../nbs/03b_parameter_files.ipynb #12eef43c
+def find_sources(layers: dict[str, dict]) -> dict[str, str]:
+    "Return for each parameter of the merged `layers`, with dots in its name, the name of the last layer that gives it."
+    merged, sources = {}, {}
+    for source, layer in layers.items():
+        merged = merge_parameters(merged, layer)
+        given = flatten_parameters(layer).keys()
+        sources = {name: source if name in given else sources[name] for name in flatten_parameters(merged)}
+    return sources
+
+
 # %% ../nbs/03b_parameter_files.ipynb #b13efddb
 def parse_value(text: str) -> Any:
     "Parse the YAML value of a word; text such as 1e-3 becomes a number. ValueError beyond the limits."
@@ -159,12 +220,12 @@ def parse_value(text: str) -> Any:
 
 
 # %% ../nbs/03b_parameter_files.ipynb #f5cd7360
-def parse_words(words: list[str], values: dict | None = None) -> dict:
-    "Apply the words 'name=value' or 'group.name=value' to a copy of `values`; ValueError for any other word."
+def parse_words(words: list[str]) -> dict:
+    "Parse the words 'name=value' or 'group.name=value' into parameters; ValueError for any other word."
     changes = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not name or not equals:
             raise ValueError(f"{word!r} is not a parameter: expected name=value")
         changes[name] = parse_value(text)
-    return merge_parameters(values or {}, changes)
+    return nest_parameters(changes)

@@ -36,6 +36,8 @@ class Parameters(BaseModel):
 def _explain_refusal(model: type[BaseModel], error: ValidationError) -> str:
     "Describe the first problem of `error`: what is wrong and what was expected."
     first = error.errors()[0]
+    if not first["loc"]:  # a validator of the whole model refused
+        return str(first["ctx"]["error"])
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         near = get_close_matches(name, model.model_fields, 1)

@@ -11,6 +11,7 @@ __all__ = [
     "PAPER",
     "ADE",
     "Recipe",
+    "list_recipe_layers",
     "make_recipe",
     "count_iterations",
     "learning_rate",
@@ -22,6 +23,8 @@ __all__ = [
 # %% ../nbs/46_recipe.ipynb #42c2fc73
 import math
 import os
+from functools import reduce
+from operator import or_
 from typing import Literal
 
 import numpy as np
@@ -80,6 +83,14 @@ PAPER = dict(augmentation="released", normalisation="imagenet", precision="fp16"
 ADE = dict(batch=8, epochs=64, lr_factor=0.5)
 
 
+def list_recipe_layers(name: str, dataset: str | int) -> dict[str, dict]:
+    "Return what a built-in recipe and a data set change in `Recipe`, by source; ValueError for an unknown recipe."
+    if name not in ("paper", "clean"):
+        raise ValueError(f"recipe {name!r} is not known: expected 'paper' or 'clean'")
+    layers = {f"recipe {name}": PAPER if name == "paper" else {}}
+    return layers | ({"data set ade": ADE} if dataset == "ade" else {})
+
+
 def make_recipe(
     name: str = "clean",  # "paper" or "clean"
     dataset: str | int = "voc",  # "ade" has its own batch, epochs and learning-rate factor
@@ -87,10 +98,7 @@ def make_recipe(
     **overrides,  # of the fields of `Recipe`
 ) -> Recipe:
     "Return a built-in recipe with some fields overridden; ValueError for unknown names and impossible values."
-    if name not in ("paper", "clean"):
-        raise ValueError(f"recipe {name!r} is not known: expected 'paper' or 'clean'")
-    defaults = (PAPER if name == "paper" else {}) | (ADE if dataset == "ade" else {})
-    return Recipe.checked(**defaults | overrides)
+    return Recipe.checked(**reduce(or_, list_recipe_layers(name, dataset).values()) | overrides)
 
 
 # %% ../nbs/46_recipe.ipynb #a0ce2e1d

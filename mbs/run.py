@@ -32,7 +32,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 import mbs
 from .augment import Normalisation
@@ -43,6 +43,7 @@ from .identity import IdentifiedSegmenter, Identity, Predictor
 from .identity_learning import load_identity, needs_reference
 from .inference import choose_window, segment, to_batch
 from .metrics import Confusion, iou_matrix
+from .parameter_files import mark_complete
 from .parameters import Parameters
 from .parts import Parts
 from .pictures import read_image
@@ -91,10 +92,15 @@ _Pair = tuple[tuple[_Finite, _Finite, _Finite], tuple[_Positive, _Positive, _Pos
 _Statistics = Annotated[_Pair, AfterValidator(lambda pair: Normalisation(*pair))]
 
 
+def _mark_stored(settings: Any) -> Any:
+    "Mark the dictionaries of stored settings as complete, so that today's defaults add nothing to them."
+    return mark_complete(settings) if isinstance(settings, dict) else settings
+
+
 class Card(_Open):
     "What a run is: its parameters, weights, data, versions and machine."
 
-    settings: Settings
+    settings: Annotated[Settings, BeforeValidator(_mark_stored)]
     recipe: Recipe  # that the settings gave
     parts: Parts  # of the method, that the settings gave
     names: list[str]  # of the channels

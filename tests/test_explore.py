@@ -292,7 +292,7 @@ def test_runs_that_do_not_fit_are_refused(runs, tmp_path):
         Settings(
             name="other",
             protocol="7-1",
-            training=dict(crop=32, batch=4, iterations=1),
+            training=dict(replace=True, crop=32, batch=4, iterations=1),
             scenes=dict(n_train=30, n_test=4, size=40),
             samples=2,
             encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1),

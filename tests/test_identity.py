@@ -354,7 +354,7 @@ def test_both_ways_of_testing_are_measured_in_the_base_step(home):
 @pytest.mark.parametrize("test", ["whole", "window"])
 def test_the_network_alone_is_tested_in_the_same_pass(home, test):
     "Its confusion matrix is that of the run without identity, in every step, and the report shows the difference."
-    training = dict(training=dict(crop=24, test=test), samples=0)
+    training = dict(training=dict(replace=True, crop=24, test=test), samples=0)
     plain = Experiment(Settings(name="plain", **training), home).run()
     run = Experiment(Settings(name="analytic", **ANALYTIC, **training), home).run()
     assert run.metrics(0)["base_from"] == "plain"

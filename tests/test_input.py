@@ -227,7 +227,7 @@ def test_a_cache_changes_no_weight_and_no_score(home, recipe, workers, tuning, c
 
 
 def test_no_cache_is_made_unasked(home):
-    Experiment(Settings(name="run", training=dict(crop=48, batch=4, iterations=2), **SHORT)).run()
+    Experiment(Settings(name="run", training=dict(replace=True, crop=48, batch=4, iterations=2), **SHORT)).run()
     assert not list(home.rglob("*decoded*")) and not (home / "data/.cache").exists()
 
 
@@ -403,7 +403,7 @@ def test_workers_get_no_copy_of_the_cache(folder):
 
 def test_the_card_says_whether_a_cache_was_used(home):
     "Runs whose card lacks the parameter are resumed."
-    settings = Settings(name="run", training=dict(crop=48, batch=4, iterations=2), **SHORT)
+    settings = Settings(name="run", training=dict(replace=True, crop=48, batch=4, iterations=2), **SHORT)
     Experiment(settings).run()
     card = json.loads((home / "outputs/run/run.json").read_text())
     assert card["settings"].pop("cache") is False

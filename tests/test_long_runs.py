@@ -146,7 +146,7 @@ def run_steps():
             within[:] = [count_handles()]
             return super().loss(*words)
 
-    training = dict(crop=8, batch=2, iterations=2)
+    training = dict(replace=True, crop=8, batch=2, iterations=2)
     settings = partial(Settings, name="many", data=str(many), protocol="1-1", training=training, **NETWORK)
     after = []
     for workers, end in ((0, count - 20 * LONG), (2, count)):

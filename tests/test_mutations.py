@@ -615,7 +615,7 @@ def test_parameter_files(home, no_training):
     mutants, path = Mutants(7), home / "p.yaml"
     texts = [p.read_text() for p in sorted((find_runs_folder() / "protocols").glob("*.yaml"))]
     texts += [
-        yaml.safe_dump(small(dict(name="a", training=dict(crop=16, batch=2, iterations=1)))),
+        yaml.safe_dump(small(dict(name="a", training=dict(replace=True, crop=16, batch=2, iterations=1)))),
         "a: &a [1, 2]\nname: x\ntraining: {lr: 1e-3, crop: 32}\nclasses: [ball, leaf]\n",
     ]
     with Tally("parameter files") as tally:

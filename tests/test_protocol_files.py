@@ -24,7 +24,7 @@ SMALL = dict(
     samples=0,
     workers=0,
 )
-ONE = dict(crop=16, batch=2, iterations=1, test_batch=64)
+ONE = dict(replace=True, crop=16, batch=2, iterations=1, test_batch=64)
 
 
 def write_pairs(root, images, masks, part, n_classes):
@@ -86,7 +86,7 @@ def test_protocol_file(name, home):
         "vit_base_patch16_384",
         "pretrained",
         "paper",
-        {},
+        {"replace": True},
     )
     assert name == "-".join(
         [values["data"], values["protocol"], *([] if values["protocol"] == "offline" else [values["setting"]])]

@@ -26,7 +26,7 @@ def mbs(home, *words, timeout=900):
 
 def test_paper_recipe_selects_on_the_test_images(tmp_path):
     "The peculiarities of the released recipe are used: selection, centre crops, ImageNet statistics."
-    short = dict(crop=48, batch=8, iterations=4)
+    short = dict(replace=True, crop=48, batch=8, iterations=4)
     run = Experiment(Settings(name="paper", recipe="paper", protocol="6-2", training=short), tmp_path).run()
     recipe = run.card.recipe
     assert (recipe.selection, recipe.test) == ("test", "crop")
@@ -72,9 +72,16 @@ def test_relative_paths_and_names_of_ablations(tmp_path, monkeypatch):
 
     write_scenes(tmp_path / "mine", 30, 6, size=32)
     monkeypatch.chdir(tmp_path)
-    short = ["data=mine", "protocol=6-2", "training.crop=32", "training.batch=4", "training.iterations=2", "samples=1"]
-    mbs("home", "run", *short, "parts.orthogonality=false")
-    mbs("home", "run", *short)
+    short = [
+        "data=mine",
+        "protocol=6-2",
+        "training.crop=32",
+        "training.batch=4",
+        "training.iterations=2",
+        "training.optimizer=sgd",
+    ]
+    mbs("home", "run", *short, "samples=1", "parts.orthogonality=false")
+    mbs("home", "run", *short, "samples=1")
     assert {p.name for p in (tmp_path / "home/outputs").iterdir()} == {
         "mine-6-2-overlapped-mbs-s0",
         "mine-6-2-overlapped-mbs-orthogonality=False-s0",
