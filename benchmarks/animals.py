@@ -97,6 +97,7 @@ def make_settings(method, lr_factor, parts, protocol="3-1", setting="overlapped"
         samples=4,
         seed=seed,
         workers=0,
+        recipe="clean",
         training=RECIPE | dict(lr_factor=lr_factor),
         **NETWORK,
         **more,

@@ -40,7 +40,7 @@ from .methods import Method, list_part_layers
 from .parameter_files import REPLACE, find_sources, mark_complete, merge_parameters, nest_parameters, remove_replace
 from .parameters import Parameters
 from .protocol import Protocol, Step, name_split
-from .recipe import count_iterations, list_recipe_layers, make_accelerator, make_recipe
+from .recipe import count_iterations, fit_recipe, list_recipe_layers, make_accelerator, make_recipe
 from .scenes import write_scenes
 from .segmenter import MaskTransformer, Segmenter
 from .value_table import render_values
@@ -68,6 +68,23 @@ def _leave_out_iterations(layers: list[dict]) -> list[dict]:
 
 
 # %% ../nbs/48_settings.ipynb #613ca672
+def _name_recipe(data: str) -> str:
+    "Name the recipe of settings that name none: `own` for a folder of pictures, else `clean`."
+    return "clean" if data in ("scenes", "voc", "ade") else "own"
+
+
+def _choose_recipe(layers: list[dict]) -> list[dict]:
+    "Put the recipe that `layers` name, or else the data suggest, into the first layer, the defaults."
+    data = next(layer["data"] for layer in reversed(layers) if "data" in layer)
+    named = [layer["recipe"] for layer in layers if layer.get("recipe") is not None]
+    recipe = named[-1] if named else _name_recipe(data)
+    is_smoke = data == "scenes" and recipe != "own"  # what the default training is for
+    default = layers[0] | dict(recipe=recipe) | ({} if is_smoke else dict(training={}))
+    others = [{k: v for k, v in layer.items() if (k, v) != ("recipe", None)} for layer in layers[1:]]
+    return [default, *others]
+
+
+# %% ../nbs/48_settings.ipynb #07534e00
 _NAME = r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$"
 _Split = Annotated[str, BeforeValidator(name_split)]  # a list of sizes becomes text
 
@@ -88,7 +105,7 @@ class Settings(Parameters):
     encoder_options: dict[str, Any] = dict(patch_size=8, embed_dim=64, depth=2, num_heads=2)  # passed on to timm
     weights: str = "none"  # "none", "pretrained" or a file
     decoder: dict[str, Any] = {}  # dim, depth, heads, mlp_ratio, drop_path of the mask transformer
-    recipe: str = "clean"  # "paper" or "clean"
+    recipe: str | None = None  # one of `RECIPES`; None: own for a folder of pictures, else clean
     training: dict[str, Any] = dict(crop=48, batch=8, iterations=20, optimizer="adamw")  # overrides of `Recipe`
     seed: int = Field(0, ge=0, lt=2**31)  # of initial weights, draws and held-out images
     samples: int = Field(8, ge=0)  # test pictures kept with the run
@@ -117,7 +134,7 @@ class Settings(Parameters):
         "Put the defaults below `layers` and leave out what has lost its sense: ready to be merged one after the other."
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         stack = [defaults, *map(nest_parameters, layers)]
-        return _leave_out_iterations(_leave_out_other_options(stack))
+        return _leave_out_iterations(_leave_out_other_options(_choose_recipe(stack)))
 
     @classmethod
     def from_layers(cls, *layers: dict) -> Self:
@@ -250,6 +267,12 @@ def _warn_of_few(index: np.ndarray, step: Step, names: list[str], shots: int | N
 
 
 # %% ../nbs/48_settings.ipynb #beccd072
+def _fit(settings: Settings, train: SegmentationFolder) -> dict:
+    "Return what the recipe takes from the pictures of the training part; nothing unless it is `own`."
+    return fit_recipe(train.sizes, settings.weights != "none") if settings.recipe == "own" else {}
+
+
+# %% ../nbs/48_settings.ipynb #de9c90ed
 class Setup:
     "Data, protocol, recipe and method that `settings` describe; ValueError for what does not fit."
 
@@ -261,7 +284,7 @@ class Setup:
         order = _find_class_ids(settings.classes, classes)
         self.method = method(settings.method, dataset, **settings.parts)
         self.protocol = Protocol(settings.protocol, dataset, settings.protocol_setting, order)
-        self.recipe = make_recipe(settings.recipe, dataset, **settings.training)
+        self.recipe = make_recipe(settings.recipe, dataset, **_fit(settings, self.train) | settings.training)
         self.names = ["background", *(classes[c - 1] for c in self.protocol.order)]  # of the channels
         seen = [step.select(self.train.index, settings.shots, settings.seed) for step in self.protocol]
         self.held_out = [self._hold_out(positions) for positions in seen]  # positions by step
@@ -333,13 +356,15 @@ def _expand_groups(settings: Settings) -> dict[str, tuple[dict, dict[str, dict]]
     "Return all values of the dictionaries whose names are known, and what recipe, method and data set give, by source."
     is_named = settings.data in ("scenes", "voc", "ade")
     dataset = settings.data if is_named else find_layout(locate_data(settings.data)).dataset
-    recipe = make_recipe(settings.recipe, dataset, **settings.training)
+    fitted = _fit(settings, open_data(settings.data, settings.scenes)[0]) if settings.recipe == "own" else {}
+    recipe = make_recipe(settings.recipe, dataset, **fitted | settings.training)
+    recipe_layers = list_recipe_layers(settings.recipe, dataset) | {"the pictures": fitted}
     parts = Method(settings.method, dataset, **settings.parts).parts
     return dict(
         scenes=(_list_defaults(write_scenes) | settings.scenes, {}),
         parts=(parts.model_dump(), list_part_layers(settings.method, dataset)),
         decoder=(_list_defaults(MaskTransformer) | settings.decoder, {}),
-        training=(recipe.model_dump(), list_recipe_layers(settings.recipe, dataset)),
+        training=(recipe.model_dump(), recipe_layers),
     )
 
 
