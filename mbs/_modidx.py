@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'mbs.cli._print_cost': ('cli.html#_print_cost', 'mbs/cli.py'),
                          'mbs.cli._print_findings': ('cli.html#_print_findings', 'mbs/cli.py'),
                          'mbs.cli._print_origins': ('cli.html#_print_origins', 'mbs/cli.py'),
+                         'mbs.cli._print_own_recipe': ('cli.html#_print_own_recipe', 'mbs/cli.py'),
                          'mbs.cli._print_plan': ('cli.html#_print_plan', 'mbs/cli.py'),
                          'mbs.cli._print_steps': ('cli.html#_print_steps', 'mbs/cli.py'),
                          'mbs.cli._print_summary': ('cli.html#_print_summary', 'mbs/cli.py'),

@@ -101,11 +101,24 @@ def _make_progress():
 
 
 # %% ../nbs/80_cli.ipynb #436c240b
+def _print_own_recipe(setup):
+    "Print what the recipe `own` has taken from the pictures of `setup`; nothing for another recipe."
+    if setup.settings.recipe == "own":
+        recipe, iterations = setup.recipe, ", ".join(f"{n:,}" for n in setup.iterations())
+        typer.echo(
+            f"recipe own: crops of {recipe.crop} pixels, batches of {recipe.batch}, iterations {iterations}; "
+            "all parameters: --print-config"
+        )
+
+
+# %% ../nbs/80_cli.ipynb #aad938e1
 def _run_with_progress(plan: list) -> list:
     "Execute the runs with the settings of `plan` one after the other, each with a progress bar."
     from mbs.batch import prepare_experiment, run_notebook
 
     experiments = [prepare_experiment(settings) for settings in plan]
+    for experiment in experiments:
+        _print_own_recipe(experiment.setup)
     runs = []
     with _make_progress() as bars:
         tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
