@@ -86,7 +86,6 @@ def _choose_recipe(layers: list[dict]) -> list[dict]:
 
 # %% ../nbs/48_settings.ipynb #07534e00
 _NAME = r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$"
-_Split = Annotated[str, BeforeValidator(name_split)]  # a list of sizes becomes text
 
 
 class Settings(Parameters):
@@ -95,7 +94,7 @@ class Settings(Parameters):
     name: str | None = Field(None, pattern=_NAME)  # run folder under outputs/, or batch/run; None: made of the settings
     data: str = "scenes"  # "scenes", "voc", "ade" or a folder
     scenes: dict[str, int] = dict(n_train=60, n_test=20, size=48)  # arguments of `write_scenes`, also seed
-    protocol: _Split = "5-1"  # split: A classes first, then B at a time; or the classes of each step, as a list or text
+    protocol: Annotated[str, BeforeValidator(name_split)] = "5-1"  # A classes first, then B at a time; or all sizes
     setting: str = "overlapped"  # overlapped, disjoint, sequential or partitioned
     shots: int | None = Field(None, ge=1)  # pictures of each new class in a later step, at most; None: all
     classes: list[str] | None = None  # names in order of arrival; None: all, in the order of the data set

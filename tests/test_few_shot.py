@@ -76,6 +76,8 @@ def test_later_steps_see_few_pictures_and_the_base_step_all(setting):
         assert (two.train.index[few][:, list(step.classes)].sum(0) == 2).all()
     assert two.iterations() == [3 * max(1, len(p) // 2) for p in two.positions]
     assert every.iterations()[1:] > two.iterations()[1:]
+    other = Setup(Settings(**values, shots=2, seed=1))
+    assert other.positions[1].tolist() != two.positions[1].tolist()
 
 
 def test_held_out_pictures_are_among_the_shots():
