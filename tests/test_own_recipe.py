@@ -85,7 +85,7 @@ def test_the_command_prints_the_recipe_before_it_runs(mine):
     found = CliRunner().invoke(app, ["run", *words, "decoder.depth=1", "name=short"])
     assert found.exit_code == 0, found.output
     assert found.output.index("recipe own: crops of 64 pixels, batches of 4, iterations 2, 2") == 0
-    assert "! step 1: fish was not learnt" in found.output
+    assert "! step 1: the teacher relabels" in found.output
 
 
 def test_a_newcomers_run_learns_its_new_classes(tmp_path, monkeypatch):
