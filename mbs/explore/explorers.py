@@ -70,6 +70,8 @@ from mbs.explore.states import (
     StepState,
     TokenState,
 )
+
+# %% ../../nbs/61g_explorers.ipynb #86589864
 from mbs.explore.widgets import (
     Observer,
     can_show_widgets,
