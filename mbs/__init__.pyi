@@ -7,6 +7,7 @@ from .executors import Local as Local
 from .executors import OnRay as OnRay
 from .experiment import Experiment as Experiment
 from .explore.explorers import explore_class_tokens as explore_class_tokens
+from .explore.explorers import explore_confusions as explore_confusions
 from .explore.explorers import explore_features as explore_features
 from .explore.explorers import explore_pseudo_labels as explore_pseudo_labels
 from .feature_distillation import adaptive_feature_distillation as adaptive_feature_distillation

@@ -333,7 +333,7 @@ def explore(
     as_app: Annotated[bool, typer.Option("--app", help=_APP_HELP)] = False,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ):
-    "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens."
+    "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens, mixed-up classes."
     with explain_errors():
         from mbs.explore.explorers import check_comparable, write_tour
         from mbs.run import load_run

@@ -9,6 +9,8 @@ __all__ = [
     "draw_flows",
     "draw_comparison",
     "compare_runs",
+    "draw_confusions",
+    "draw_pairs",
     "CaptionedFigure",
     "draw_figures",
     "Section",
@@ -27,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from .bounds import find_confused_pairs, find_pair_examples
 from mbs.comparison import (
     SCORES,
     Group,
@@ -61,7 +64,17 @@ from mbs.report_tables import (
 )
 from .run import Run
 from .tables import Table, build_html_page, embed_figure, to_csv, to_html, to_latex, to_markdown
-from .viz import METHOD_COLOURS, compare_methods, show_confusions, show_curves, show_iou_matrix, show_shift_flow
+from mbs.viz import (
+    METHOD_COLOURS,
+    choose_confusion_steps,
+    compare_methods,
+    show_confusions,
+    show_curves,
+    show_iou_matrix,
+    show_pair_examples,
+    show_shift_flow,
+    spread_steps,
+)
 
 
 # %% ../nbs/71_report.ipynb #c749f299
@@ -113,7 +126,7 @@ def draw_flows(line: Sequence[Run], protocol: Protocol) -> Figure:
     if is_single_step(line[0]):
         flow = average_seeds([group_flow(run.confusion(), protocol[last]) for run in line])
         return show_shift_flow([flow], ["all learnt at once"])
-    steps = np.unique(np.linspace(1, last, min(5, last)).round().astype(int)).tolist()
+    steps = spread_steps(1, last, 5)
     flows = [average_seeds([group_flow(run.confusion(t), protocol[t]) for run in line]) for t in steps]
     return show_shift_flow(flows, [f"after step {t}" for t in steps])
 
@@ -158,6 +171,24 @@ def compare_runs(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+# %% ../nbs/71_report.ipynb #b31a066e
+def draw_confusions(group: Group, line: Sequence[Run]) -> Figure:
+    "Draw the confusion matrices of one line after some of its steps, four of them at most, summed over seeds."
+    steps = choose_confusion_steps(line[0].n_steps, len(group.names))
+    titles = ["all learnt at once"] if is_single_step(line[0]) else [f"after step {t}" for t in steps]
+    counts = {title: sum(run.confusion(t).counts for run in line) for t, title in zip(steps, titles)}
+    return show_confusions(counts, group.names, group.protocol.first_step)
+
+
+def draw_pairs(group: Group, line: Sequence[Run]) -> Figure | None:
+    """Draw sample pictures of the first seed that show the four most confused pairs of the line after the last step.
+
+    None when no pair is confused, or no picture shows one."""
+    pairs = find_confused_pairs(sum(run.confusion().counts for run in line), 4)
+    pictures = [(sample.photo, sample.truth, sample.predictions[-1]) for sample in line[0].samples()]
+    return show_pair_examples(find_pair_examples(pairs, pictures), group.names)
+
+
 # %% ../nbs/71_report.ipynb #3b178923
 class CaptionedFigure(NamedTuple):
     "A figure and the sentence that says what it shows."
@@ -166,17 +197,18 @@ class CaptionedFigure(NamedTuple):
     caption: str
 
 
-def _draw_line(group: Group, label: str, line: Sequence[Run]) -> list[tuple[Figure, str]]:
-    "Draw the figures of one line, with their captions: flows, IoU matrix, confusion matrix."
+def _draw_line(group: Group, label: str, line: Sequence[Run]) -> list[tuple[Figure | None, str]]:
+    "Draw the figures of one line, with their captions: flows, IoU matrix, confusion matrices, confused pairs."
     flows = "where the pixels of background, old and new classes went, as shares of the true group (mean over seeds)"
     found = [(draw_flows(line, group.protocol), f"{label}: {flows}.")]
-    first_step = group.protocol.first_step
     if not is_single_step(line[0]):
         iou = average_seeds([run.iou() for run in line])
-        matrix = show_iou_matrix(iou, group.names, first_step)
+        matrix = show_iou_matrix(iou, group.names, group.protocol.first_step)
         found.append((matrix, f"{label}: IoU of every class after every step (mean over seeds)."))
-    matrix = show_confusions({label: sum(run.confusion().counts for run in line)}, group.names, first_step)
-    found.append((matrix, f"{label}: true class (rows) × prediction after the last step, percent of the true class."))
+    matrices = "true class (rows) × prediction in order of arrival, percent of the true class (sum over seeds)"
+    pairs = "pixels of one class predicted as another after the last step, all other pixels dimmed (first seed)"
+    found.append((draw_confusions(group, line), f"{label}: {matrices}."))
+    found.append((draw_pairs(group, line), f"{label}: {pairs}."))
     return found
 
 

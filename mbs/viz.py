@@ -44,8 +44,14 @@ __all__ = [
     "show_shift_flow",
     "show_protocol",
     "show_losses",
+    "find_step_edges",
     "show_iou_matrix",
+    "draw_confusion",
     "show_confusions",
+    "spread_steps",
+    "choose_confusion_steps",
+    "spotlight",
+    "show_pair_examples",
     "show_forgetting",
     "show_reliability",
     "draw_matrix",
@@ -65,9 +71,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
+from .bounds import PairExample
 from .metrics import format_flow, share_rows
 from .protocol import VOID
 
@@ -507,7 +514,7 @@ def _write_percents(ax: Axes, values: np.ndarray, fontsize: float):
 
 
 # %% ../nbs/60_viz.ipynb #034b86ec
-def _find_step_edges(first_step: Sequence[int], n: int) -> list[float]:
+def find_step_edges(first_step: Sequence[int], n: int) -> list[float]:
     "Find where the classes of a step begin among `n` channels, halfway between two."
     return [c - 0.5 for c in range(1, n) if c == 1 or first_step[c] != first_step[c - 1]]
 
@@ -525,12 +532,51 @@ def show_iou_matrix(
     ax.set_facecolor("#EEEEEE")
     ax.imshow(iou, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     _write_percents(ax, iou, fontsize)
-    for edge in _find_step_edges(first_step, n_channels):
+    for edge in find_step_edges(first_step, n_channels):
         ax.axvline(edge, color="white", lw=2)
     ax.set_xticks(range(n_channels), names[:n_channels], rotation=45, ha="right", fontsize=fontsize)
     ax.set_yticks(range(n_steps), [f"after step {t}" for t in range(n_steps)], fontsize=8)
     ax.set_title("IoU, percent", fontsize=8)
     return fig
+
+
+# %% ../nbs/60_viz.ipynb #5a6bf123
+_MOST_NAMED = 40  # channels whose names and numbers can be read
+
+
+def _label_channels(ax: Axes, names: Sequence[str], first_step: Sequence[int]):
+    "Name the rows and columns of a matrix of channels; if they are too many, name the steps in which they arrive."
+    n = len(names)
+    if n <= _MOST_NAMED:
+        places, labels, fontsize = list(range(n)), list(names), 7 if n < 22 else 4
+    else:
+        steps = np.array(first_step[:n])
+        shown = spread_steps(0, int(steps.max()), 12)
+        places = [np.flatnonzero(steps == t).mean() for t in shown]
+        labels, fontsize = [f"step {t}" for t in shown], 7
+    ax.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=fontsize)
+    ax.set_yticks(places, labels, fontsize=fontsize)
+
+
+# %% ../nbs/60_viz.ipynb #253a2f22
+def draw_confusion(
+    ax: Axes,
+    counts: np.ndarray,  # (C, C) pixels of each pair of true and predicted channel
+    names: Sequence[str],  # of all channels to draw, C or more; those without a row stay grey
+    first_step: Sequence[int],  # step in which each channel arrives
+):
+    "Draw a confusion matrix in percent of each true class, with lines between the classes of the steps."
+    n, known = len(names), len(counts)
+    shares = np.full((n, n), np.nan)
+    shares[:known, :known] = share_rows(counts)
+    ax.set_facecolor("#EEEEEE")
+    ax.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    if n <= _MOST_NAMED:
+        _write_percents(ax, shares, 7 if n < 22 else 4)
+    for edge in find_step_edges(first_step, n):
+        ax.axvline(edge, color="white", lw=1.5 if n <= _MOST_NAMED else 0.5)
+        ax.axhline(edge, color="white", lw=1.5 if n <= _MOST_NAMED else 0.5)
+    _label_channels(ax, names, first_step)
 
 
 # %% ../nbs/60_viz.ipynb #7b3e98f1
@@ -539,23 +585,79 @@ def show_confusions(
     names: Sequence[str],  # of the channels
     first_step: Sequence[int],  # step in which each channel arrives
 ) -> Figure:
-    "Show confusion matrices side by side, in percent of each true class."
-    n = len(next(iter(counts.values())))
-    side = min(6, 1.0 + 0.36 * n)
-    fig, axes = make_grid(1, len(counts), side, side)
-    fontsize = 7 if n < 22 else 4
+    """Show confusion matrices side by side, in percent of each true class.
+
+    They may be of different sizes, as after several steps: the largest sets the axes, and channels that a matrix lacks
+    stay grey."""
+    n = max(map(len, counts.values()))
+    side = min(5, 0.28 * n)
+    fig, axes = make_grid(1, len(counts), side + 0.8 / len(counts), side + 0.5)
     for ax, (title, pixels) in zip(axes[0], counts.items()):
-        shares = share_rows(pixels)
-        ax.set_facecolor("#EEEEEE")
-        ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-        if n <= 40:  # more numbers could not be read
-            _write_percents(ax, shares, fontsize)
-        for edge in _find_step_edges(first_step, n):
-            ax.axvline(edge, color="white", lw=1.5)
-            ax.axhline(edge, color="white", lw=1.5)
-        ax.set_xticks(range(n), names[:n], rotation=45, ha="right", fontsize=fontsize)
-        ax.set_yticks(range(n), names[:n] if ax is axes[0, 0] else [""] * n, fontsize=fontsize)
+        draw_confusion(ax, pixels, names[:n], first_step)
         ax.set_title(title, fontsize=8)
+        ax.tick_params(labelleft=ax is axes[0, 0])
+    return fig
+
+
+# %% ../nbs/60_viz.ipynb #405e81e7
+def spread_steps(first: int, last: int, most: int) -> list[int]:
+    "Choose at most `most` steps from `first` to `last`, these two included, at equal distances."
+    return np.unique(np.linspace(first, last, min(most, last - first + 1)).round().astype(int)).tolist()
+
+
+def choose_confusion_steps(
+    n_steps: int,
+    n_channels: int,  # after the last step
+) -> list[int]:
+    "Choose the steps whose confusion matrices can be read side by side: four with few channels, three with many."
+    return spread_steps(0, n_steps - 1, 4 if n_channels <= 12 else 3)
+
+
+# %% ../nbs/60_viz.ipynb #a2b961eb
+def spotlight(
+    image: np.ndarray,  # (H, W, 3) uint8
+    labels: np.ndarray,  # (H, W) uint8 channels
+    area: np.ndarray,  # (H, W) bool
+) -> np.ndarray:  # (H, W, 3) uint8
+    "Paint the pixels of `area` in the colours of their labels, with a white line around it, and dim the others."
+    dimmed = 0.5 * overlay(image, labels)
+    lit = np.where(area[..., None], label_colours(256)[labels], dimmed).astype(np.uint8)
+    padded = np.pad(area, 1)
+    is_near = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    lit[is_near & ~area] = 255
+    return lit
+
+
+# %% ../nbs/60_viz.ipynb #185fb680
+def _draw_pair_example(part: SubFigure, example: PairExample, names: Sequence[str]):
+    "Draw photo, truth and prediction of an example, with the pixels of its pair lit."
+    area, pair = example.area, example.pair
+    pictures = {
+        "photo": example.photo,
+        f"truth: {names[pair.true]}": spotlight(example.photo, example.truth, area),
+        f"predicted: {names[pair.predicted]}": spotlight(example.photo, example.prediction, area),
+    }
+    for ax, (label, picture) in zip(part.subplots(1, 3), pictures.items()):
+        show_picture(ax, picture)
+        ax.set_xlabel(label, fontsize=7)
+    share = f"{100 * pair.share:.1f} % of all {names[pair.true]} pixels"
+    part.suptitle(f"{names[pair.true]} → {names[pair.predicted]}: {share}; here {area.sum():,}", fontsize=8)
+
+
+# %% ../nbs/60_viz.ipynb #0d8cfa79
+def show_pair_examples(
+    examples: Sequence[PairExample],  # of `mbs.bounds.find_pair_examples`
+    names: Sequence[str],  # of all channels
+) -> Figure | None:  # None without an example
+    "Show pictures on which one class is predicted as another, two in a row."
+    if not examples:
+        return None
+    columns = min(2, len(examples))
+    rows = -(-len(examples) // columns)  # rounded up
+    fig = plt.figure(figsize=(4.6 * columns, 1.85 * rows), layout="constrained")
+    plt.close(fig)
+    for part, example in zip(fig.subfigures(rows, columns, squeeze=False).flat, examples):
+        _draw_pair_example(part, example, names)
     return fig
 
 

@@ -7,8 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbs.bounds import CORRECTIONS, ConfusedPair, bound_miou, correct_background, correct_classes, find_confused_pairs
+from mbs.bounds import (
+    CORRECTIONS,
+    ConfusedPair,
+    bound_miou,
+    correct_background,
+    correct_classes,
+    correct_errors,
+    find_confused_pairs,
+    find_pair_examples,
+    measure_miou,
+)
 from mbs.metrics import class_iou
+from mbs.viz import label_colours, overlay, show_confusions, show_pair_examples, spotlight, spread_steps
 
 MATRICES = Path(__file__).parents[1] / "docs/results/animals.npz"
 
@@ -76,3 +87,101 @@ def test_pairs_are_sorted_by_their_share_of_the_true_class():
     ]
     assert find_confused_pairs(counts, 1) == [ConfusedPair(1, 2, 4, 0.4)]
     assert find_confused_pairs(np.diag([3, 4, 5])) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_both_corrections_may_be_made_in_either_order(n, seed, share):
+    counts = draw_counts(n, seed)
+    both = correct_errors(counts, share, perfect_background=True)
+    np.testing.assert_allclose(both, correct_background(correct_classes(counts, share)), atol=1e-9)
+    assert (correct_errors(counts) == counts).all()
+
+
+def test_named_corrections_are_points_of_the_slider():
+    found = bound_miou(counts := draw_counts(6, 0) + np.eye(6, dtype=int))
+    expected = {
+        "as it is": measure_miou(counts),
+        "classes half corrected": measure_miou(correct_classes(counts, 0.5)),
+        "classes corrected": measure_miou(correct_classes(counts)),
+        "background corrected": measure_miou(correct_background(counts)),
+    }
+    assert found == pytest.approx(expected) and list(found) == list(expected) and len(set(found.values())) == 4
+
+
+# --- pictures that show a pair
+
+
+def make_picture(truth, predicted):
+    "Return photo, truth and prediction of a picture of two rows."
+    truth, predicted = np.array([truth] * 2, np.uint8), np.array([predicted] * 2, np.uint8)
+    return np.full((*truth.shape, 3), 128, np.uint8), truth, predicted
+
+
+def test_examples_hold_most_pixels_of_their_pair():
+    "The picture with most pixels; a tie goes to the first; void does not count; a pair without a picture is left out."
+    pictures = [
+        make_picture([1, 1, 1, 0], [1, 1, 2, 0]),
+        make_picture([1, 1, 2, 255], [2, 2, 3, 2]),
+        make_picture([2, 1, 1, 0], [3, 2, 2, 0]),
+    ]
+    pairs = [ConfusedPair(1, 2, 99, 0.5), ConfusedPair(3, 1, 50, 0.4), ConfusedPair(2, 3, 9, 0.1)]
+    first, second = find_pair_examples(pairs, pictures)
+    assert (first.pair, second.pair) == (pairs[0], pairs[2])
+    assert first.photo is pictures[1][0] and second.photo is pictures[1][0]
+    assert first.area.tolist() == [[True, True, False, False]] * 2
+    assert find_pair_examples(pairs, []) == find_pair_examples([], pictures) == []
+    assert find_pair_examples(pairs[:1], pictures[:1], least=0.25) and not find_pair_examples(
+        pairs[:1], pictures[:1], least=0.26
+    )
+
+
+def test_pair_examples_are_drawn_with_their_pixels_lit():
+    pair = ConfusedPair(1, 2, 99, 0.312)
+    examples = find_pair_examples([pair], [make_picture([1] * 6 + [0] * 6, [2] * 3 + [1] * 3 + [0] * 6)])
+    names = ["background", "cow", "horse"]
+    (part,) = show_pair_examples(examples, names).subfigs
+    assert part.get_suptitle() == "cow → horse: 31.2 % of all cow pixels; here 6"
+    assert [ax.get_xlabel() for ax in part.axes] == ["photo", "truth: cow", "predicted: horse"]
+    for ax, channel in zip(part.axes[1:], (1, 2)):
+        drawn = np.asarray(ax.images[0].get_array())
+        assert (drawn[:, :3] == label_colours(3)[channel]).all() and (drawn[:, 3] == 255).all()
+        assert (drawn[:, 4:] < 128).all()
+    assert len(show_pair_examples(examples * 3, names).subfigs) == 4
+    assert show_pair_examples([], names) is None
+
+
+def test_spotlight_changes_nothing_but_brightness_outside():
+    image, labels = make_picture([0, 1, 1, 2, 2, 0, 0], [0] * 7)[:2]
+    area = labels == 1
+    lit = spotlight(image, labels, area)
+    outside = [5, 6]
+    assert (lit[:, outside] == (0.5 * overlay(image, labels)[:, outside]).astype(np.uint8)).all()
+
+
+# --- matrices of several steps
+
+
+@pytest.mark.parametrize("first, last, most, expected", [(0, 5, 3, [0, 2, 5]), (1, 1, 5, [1]), (0, 3, 4, [0, 1, 2, 3])])
+def test_steps_are_spread_from_first_to_last(first, last, most, expected):
+    assert spread_steps(first, last, most) == expected
+
+
+@pytest.mark.parametrize("sizes", [(4, 5, 7), (17, 21), (101, 126, 151)])
+def test_matrices_of_several_steps_share_their_axes(sizes):
+    "Each shows its own shares; rows and columns of classes that have not arrived stay empty."
+    n = sizes[-1]
+    counts = {f"after step {t}": draw_counts(k, t) for t, k in enumerate(sizes)}
+    first_step = [next(t for t, k in enumerate(sizes) if c < k) for c in range(n)]
+    names = [f"class {c}" for c in range(n)]
+    fig = show_confusions(counts, names, first_step)
+    assert [ax.get_title() for ax in fig.axes] == list(counts)
+    for ax, pixels in zip(fig.axes, counts.values()):
+        drawn = np.ma.filled(ax.images[0].get_array(), np.nan)
+        assert drawn.shape == (n, n)
+        k = len(pixels)
+        assert np.isnan(drawn[k:]).all() and np.isnan(drawn[:, k:]).all()
+        total = pixels.sum(1, keepdims=True)
+        np.testing.assert_allclose((drawn[:k, :k] * total)[total[:, 0] > 0], pixels[total[:, 0] > 0])
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        assert labels == (names if n <= 40 else ["step 0", "step 1", "step 2"])

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from browser import DEMANDED, browser, canvas_pixels, jupyter_lab, kernel, missing, open_notebook, page_of, voila
 
-from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels, write_tour
+from mbs.explore.explorers import (
+    explore_class_tokens,
+    explore_confusions,
+    explore_features,
+    explore_pseudo_labels,
+    write_tour,
+)
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
@@ -143,7 +149,7 @@ def test_the_tour_runs_through(tour):
         .flatMap((c) => c.model.type === 'code' ? c.model.outputs.toJSON() : []).map((o) => o.output_type)"""
     )
     assert "error" not in outputs and len(outputs) >= 8
-    assert tour.locator(".js-plotly-plot").count() == 1
+    assert tour.locator(".js-plotly-plot").count() == 2
     assert tour.external == [] and tour.errors == []
 
 
@@ -421,6 +427,24 @@ def test_a_saved_chart_is_drawn(runs, tmp_path, offline):
     offline.goto(explore_class_tokens(*runs).to_html(tmp_path / "page.html").as_uri())
     offline.locator(".js-plotly-plot .heatmaplayer image").first.wait_for()
     assert offline.locator(".js-plotly-plot .heatmaplayer image").count() == 4
+
+
+def test_the_step_of_a_saved_chart_can_be_chosen(runs, tmp_path, offline):
+    "The slider changes titles and cells; the mouse reads a cell."
+    explorer = explore_confusions(*runs)
+    offline.goto(explorer.to_html(tmp_path / "page.html").as_uri())
+    matrices = offline.locator(".js-plotly-plot .heatmaplayer image")
+    matrices.first.wait_for()
+    rail = offline.locator(".slider-rail-touch-rect").bounding_box()
+    offline.mouse.click(rail["x"] + 2, rail["y"] + rail["height"] / 2)
+    offline.wait_for_function("() => document.querySelector('.annotation-text').textContent.includes('after step 0')")
+    box = matrices.nth(1).bounding_box()
+    cell = box["width"] / 9
+    offline.mouse.move(box["x"] + cell / 2, box["y"] + 1.5 * cell)
+    said = offline.locator(".hovertext").text_content()
+    counts, name = runs[1].confusion(0).counts, runs[1].names[1]
+    share = f"{100 * counts[1, 0] / counts[1].sum():.1f} % of the true class"
+    assert said == f"true {name}, predicted background: {share}, {counts[1, 0]:,} pixels"
 
 
 def test_the_tour_as_an_app(runs, chrome, tmp_path):

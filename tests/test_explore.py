@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
+from mbs.bounds import bound_miou
 from mbs.experiment import Experiment
 from mbs.explore.evidence import (
     FLOWS,
@@ -33,7 +34,7 @@ from mbs.explore.evidence import (
     relabel_background,
     trace_thresholds,
 )
-from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
+from mbs.explore.explorers import explore_class_tokens, explore_confusions, explore_features, explore_pseudo_labels
 from mbs.explore.figures import SHIFT_PANELS
 from mbs.explore.page import Display, describe_shift_panels, describe_shift_picture, describe_shift_pixel, encode_script
 from mbs.explore.paint import FATE_STYLE, FLOW_STYLE, make_class_style, make_group_style, paint, quantise
@@ -558,7 +559,8 @@ def test_controls_are_named(runs):
 def test_static_where_nothing_can_be_live(runs, monkeypatch):
     for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "SERVER_SOFTWARE", "MBS_STATIC"):
         monkeypatch.delenv(name, raising=False)
-    explorers = explore_pseudo_labels(*runs), explore_features(runs[0]), explore_class_tokens(*runs)
+    charts = explore_class_tokens(*runs), explore_confusions(*runs)
+    explorers = explore_pseudo_labels(*runs), explore_features(runs[0]), *charts
     for explorer in explorers:
         bundle, _ = explorer._repr_mimebundle_()
         assert bundle.keys() == {"text/plain", "image/png"} and explorer._view is None
@@ -598,8 +600,9 @@ def test_pages_load_nothing(runs, tmp_path):
         assert "{{" not in page and not re.search(r"https?:|//cdn|@import|(src|href)\s*=|url\(", page)
         states = json.loads(re.search(r'<script type="application/json" id="states">(.*?)</script>', page, re.S)[1])
         assert len(states) == 2 and [s["title"].split()[0] for s in states] == ["mbs", "kd"]
-    chart = explore_class_tokens(*runs).to_html(tmp_path / "tokens.html").read_text(encoding="utf-8")
-    assert not re.search(r"<(script|link|img)[^>]*(src|href)=", chart)
+    for explorer in (explore_class_tokens(*runs), explore_confusions(*runs)):
+        chart = explorer.to_html(tmp_path / "chart.html").read_text(encoding="utf-8")
+        assert not re.search(r"<(script|link|img)[^>]*(src|href)=", chart)
 
 
 def test_saved_thresholds_are_those_of_the_kernel(runs, tmp_path):
@@ -636,3 +639,126 @@ def test_tables_are_the_states(runs):
         np.allclose(pairs["cosine"], [cosine[i, j] for i in range(len(cosine)) for j in range(i)])
         and pairs["change"].notna().sum() == 8 * 7 // 2
     )
+
+
+# mixed-up classes
+
+
+def read_cells(trace):
+    "Return percent and pixels that a trace of the chart shows, as two arrays."
+    return np.array(trace.z, float), np.array(trace.customdata, float)
+
+
+def test_chart_shows_the_confusion_of_every_step(runs):
+    explorer = explore_confusions(*runs)
+    for explorer.state.step in range(3):
+        for trace, run in zip(explorer.to_chart().data, runs):
+            counts = run.confusion(explorer.state.step).counts
+            n = len(counts)
+            percent, pixels = read_cells(trace)
+            assert percent.shape == (9, 9) and list(trace.x) == list(trace.y) == runs[0].names
+            assert (pixels[:n, :n] == counts).all()
+            assert np.isnan(pixels[n:]).all() and np.isnan(percent[:, n:]).all()
+            total = counts.sum(1, keepdims=True)
+            np.testing.assert_allclose((percent[:n, :n] * total / 100), counts, atol=1e-4 * total.max())
+    assert "of the true class" in trace.hovertemplate and "pixels" in trace.hovertemplate
+
+
+def test_lines_part_the_classes_of_the_steps(runs):
+    "6-1: background | six classes | one | one."
+    shapes = explore_confusions(runs[0]).to_chart().layout.shapes
+    assert sorted(s.x0 for s in shapes if s.x0 == s.x1) == [0.5, 6.5, 7.5]
+    assert sorted(s.y0 for s in shapes if s.y0 == s.y1) == [0.5, 6.5, 7.5]
+
+
+def test_slider_goes_from_the_score_of_the_run_to_its_bounds(runs):
+    explorer = explore_confusions(runs[0])
+    state, bounds = explorer.state, bound_miou(runs[0].confusion().counts)
+    assert state.corrected_miou == state.miou == pytest.approx(runs[0].metrics()["scores"]["all"])
+    for state.share, name in ((0.5, "classes half corrected"), (1, "classes corrected")):
+        assert state.corrected_miou == pytest.approx(bounds[name])
+    state.share, state.perfect_background = 0, True
+    assert state.corrected_miou == pytest.approx(bounds["background corrected"])
+    assert state.miou == pytest.approx(bounds["as it is"])
+    state.share = 1
+    assert state.corrected_miou > max(bounds.values()) and len(set(bounds.values())) == 4
+    assert (read_cells(explorer.to_chart().data[0])[1] == state.corrected.round(2)).all()
+
+
+def test_title_names_both_scores(runs):
+    explorer = explore_confusions(runs[0], step=1)
+
+    def title():
+        return explorer.to_chart().layout.annotations[0].text.replace("<br>", " ")
+
+    bounds = {name: f"{100 * miou:.1f}" for name, miou in bound_miou(runs[0].confusion(1).counts).items()}
+    assert title() == f"mbs (mbs), after step 1: mIoU {bounds['as it is']} as it is"
+    explorer.state.share = 0.5
+    says = f"{bounds['classes half corrected']} with 50 % of the mixed-up classes corrected"
+    assert title().endswith(f"{bounds['as it is']} as it is, {says}")
+    explorer.state.share, explorer.state.perfect_background = 0, True
+    assert title().endswith(f"{bounds['background corrected']} with a perfect background")
+    drawn = explorer.to_figure().axes[0]
+    assert drawn.get_title().replace("\n", " ") == title()
+    assert (np.ma.filled(drawn.images[0].get_array(), 0)[0] == [1, *[0] * 8]).all()
+
+
+def test_view_of_mixed_up_classes_follows_the_state(runs, identified):
+    explorer = explore_confusions(identified, runs[0], step=2)
+    steps, row, out = explorer.view.children
+    share, background, predictor = row.children
+
+    def drawn():
+        return out.outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["annotations"]
+
+    before = drawn()
+    share.value, background.value = 0.25, True
+    assert all(s.share == 0.25 and s.perfect_background for s in explorer.states)
+    assert all(a["text"] != b["text"] for a, b in zip(before, drawn()))
+    predictor.value = "network"
+    assert [s.predictor for s in explorer.states] == ["network", "both"]
+    assert (explorer.state.counts == identified.confusion(2, "network").counts).all()
+    assert "network alone" in drawn()[0]["text"] and "alone" not in drawn()[1]["text"]
+    steps.children[1].value = 1
+    assert len(explorer.states[1].counts) == 8 and "after step 1" in drawn()[1]["text"].replace("<br>", " ")
+    explorer.close()
+    explorer.state.share = 0
+    assert explorer.states[1].share == 0.25, "links live on after close"
+
+
+def test_saved_slider_holds_every_step(runs):
+    explorer = explore_confusions(*runs, step=1)
+    explorer.state.share = 0.5
+    chart = explorer._make_page_chart()
+    (slider,) = chart.layout.sliders
+    assert slider.active == 1 and [step.label for step in slider.steps] == ["0", "1", "2"]
+    for step in slider.steps:
+        explorer.state.step = int(step.label)
+        shown, titles = step.args
+        now = explorer.to_chart()
+        for k, trace in enumerate(now.data):
+            np.testing.assert_array_equal(shown["z"][k], trace.z)
+            np.testing.assert_array_equal(shown["customdata"][k], trace.customdata)
+            assert titles[f"annotations[{k}].text"] == now.layout.annotations[k].text
+
+
+def test_table_of_mixed_up_classes_has_a_row_for_every_pair(runs):
+    explorer = explore_confusions(*runs, step=1)
+    explorer.state.share = 1
+    table = explorer.to_frame()
+    assert len(table) == 2 * 8 * 8
+    for state in explorer.states:
+        rows = table[table["run"] == state.run.folder.name]
+        counts = state.run.confusion(1).counts
+        assert (rows["pixels"].to_numpy().reshape(8, 8) == counts).all()
+        assert (rows["corrected"].to_numpy().reshape(8, 8) == state.corrected).all()
+        tested = rows[rows["share"].notna()]
+        np.testing.assert_allclose(tested.groupby("true")["share"].sum(), 1)
+
+
+@pytest.mark.parametrize("wrong", [dict(step=3), dict(step=-1), dict(share=1.1), dict(predictor="network")])
+def test_wrong_choices_of_mixed_up_classes_are_refused(runs, wrong):
+    state = explore_confusions(runs[0]).state
+    with pytest.raises(ValueError, match="expected"):
+        for name, value in wrong.items():
+            setattr(state, name, value)

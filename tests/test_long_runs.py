@@ -180,13 +180,19 @@ def use_explorers():
     from IPython.display import display
     from ipywidgets.widgets import widget
 
-    from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
+    from mbs.explore.explorers import (
+        explore_class_tokens,
+        explore_confusions,
+        explore_features,
+        explore_pseudo_labels,
+    )
     from mbs.run import trained_run
 
     one, two = trained_run("mbs"), trained_run("mbs")
     makers = [
         partial(explore_pseudo_labels, one, two),
         partial(explore_class_tokens, one, two),
+        partial(explore_confusions, one, two),
         *[partial(explore_pseudo_labels, one), partial(explore_features, one)] * 4,
     ]
 

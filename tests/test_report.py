@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from mbs.bounds import find_confused_pairs
 from mbs.cli import app
 from mbs.comparison import find_runs, group_runs, summarise_runs
 from mbs.experiment import Experiment
 from mbs.metrics import CONVENTIONS
 from mbs.protocol import SETTINGS, Protocol
-from mbs.report import compare_runs, write_report
+from mbs.report import compare_runs, draw_confusions, draw_figures, draw_pairs, write_report
 from mbs.report_tables import (
     _find_published,
     make_card_table,
@@ -26,7 +27,7 @@ from mbs.report_tables import (
     make_score_table,
     read_published,
 )
-from mbs.run import load_run
+from mbs.run import Sample, load_run
 from mbs.scenes import write_scenes
 from mbs.settings import Settings
 from mbs.tables import Table, summarise_seeds, to_csv, to_latex, to_markdown
@@ -462,3 +463,50 @@ def test_tables_of_missing_values():
     assert lines[1] == ["t", "", "", "0", "1.25"] and lines[2] == ["t", "50.0", "", "1", ""]
     with pytest.raises(ValueError, match="different columns"):
         to_csv([table, table._replace(columns=["a", "c"])])
+
+
+def test_confusions_of_a_line_are_those_of_its_runs(outputs):
+    "One matrix a step, summed over seeds; a method that learns all classes at once has one."
+    six, _ = group_runs(find_runs([outputs])[0])
+    line = six.lines["mbs"]
+    fig = draw_confusions(six, line)
+    assert [ax.get_title() for ax in fig.axes] == ["after step 0", "after step 1"]
+    for t, ax in enumerate(fig.axes):
+        counts = sum(run.confusion(t).counts for run in line)
+        n = len(counts)
+        drawn = np.ma.filled(ax.images[0].get_array(), np.nan)
+        total = counts.sum(1, keepdims=True)
+        np.testing.assert_allclose((drawn[:n, :n] * total)[total[:, 0] > 0], counts[total[:, 0] > 0])
+        assert drawn.shape == (9, 9) and np.isnan(drawn[n:]).all()
+    (joint,) = six.at_once.values()
+    assert [ax.get_title() for ax in draw_confusions(six, joint).axes] == ["all learnt at once"]
+
+
+def test_pairs_of_a_line_are_shown_where_pictures_hold_them(outputs, monkeypatch):
+    "Half of the pixels of a class are given another in matrix and picture; without pictures there is no figure."
+    six, _ = group_runs(find_runs([outputs])[0])
+    run = load_run(outputs / "kd")
+    photo, truth, _ = run.samples()[0]
+    true = int(np.bincount(truth[(truth > 0) & (truth < 9)]).argmax())
+    wrong = 1 + true % 8
+    predicted = np.where(truth == true, wrong, 0).astype(np.uint8)
+    confusion = run.confusion()
+    confusion.counts[:] = 9 * np.eye(9, dtype=int)
+    confusion.counts[true, [true, wrong]] = 5
+    monkeypatch.setattr(run, "confusion", lambda step=-1: confusion)
+    monkeypatch.setattr(run, "samples", lambda: [Sample(photo, truth, [predicted])])
+    assert find_confused_pairs(confusion.counts, 1)[0][:2] == (true, wrong)
+    title = draw_pairs(six, [run]).subfigs[0].get_suptitle()
+    assert title.startswith(f"{run.names[true]} → {run.names[wrong]}: 50.0 % of all {run.names[true]} pixels; here")
+    assert title.endswith(f"{(truth == true).sum():,}")
+    monkeypatch.setattr(run, "samples", list)
+    assert draw_pairs(six, [run]) is None
+    confusion.counts[:] = np.diag(np.diag(confusion.counts))
+    assert draw_pairs(six, [run]) is None
+
+
+def test_figures_of_a_line_have_captions_in_its_name(outputs):
+    six, _ = group_runs(find_runs([outputs])[0])
+    captions = [caption for _, caption in draw_figures(six)]
+    for label in six.lines:
+        assert sum(caption.startswith(f"{label}: true class (rows)") for caption in captions) == 1

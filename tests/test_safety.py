@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import mbs
 from mbs.cli import app
-from mbs.explore.explorers import explore_class_tokens, explore_features, explore_pseudo_labels
+from mbs.explore.explorers import explore_class_tokens, explore_confusions, explore_features, explore_pseudo_labels
 
 PACKAGE = Path(mbs.__file__).parent
 RUNNING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -126,7 +126,11 @@ class Elements(HTMLParser):
         self.found.append((tag, tuple(sorted(k for k, _ in attrs))))
 
 
-@pytest.mark.parametrize("kind", [explore_pseudo_labels, explore_features, explore_class_tokens])
+@pytest.mark.parametrize(
+    "kind",
+    [explore_pseudo_labels, explore_features, explore_class_tokens, explore_confusions],
+    ids=lambda f: f.__name__,
+)
 def test_names_in_pages_make_no_elements(runs, tmp_path, monkeypatch, kind):
     "A page with hostile names of classes and folder has exactly the elements of a page with plain names."
     plain = Elements(kind(runs[0]).to_html(tmp_path / "plain.html").read_text(encoding="utf-8")).found

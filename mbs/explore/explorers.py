@@ -11,8 +11,11 @@ __all__ = [
     "explore_pseudo_labels",
     "FeatureExplorer",
     "explore_features",
+    "ChartExplorer",
     "TokenExplorer",
     "explore_class_tokens",
+    "ConfusionExplorer",
+    "explore_confusions",
     "write_tour",
 ]
 
@@ -28,11 +31,15 @@ from matplotlib.figure import Figure
 from .evidence import LEVELS, PREDICTORS, THRESHOLDS
 from mbs.explore.figures import (
     SHIFT_PANELS,
+    add_step_slider,
+    draw_confusion_figure,
     draw_feature_figure,
     draw_shift_figure,
     draw_token_figure,
     encode_png,
+    make_confusion_chart,
     make_token_chart,
+    tabulate_confusions,
     tabulate_features,
     tabulate_shift,
     tabulate_tokens,
@@ -50,7 +57,21 @@ from mbs.explore.page import (
     pack_cosines,
     write_page,
 )
-from .states import COLOURS, KINDS, SOURCES, FeatureState, Pictures, PictureState, ShiftState, TokenState
+from mbs.explore.states import (
+    COLOURS,
+    CONFUSION_COLUMNS,
+    KINDS,
+    SOURCES,
+    ConfusionState,
+    FeatureState,
+    Pictures,
+    PictureState,
+    ShiftState,
+    StepState,
+    TokenState,
+)
+
+# %% ../../nbs/61g_explorers.ipynb #86589864
 from mbs.explore.widgets import (
     Observer,
     can_show_widgets,
@@ -386,14 +407,14 @@ def explore_features(
 
 
 # %% ../../nbs/61g_explorers.ipynb #91e967e9
-class TokenExplorer(Explorer):
-    "Cosines between class tokens; see `explore_class_tokens`."
+class ChartExplorer(Explorer):
+    "What the explorers of matrices share: the step, the live chart, and the saved page."
 
     shared = ("step",)
+    redraw_on = ()  # traits that the chart depends on
 
-    def to_chart(self):
-        "Make a plotly figure of the cosines and their change since the step before, one run below the other."
-        return make_token_chart(self.states)
+    def _make_controls(self) -> list:
+        return [make_choice("after step", self.state, "step", range(self.state.n_steps))]
 
     def _make_view(self):
         import ipywidgets as W
@@ -404,25 +425,54 @@ class TokenExplorer(Explorer):
             data = {"application/vnd.plotly.v1+json": json.loads(self.to_chart().to_json())}
             out.outputs = (dict(output_type="display_data", data=data, metadata={}),)
 
-        self._links.append(Observer(self.states[-1], draw, ["cosine"]))
+        self._links += [Observer(state, draw, self.redraw_on) for state in self.states]
         draw()
-        return W.VBox([make_choice("after step", self.state, "step", range(self.state.n_steps)), out])
+        return W.VBox([*self._make_controls(), out])
 
     def _describe_choice(self) -> str:
         return f"step {self.state.step}"
+
+    def to_html(self, path: Path | str) -> Path:
+        "Write the chart as one page that needs no network; return its path."
+        self._make_page_chart().write_html(path, include_plotlyjs=True)
+        return Path(path)
+
+    def _make_page_chart(self):
+        return self.to_chart()
+
+
+# %% ../../nbs/61g_explorers.ipynb #6fe6889d
+class TokenExplorer(ChartExplorer):
+    "Cosines between class tokens; see `explore_class_tokens`."
+
+    redraw_on = ("cosine",)
+
+    def to_chart(self):
+        "Make a plotly figure of the cosines and their change since the step before, one run below the other."
+        return make_token_chart(self.states)
 
     def to_figure(self) -> Figure:
         "Draw the state as a matplotlib figure, one run below the other."
         return draw_token_figure(self.states)
 
-    def to_html(self, path: Path | str) -> Path:
-        "Write the chart as one page that needs no network; return its path."
-        self.to_chart().write_html(path, include_plotlyjs=True)
-        return Path(path)
-
     def to_frame(self):
         "Make a pandas table with a row for every pair of classes: cosine after the step, and its change."
         return tabulate_tokens(self.states)
+
+
+# %% ../../nbs/61g_explorers.ipynb #682b67f2
+def _make_step_states(
+    kind: type[StepState],
+    run: Run | Path | str,
+    other: Run | Path | str | None,
+    step: int | None,  # None: the last one that both have
+) -> list[StepState]:
+    "Make a state for one run, or for two of the same classes and steps."
+    runs = [_open_run(r) for r in (run, other) if r is not None]
+    if len(runs) == 2:
+        check_comparable(*runs, images=[])
+    n_steps = min(r.n_steps for r in runs)
+    return [kind(r, n_steps, step) for r in runs]
 
 
 # %% ../../nbs/61g_explorers.ipynb #41c0853d
@@ -433,11 +483,53 @@ def explore_class_tokens(
     step: int | None = None,  # None: the last one that both have
 ) -> TokenExplorer:
     "Explore the cosines between class tokens, grouped background / old / new, and how a step changed them."
-    runs = [_open_run(r) for r in (run, other) if r is not None]
-    if len(runs) == 2:
-        check_comparable(*runs, images=[])
-    n_steps = min(r.n_steps for r in runs)
-    return TokenExplorer([TokenState(r, n_steps, step) for r in runs])
+    return TokenExplorer(_make_step_states(TokenState, run, other, step))
+
+
+# %% ../../nbs/61g_explorers.ipynb #a2b9376d
+class ConfusionExplorer(ChartExplorer):
+    "Mixed-up classes; see `explore_confusions`."
+
+    shared = ("step", "share", "perfect_background")
+    redraw_on = ("corrected",)
+
+    def _make_controls(self) -> list:
+        options = dict(min=0, max=1, step=0.05, readout_format=".0%")
+        share = make_control("FloatSlider", "mixed-up classes corrected", self.state, "share", "420px", **options)
+        background = make_control("Checkbox", "perfect background", self.state, "perfect_background", indent=False)
+        predictors = []
+        for state in self.states:
+            if state.run.card.parts.has_identity:
+                name = f"prediction by ({state.run.folder.name})"
+                options = dict(options=list(CONFUSION_COLUMNS), tooltip="whose errors are shown")
+                predictors.append(make_control("Dropdown", name, state, "predictor", **options))
+        return [*super()._make_controls(), wrap_row(share, background, *predictors)]
+
+    def to_chart(self):
+        "Make a plotly figure of the matrices after the correction, one run below the other."
+        return make_confusion_chart(self.states)
+
+    def _make_page_chart(self):
+        return add_step_slider(self.to_chart(), self.states)
+
+    def to_figure(self) -> Figure:
+        "Draw the state as a matplotlib figure, one run below the other."
+        return draw_confusion_figure(self.states)
+
+    def to_frame(self):
+        "Make a pandas table with a row for every pair of classes: pixels, share, pixels after the correction."
+        return tabulate_confusions(self.states)
+
+
+# %% ../../nbs/61g_explorers.ipynb #adccc30a
+def explore_confusions(
+    run: Run | Path | str,  # or its folder
+    other: Run | Path | str | None = None,  # a second run of the same classes and steps, below the first
+    *,
+    step: int | None = None,  # None: the last one that both have
+) -> ConfusionExplorer:
+    "Explore which class is taken for which after a step, and what the score would be with some of it corrected."
+    return ConfusionExplorer(_make_step_states(ConfusionState, run, other, step))
 
 
 # %% ../../nbs/61g_explorers.ipynb #d3490518

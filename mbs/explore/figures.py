@@ -16,19 +16,26 @@ __all__ = [
     "draw_token_figure",
     "make_token_chart",
     "tabulate_tokens",
+    "format_correction",
+    "format_confusion_title",
+    "draw_confusion_figure",
+    "make_confusion_chart",
+    "add_step_slider",
+    "tabulate_confusions",
 ]
 
 # %% ../../nbs/61e_figures.ipynb #781dba46
 import base64
 from collections.abc import Sequence
 from io import BytesIO
+from textwrap import fill, wrap
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .evidence import LEVELS, THRESHOLDS, measure_distance
+from .evidence import LEVELS, RUN_PREDICTOR, THRESHOLDS, measure_distance
 from mbs.explore.page import (
     CURVE_LINES,
     find_cosine_range,
@@ -47,10 +54,10 @@ from mbs.explore.paint import (
     make_group_style,
     paint,
 )
-from .states import FeatureState, Moment, Pictures, PictureState, ShiftState, TokenState
-from ..metrics import format_flow
+from .states import ConfusionState, FeatureState, Moment, Pictures, PictureState, ShiftState, TokenState
+from ..metrics import format_flow, share_rows
 from ..protocol import VOID
-from ..viz import draw_matrix, show_maps, show_picture, show_probabilities
+from ..viz import draw_confusion, draw_matrix, find_step_edges, show_maps, show_picture, show_probabilities
 
 
 # %% ../../nbs/61e_figures.ipynb #081ab544
@@ -68,7 +75,7 @@ def encode_png(figure: Figure) -> str:
     "Encode a figure as base64 PNG, small enough to be stored with a notebook."
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", dpi=72)
-    Image.open(drawn).convert("RGB").save(small, "PNG", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 
@@ -343,6 +350,12 @@ def draw_token_figure(states: Sequence[TokenState]) -> Figure:
 
 
 # %% ../../nbs/61e_figures.ipynb #b019d97c
+_LINE = dict(width=1, color="#808080")  # between groups of classes
+_SEE_THROUGH = dict(  # layout of a chart that is readable on light and dark
+    paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(size=11, color="#777777")
+)
+
+
 def _add_matrix(fig, state: TokenState, values: np.ndarray, row: int, column: int):
     "Add one matrix to a plotly figure, with lines between background, old and new."
     from plotly import graph_objects as go
@@ -352,10 +365,9 @@ def _add_matrix(fig, state: TokenState, values: np.ndarray, row: int, column: in
     hover = "%{y} · %{x}: %{z:.3f}<extra></extra>"
     heatmap = go.Heatmap(z=values.round(4), x=names, y=names, coloraxis=f"coloraxis{column}", hovertemplate=hover)
     fig.add_trace(heatmap, row, column)
-    line = dict(width=1, color="#808080")
     for edge in {0.5, state.n_old - 0.5} - {n - 0.5}:
-        fig.add_hline(edge, line=line, row=row, col=column)
-        fig.add_vline(edge, line=line, row=row, col=column)
+        fig.add_hline(edge, line=_LINE, row=row, col=column)
+        fig.add_vline(edge, line=_LINE, row=row, col=column)
 
 
 # %% ../../nbs/61e_figures.ipynb #baa78e7d
@@ -386,9 +398,7 @@ def make_token_chart(states: Sequence[TokenState]):
         coloraxis2=_scale(find_change_limit(states), 1.01),
         height=430 * len(states),
         margin=dict(l=70, r=10, t=50, b=80),
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font=dict(size=11, color="#777777"),
+        **_SEE_THROUGH,
     )
 
 
@@ -405,4 +415,112 @@ def tabulate_tokens(states: Sequence[TokenState]):
                 change = float(state.change[i, j]) if i < n_before else float("nan")
                 pair = dict(run=state.run.folder.name, step=state.step, first=names[i], second=names[j])
                 rows.append(pair | dict(cosine=float(state.cosine[i, j]), change=change))
+    return pd.DataFrame(rows)
+
+
+# %% ../../nbs/61e_figures.ipynb #45f5bf3f
+def format_correction(state: ConfusionState) -> str:
+    "Say what is corrected; empty where nothing is."
+    classes = f"{100 * state.share:.0f} % of the mixed-up classes corrected" if state.share else ""
+    background = "a perfect background" if state.perfect_background else ""
+    return " and ".join(filter(None, (classes, background)))
+
+
+def format_confusion_title(state: ConfusionState) -> str:
+    "Name run, method and step, and the mean IoU of all classes as it is and after the correction."
+    predictor = "" if state.predictor == RUN_PREDICTOR else f", {state.predictor} alone"
+    title = f"{state.run.folder.name} ({state.run.settings.method}{predictor}), after step {state.step}"
+    title += f": mIoU {100 * state.miou:.1f} as it is"
+    return f"{title}, {100 * state.corrected_miou:.1f} with {format_correction(state)}" if state.is_corrected else title
+
+
+# %% ../../nbs/61e_figures.ipynb #81f29ded
+def draw_confusion_figure(states: Sequence[ConfusionState]) -> Figure:
+    "Draw the confusion matrices after the correction, in percent of each true class, one run below the other."
+    names = states[0].run.names[: states[0].n_shown]
+    side = min(5, 0.28 * len(names))
+    fig = NotebookFigure(figsize=(max(5, side + 1), (side + 0.9) * len(states)), layout="constrained")
+    for state, ax in zip(states, np.ravel(fig.subplots(len(states), 1))):
+        draw_confusion(ax, state.corrected, names, state.run.protocol.first_step)
+        ax.set_title(fill(format_confusion_title(state), 60), fontsize=8)
+    return fig
+
+
+# %% ../../nbs/61e_figures.ipynb #73910130
+def _describe_cells(state: ConfusionState) -> dict[str, np.ndarray]:
+    "Return percent of the true class, and pixels, (C, C) for all channels that are shown; NaN where there are none."
+    cells = {}
+    for name, values in dict(z=100 * share_rows(state.corrected), customdata=state.corrected).items():
+        cells[name] = np.full((state.n_shown, state.n_shown), np.nan)
+        cells[name][: len(values), : len(values)] = values.round(2)
+    return cells
+
+
+# %% ../../nbs/61e_figures.ipynb #d1ad1204
+def _format_chart_title(state: ConfusionState) -> str:
+    "Break the title of a state into lines of HTML."
+    return "<br>".join(wrap(format_confusion_title(state), 62))
+
+
+# %% ../../nbs/61e_figures.ipynb #cf49a688
+def make_confusion_chart(states: Sequence[ConfusionState]):
+    "Make a plotly figure of the matrices after the correction, one run below the other; readable on light and dark."
+    from plotly import graph_objects as go
+    from plotly.subplots import make_subplots
+
+    n, runs = states[0].n_shown, len(states)
+    names = states[0].run.names[:n]
+    side, gap = min(900, 120 + 26 * n), 190  # of a matrix and between two, pixels
+    height = runs * side + (runs - 1) * gap
+    titles = [_format_chart_title(state) for state in states]
+    fig = make_subplots(runs, 1, subplot_titles=titles, vertical_spacing=gap / height)
+    hover = "true %{y}, predicted %{x}: %{z:.1f} % of the true class, %{customdata:,.0f} pixels<extra></extra>"
+    for row, state in enumerate(states, 1):
+        heatmap = go.Heatmap(x=names, y=names, hovertemplate=hover, hoverongaps=False, coloraxis="coloraxis")
+        fig.add_trace(heatmap.update(_describe_cells(state)), row, 1)
+        for edge in find_step_edges(state.run.protocol.first_step, n):
+            fig.add_hline(edge, line=_LINE, row=row, col=1)
+            fig.add_vline(edge, line=_LINE, row=row, col=1)
+    fig.update_yaxes(autorange="reversed", showgrid=False, title="true")
+    fig.update_xaxes(showgrid=False, tickangle=-90, title="predicted")
+    fig.update_annotations(font_size=11)
+    bar = dict(title="% of the<br>true class", thickness=12)
+    return fig.update_layout(
+        coloraxis=dict(cmin=0, cmax=100, colorscale="cividis", colorbar=bar),
+        width=side + 220,
+        height=height + 160,
+        margin=dict(l=100, r=120, t=60, b=100),
+        **_SEE_THROUGH,
+    )
+
+
+# %% ../../nbs/61e_figures.ipynb #96bb869e
+def add_step_slider(chart, states: Sequence[ConfusionState]):
+    "Add a slider to the chart of `states` that shows any of their steps, with the same correction; return the chart."
+    steps = []
+    for t in range(states[0].n_steps):
+        others = [state.at_step(t) for state in states]
+        cells = [_describe_cells(other) for other in others]
+        shown = {name: [cell[name] for cell in cells] for name in cells[0]}
+        titles = {f"annotations[{k}].text": _format_chart_title(other) for k, other in enumerate(others)}
+        steps.append(dict(method="update", label=str(t), args=[shown, titles]))
+    layout = chart.layout
+    inner = layout.height - layout.margin.t - layout.margin.b
+    place = dict(y=1 + 50 / inner, yanchor="bottom", pad=dict(t=0, b=0))
+    slider = dict(active=states[0].step, steps=steps, currentvalue=dict(prefix="after step "), **place)
+    return chart.update_layout(sliders=[slider], height=layout.height + 90, margin_t=layout.margin.t + 90)
+
+
+# %% ../../nbs/61e_figures.ipynb #fd5b615d
+def tabulate_confusions(states: Sequence[ConfusionState]):
+    "Make a pandas table with a row for every pair: pixels, share of the true class, pixels after the correction."
+    import pandas as pd
+
+    rows = []
+    for state in states:
+        names, shares = state.run.names, share_rows(state.counts)
+        place = dict(run=state.run.folder.name, step=state.step, predictor=state.predictor)
+        for (c, j), pixels in np.ndenumerate(state.counts):
+            pair = dict(true=names[c], predicted=names[j], pixels=int(pixels), share=float(shares[c, j]))
+            rows.append(place | pair | dict(corrected=float(state.corrected[c, j])))
     return pd.DataFrame(rows)

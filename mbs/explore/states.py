@@ -9,6 +9,7 @@ __all__ = [
     "COLOURS",
     "KINDS",
     "N_FITTED",
+    "CONFUSION_COLUMNS",
     "read_sample",
     "Moment",
     "ModelPair",
@@ -21,7 +22,9 @@ __all__ = [
     "ShiftState",
     "FeatureMaps",
     "FeatureState",
+    "StepState",
     "TokenState",
+    "ConfusionState",
 ]
 
 # %% ../../nbs/61b_states.ipynb #d9519ae7
@@ -35,6 +38,7 @@ import torch
 import traitlets as T
 from PIL import Image
 
+from ..bounds import correct_errors, measure_miou
 from mbs.explore.evidence import (
     FLOWS,
     LEVELS,
@@ -253,6 +257,14 @@ def _check_range(name: str, value, low, high):
     return value
 
 
+# %% ../../nbs/61b_states.ipynb #f724064b
+def _check_predictor(run: Run, predictor: str) -> str:
+    "Return `predictor`; ValueError for another than the run's own in a run without an identity."
+    if predictor != RUN_PREDICTOR and not run.card.parts.has_identity:
+        raise ValueError(f"run {run.folder.name} has no identity: expected predictor={RUN_PREDICTOR}, its only one")
+    return predictor
+
+
 # %% ../../nbs/61b_states.ipynb #2833c567
 class PictureChoice(T.HasTraits):
     "What can be chosen in an explorer of pictures, with the range of every value."
@@ -276,10 +288,7 @@ class PictureChoice(T.HasTraits):
 
     @T.validate("predictor")
     def _check_predictor(self, proposal):
-        if proposal.value != RUN_PREDICTOR and not self.pictures.has_identity:
-            name = self.pictures.run.folder.name
-            raise ValueError(f"run {name} has no identity: expected predictor={RUN_PREDICTOR}, its only one")
-        return proposal.value
+        return _check_predictor(self.pictures.run, proposal.value)
 
     @T.validate("alpha")
     def _check_alpha(self, proposal):
@@ -546,30 +555,39 @@ class FeatureState(PictureState):
         self.maps = FeatureMaps(*shown, (float(low), float(high)), measure_distance(student, teacher))
 
 
+# %% ../../nbs/61b_states.ipynb #98607917
+class StepState(T.HasTraits):
+    "A state whose choice is a step of a run, not a picture."
+
+    step = T.Int(help="step after which the run is shown")
+
+    def __init__(self, run: Run, n_steps: int | None = None, step: int | None = None):
+        super().__init__()
+        if not run.n_steps:
+            raise ValueError(f"run {run.folder.name} has no complete step: expected at least the base step")
+        self.run = run
+        self.n_steps = n_steps or run.n_steps
+        self.step = self.n_steps - 1 if step is None else step
+
+    @T.validate("step")
+    def _check_step(self, proposal):
+        return _check_range("step", proposal.value, 0, self.n_steps - 1)
+
+
 # %% ../../nbs/61b_states.ipynb #7c0e0d57
-class TokenState(T.HasTraits):
+class TokenState(StepState):
     "What is chosen in the token explorer, and what follows from it."
 
-    step = T.Int(help="step whose tokens are shown")
     cosine = T.Instance(np.ndarray, help="(C, C) after the step; read only")
     change = T.Instance(
         np.ndarray, allow_none=True, help="(C_old, C_old) since the step before, None at step 0; read only"
     )
 
     def __init__(self, run: Run, n_steps: int | None = None, step: int | None = None):
-        super().__init__()
-        self.run = run
-        self.n_steps = n_steps or run.n_steps
-        if not self.n_steps:
-            raise ValueError(f"run {run.folder.name} has no complete step: expected at least the base step")
+        super().__init__(run, n_steps, step)
         self.get_tokens = lru_cache(None)(self._read_tokens)
-        self.step = self.n_steps - 1 if step is None else step
         self._update_cosine()
         self.observe(lambda _: self._update_cosine(), "step")
-
-    @T.validate("step")
-    def _check_step(self, proposal):
-        return _check_range("step", proposal.value, 0, self.n_steps - 1)
 
     @property
     def n_old(self) -> int:
@@ -602,3 +620,65 @@ class TokenState(T.HasTraits):
         else:
             self.change = None
         self.cosine = cosine
+
+
+# %% ../../nbs/61b_states.ipynb #9c58b45a
+CONFUSION_COLUMNS = {RUN_PREDICTOR: "", "network": "network"}  # predictor → column of `Run.confusion`
+
+
+class ConfusionState(StepState):
+    "What is chosen in the explorer of mixed-up classes, and what follows from it."
+
+    predictor = T.Enum(list(CONFUSION_COLUMNS), RUN_PREDICTOR, help="whose errors, in a run with an identity")
+    share = T.Float(0.0, help="share of the mixed-up classes' pixels that is corrected, 0..1")
+    perfect_background = T.Bool(False, help="whether the background is corrected, too")
+    counts = T.Instance(np.ndarray, help="(C, C) pixels of true × predicted channel; read only")
+    corrected = T.Instance(np.ndarray, help="(C, C) the same after the correction; read only")
+
+    def __init__(self, run: Run, n_steps: int | None = None, step: int | None = None, **chosen):
+        super().__init__(run, n_steps, step)
+        for name, value in chosen.items():
+            setattr(self, name, value)
+        self._update_counts()
+        self._correct()
+        self.observe(lambda _: self._update_counts(), ["step", "predictor"])
+        self.observe(lambda _: self._correct(), ["counts", "share", "perfect_background"])
+
+    @T.validate("share")
+    def _check_share(self, proposal):
+        return _check_range("share", proposal.value, 0, 1)
+
+    @T.validate("predictor")
+    def _check_predictor(self, proposal):
+        return _check_predictor(self.run, proposal.value)
+
+    @property
+    def is_corrected(self) -> bool:
+        "Whether anything is corrected."
+        return self.share > 0 or self.perfect_background
+
+    @property
+    def n_shown(self) -> int:
+        "Channels after the last step that is shown."
+        return self.run.protocol[self.n_steps - 1].n_channels
+
+    @property
+    def miou(self) -> float:
+        "Mean IoU of all classes as it is, 0..1."
+        return measure_miou(self.counts)
+
+    @property
+    def corrected_miou(self) -> float:
+        "Mean IoU of all classes after the correction, 0..1."
+        return measure_miou(self.corrected)
+
+    def at_step(self, step: int) -> "ConfusionState":
+        "Return a state with the same choice at another step."
+        chosen = {name: getattr(self, name) for name in ("predictor", "share", "perfect_background")}
+        return ConfusionState(self.run, self.n_steps, step, **chosen)
+
+    def _update_counts(self):
+        self.counts = self.run.confusion(self.step, CONFUSION_COLUMNS[self.predictor]).counts
+
+    def _correct(self):
+        self.corrected = correct_errors(self.counts, self.share, self.perfect_background)
