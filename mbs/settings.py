@@ -68,10 +68,42 @@ def _leave_out_iterations(layers: list[dict]) -> list[dict]:
 
 
 # %% ../nbs/48_settings.ipynb #613ca672
+class _Layered(Parameters):
+    "Parameters whose dictionaries are merged: layer over layer, and the lowest over the defaults."
+
+    @classmethod
+    def stack_layers(cls, *layers: dict) -> list[dict]:
+        "Put the defaults below `layers` and leave out what has lost its sense: ready to be merged one after the other."
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        stack = [defaults, *map(nest_parameters, layers)]
+        return _leave_out_iterations(_leave_out_other_options(stack))
+
+    @classmethod
+    def from_layers(cls, *layers: dict) -> Self:
+        "Merge `layers`, each over the one before and the first over the defaults; ValueError as from `checked`."
+        return cls.checked(**mark_complete(reduce(merge_parameters, cls.stack_layers(*layers))))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_into_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        merged = reduce(merge_parameters, cls.stack_layers(values))
+        return {name: remove_replace(value) for name, value in merged.items()}
+
+    @model_serializer(mode="wrap")
+    def _mark_replaced(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        "Add `replace: true` to the dictionaries that lack a default."
+        merged = reduce(merge_parameters, self.stack_layers(dict(self)))
+        replaced = {name for name, value in self if value != merged[name]}
+        return {name: value | {REPLACE: True} if name in replaced else value for name, value in dump(self).items()}
+
+
+# %% ../nbs/48_settings.ipynb #b23cf7ae
 _NAME = r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$"
 
 
-class Settings(Parameters):
+class Settings(_Layered):
     "Parameters of one run; the parameters of `nbs/runs/train.ipynb` have the same names."
 
     name: str | None = Field(None, pattern=_NAME)  # run folder under outputs/, or batch/run; None: made of the settings
@@ -105,38 +137,11 @@ class Settings(Parameters):
     def _repr_html_(self) -> str:
         return render_values("Settings that differ from the defaults", dict(self.__repr_args__()))
 
-    @classmethod
-    def stack_layers(cls, *layers: dict) -> list[dict]:
-        "Put the defaults below `layers` and leave out what has lost its sense: ready to be merged one after the other."
-        defaults = {name: field.default for name, field in cls.model_fields.items()}
-        stack = [defaults, *map(nest_parameters, layers)]
-        return _leave_out_iterations(_leave_out_other_options(stack))
-
-    @classmethod
-    def from_layers(cls, *layers: dict) -> Self:
-        "Merge `layers`, each over the one before and the first over the defaults; ValueError as from `checked`."
-        return cls.checked(**mark_complete(reduce(merge_parameters, cls.stack_layers(*layers))))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _merge_into_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        merged = reduce(merge_parameters, cls.stack_layers(values))
-        return {name: remove_replace(value) for name, value in merged.items()}
-
     @model_validator(mode="after")
     def _fill_name(self) -> Self:
         if self.name is None:
             object.__setattr__(self, "name", _make_name(self))
         return self
-
-    @model_serializer(mode="wrap")
-    def _mark_replaced(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        "Add `replace: true` to the dictionaries that lack a default."
-        merged = reduce(merge_parameters, self.stack_layers(dict(self)))
-        replaced = {name for name, value in self if value != merged[name]}
-        return {name: value | {REPLACE: True} if name in replaced else value for name, value in dump(self).items()}
 
 
 # %% ../nbs/48_settings.ipynb #836d043f
