@@ -1,6 +1,7 @@
 "Dictionaries of parameters are merged, replaced only when asked, stored exactly, and shown with their sources."
 
 import json
+from inspect import signature
 from typing import Any
 
 import nbformat
@@ -9,6 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given
 from hypothesis import settings as plan
 from hypothesis import strategies as some
+from timm import create_model
+from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from mbs.cli import app
@@ -21,6 +24,8 @@ from mbs.parameter_files import list_built_in, merge_parameters, parse_words, re
 from mbs.parts import Parts
 from mbs.recipe import Recipe, make_recipe
 from mbs.run import load_run
+from mbs.scenes import write_scenes
+from mbs.segmenter import MaskTransformer
 from mbs.settings import Settings, settings_from_notebook, trace_parameters
 
 DEFAULTS = {name: f.default for name, f in Settings.model_fields.items() if isinstance(f.default, dict)}
@@ -132,7 +137,10 @@ def test_the_order_of_words_does_not_matter():
 
 
 def test_no_option_is_called_replace():
-    assert "replace" not in Recipe.model_fields.keys() | Parts.model_fields.keys() | Settings.model_fields.keys()
+    models, functions = (Recipe, Parts, Settings), (MaskTransformer, VisionTransformer, create_model, write_scenes)
+    names = {name for model in models for name in model.model_fields}
+    names |= {name for function in functions for name in signature(function).parameters}
+    assert "depth" in names and "replace" not in names
     with pytest.raises(ValueError, match="'replace' is not known"):
         Settings.checked(replace=True)
 
