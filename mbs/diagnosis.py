@@ -156,8 +156,8 @@ def _find_forgotten(run: Run, step: int) -> Iterator[Finding]:
     if lost:
         names = ", ".join(run.names[c] for c in lost)
         text = (
-            f"the step made {names} forgotten: mean IoU {before[lost].mean():.0%} before the step and {after[lost].mean():.0%} now; "
-            f"lower training.lr_factor (now {run.card.recipe.lr_factor:g})"
+            f"the step made {names} forgotten: mean IoU {before[lost].mean():.0%} before it and "
+            f"{after[lost].mean():.0%} after it; lower training.lr_factor (now {run.card.recipe.lr_factor:g})"
         )
         if run.card.parts.distils_outputs:
             text += f" or raise parts.output_weight (now {run.card.parts.output_weight:g})"
