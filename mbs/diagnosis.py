@@ -185,9 +185,11 @@ def _find_unsure_teacher(run: Run, step: int) -> Iterator[Finding]:
     highest = bound_probability(torch.cat(list(norm.weight)), torch.cat(list(norm.bias)))[1:].max()
     text = f"the teacher relabels {quality['recall']:.1%} of the hidden old pixels"
     if run.card.parts.pseudo_labels is True:
+        threshold = run.card.parts.threshold
+        verdict = "so that it can never be sure" if highest < threshold else "so that little is above the threshold"
         text += (
-            f", since it is nowhere sure: its scores allow a probability of about {highest:.3f} at most; "
-            f"lower parts.threshold (now {run.card.parts.threshold:g})"
+            f"; its scores allow a probability of about {highest:.3f} at most, {verdict}; "
+            f"lower parts.threshold (now {threshold:g})"
         )
     yield Finding(step, "unsure teacher", f"{text} or train the step before longer")
 
