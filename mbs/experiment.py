@@ -140,7 +140,6 @@ class Experiment:
                         student, is_current = self._load_student(step.number - 1), True
                     self.writer.begin_step(step)
                     student = self.train_step(student, step)
-                    _log_findings(self.folder, step)
                 yield step.number
 
     def _load_student(self, step: int) -> Segmenter:
@@ -150,12 +149,15 @@ class Experiment:
         return load_model(self.setup.model(step), run.step_path(step, "model.safetensors"))
 
     def train_step(self, student: Segmenter, step: Step) -> Segmenter:
-        "Train, test and write one step; return the iterate that the recipe keeps."
+        "Train, test and write one step, and log what it suffers from; return the iterate that the recipe keeps."
         if step.number == 0:
-            return _take_base_step(self, student, step) or _train_and_write(self, student, None, step)
-        set_seed(self.settings.seed + 1000 * step.number)
-        teacher = _make_teacher(self, student)
-        return _train_and_write(self, self.setup.method.grow(student, step), teacher, step)
+            student = _take_base_step(self, student, step) or _train_and_write(self, student, None, step)
+        else:
+            set_seed(self.settings.seed + 1000 * step.number)
+            teacher = _make_teacher(self, student)
+            student = _train_and_write(self, self.setup.method.grow(student, step), teacher, step)
+        _log_findings(self.folder, step)
+        return student
 
 
 # %% ../nbs/52_experiment.ipynb #01082057
