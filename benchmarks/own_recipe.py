@@ -17,7 +17,7 @@ from mbs import Experiment, Settings, describe_folder
 from mbs.folders import home
 from mbs.scenes import draw_scene
 
-VARIANTS = {  # fields of `Recipe`, and of `Parts` under "parts"
+VARIANTS = {  # fields of `Recipe`; longer: factor on later iterations; weight_by_classes: λ = 25 · classes / 21
     "0.1": dict(lr_factor=0.1),
     "0.3": dict(lr_factor=0.3),
     "1": dict(lr_factor=1),

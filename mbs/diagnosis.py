@@ -76,12 +76,12 @@ BACKGROUND = 0.001
 
 
 # %% ../nbs/51c_diagnosis.ipynb #46abd313
-def _average_fifths(run: Run, step: int) -> np.ndarray:
-    "Return the mean cross-entropy over each fifth of `step`; empty when the log has fewer than five records of it."
-    records = [r["cross_entropy"] for r in run.log() if r["step"] == step and "cross_entropy" in r]
-    if len(records) < 5:
+def _average_fifths(records: list[dict]) -> np.ndarray:
+    "Return the mean cross-entropy over each fifth of a step's log records; empty when fewer than five have one."
+    values = [r["cross_entropy"] for r in records if "cross_entropy" in r]
+    if len(values) < 5:
         return np.zeros(0)
-    return np.array([part.mean() for part in np.array_split(np.array(records), 5)])
+    return np.array([part.mean() for part in np.array_split(np.array(values), 5)])
 
 
 # %% ../nbs/51c_diagnosis.ipynb #718bf4d9
@@ -99,9 +99,9 @@ def _name_iterations(run: Run, step: int) -> str:
 
 
 # %% ../nbs/51c_diagnosis.ipynb #fced566d
-def _find_course(run: Run, step: int, has_failed: bool) -> Iterator[Finding]:
-    "Yield what the cross-entropy of `step` says; `has_failed`: whether the step has learnt too little."
-    fifths = _average_fifths(run, step)
+def _find_course(run: Run, step: int, records: list[dict], has_failed: bool) -> Iterator[Finding]:
+    "Yield what the cross-entropy in the log `records` of `step` says; `has_failed`: whether it learnt too little."
+    fifths = _average_fifths(records)
     if not len(fifths):
         return
     first, last = fifths[0], fifths[-1]
@@ -118,9 +118,9 @@ def _find_course(run: Run, step: int, has_failed: bool) -> Iterator[Finding]:
 
 
 # %% ../nbs/51c_diagnosis.ipynb #b5edfcd7
-def _find_skipped(run: Run, step: int) -> Iterator[Finding]:
-    "Yield the iterations of `step` that were skipped."
-    share = sum(r.get("left_out", 0) for r in run.log() if r["step"] == step) / run.iterations[step]
+def _find_skipped(run: Run, step: int, records: list[dict]) -> Iterator[Finding]:
+    "Yield the iterations of `step` that its log `records` count as skipped."
+    share = sum(r.get("left_out", 0) for r in records) / run.iterations[step]
     if share > SKIPPED:
         text = f"{share:.0%} of the iterations were skipped, because the gradient was not finite; lower training.lr"
         yield Finding(step, "skipped iterations", text)
@@ -243,7 +243,8 @@ def diagnose_step(run: Run, step: int) -> list[Finding]:
     found += [*_find_unsure_teacher(run, step), *_find_forgotten(run, step)]
     unlearnt = list(_find_unlearnt(run, step))
     has_failed = step == 0 or bool(unlearnt)
-    return [*found, *unlearnt, *_find_course(run, step, has_failed), *_find_skipped(run, step)]
+    records = [r for r in run.log() if r["step"] == step]
+    return [*found, *unlearnt, *_find_course(run, step, records, has_failed), *_find_skipped(run, step, records)]
 
 
 def diagnose(run: Run) -> list[Finding]:

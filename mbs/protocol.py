@@ -233,7 +233,7 @@ class Step:
     def select(
         self,
         index: np.ndarray,  # (N, n_classes + 1) bool: which image holds which class id
-        shots: int | None = None,  # at most so many images of each new class in a later step; None: all
+        shots: int | None = None,  # images of each new class in a later step, at most; None: all
         seed: int = 0,  # of the draw of the shots
     ) -> np.ndarray:  # positions, sorted
         "Return the positions of the training images that the step sees."

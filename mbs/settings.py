@@ -68,16 +68,16 @@ def _leave_out_iterations(layers: list[dict]) -> list[dict]:
 
 
 # %% ../nbs/48_settings.ipynb #613ca672
-def _name_recipe(data: str) -> str:
-    "Name the recipe of settings that name none: `own` for a folder of pictures, else `clean`."
-    return "clean" if data in ("scenes", "voc", "ade") else "own"
+def _is_folder(data: str) -> bool:
+    "Whether `data` is a folder of pictures, not the name of a data set."
+    return data not in ("scenes", "voc", "ade")
 
 
 def _choose_recipe(layers: list[dict]) -> list[dict]:
     "Put the recipe that `layers` name, or else the data suggest, into the first layer, the defaults."
     data = next(layer["data"] for layer in reversed(layers) if "data" in layer)
     named = [layer["recipe"] for layer in layers if layer.get("recipe") is not None]
-    recipe = named[-1] if named else _name_recipe(data)
+    recipe = named[-1] if named else "own" if _is_folder(data) else "clean"
     is_smoke = data == "scenes" and recipe != "own"  # what the default training is for
     default = layers[0] | dict(recipe=recipe) | ({} if is_smoke else dict(training={}))
     others = [{k: v for k, v in layer.items() if (k, v) != ("recipe", None)} for layer in layers[1:]]
@@ -358,8 +358,7 @@ def _list_defaults(function: Callable) -> dict[str, Any]:
 
 def _expand_groups(settings: Settings) -> dict[str, tuple[dict, dict[str, dict]]]:
     "Return all values of the dictionaries whose names are known, and what recipe, method and data set give, by source."
-    is_named = settings.data in ("scenes", "voc", "ade")
-    dataset = settings.data if is_named else find_layout(locate_data(settings.data)).dataset
+    dataset = find_layout(locate_data(settings.data)).dataset if _is_folder(settings.data) else settings.data
     fitted = _fit(settings, open_data(settings.data, settings.scenes)[0]) if settings.recipe == "own" else {}
     recipe = make_recipe(settings.recipe, dataset, **fitted | settings.training)
     recipe_layers = list_recipe_layers(settings.recipe, dataset) | {"the pictures": fitted}
