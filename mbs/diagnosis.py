@@ -184,7 +184,7 @@ def _find_unsure_teacher(run: Run, step: int) -> Iterator[Finding]:
     norm = run.model(step - 1, identity=False).decoder.mask_norm
     highest = bound_probability(torch.cat(list(norm.weight)), torch.cat(list(norm.bias)))[1:].max()
     text = f"the teacher relabels {quality['recall']:.1%} of the hidden old pixels"
-    if run.card.parts.pseudo_labels is True:
+    if run.card.parts.pseudo_labels is True and run.card.parts.head == "softmax":
         threshold = run.card.parts.threshold
         verdict = "so that it can never be sure" if highest < threshold else "so that little is above the threshold"
         text += (

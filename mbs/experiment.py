@@ -35,7 +35,7 @@ from .run import Run, load_run
 from .run_folder import RunWriter, create_run_folder, explain_write_errors, find_shared_base
 from .segmenter import Segmenter
 from .settings import Settings, Setup, hash_base_step
-from .training import Validator, measure_peak_memory, train_step
+from .training import Validator, finish_method, measure_peak_memory, train_step
 from .views import StepView
 
 
@@ -144,6 +144,7 @@ class Experiment:
 
     def _load_student(self, step: int) -> Segmenter:
         run = load_run(self.folder)
+        self.setup.method.state = run.method_state(step)
         if self.identification:
             self.identification.restore(run.identity(step), run.reference())
         return load_model(self.setup.model(step), run.step_path(step, "model.safetensors"))
@@ -154,32 +155,31 @@ class Experiment:
             student = _take_base_step(self, student, step) or _train_and_write(self, student, None, step)
         else:
             set_seed(self.settings.seed + 1000 * step.number)
-            teacher = _make_teacher(self, student)
-            student = _train_and_write(self, self.setup.method.grow(student, step), teacher, step)
+            previous = student.frozen()
+            student = _train_and_write(self, self.setup.method.grow(student, step), previous, step)
         _log_findings(self.folder, step)
         return student
 
 
 # %% ../nbs/52_experiment.ipynb #01082057
-def _make_teacher(experiment: Experiment, student: Segmenter) -> Predictor | None:
-    "Return the frozen model so far, None if the method needs no teacher."
+def _make_teacher(experiment: Experiment, previous: Segmenter | None) -> Predictor | None:
+    "Return the frozen network so far, with its identity if that teaches; None if the method needs no teacher."
     method = experiment.setup.method
-    if not method.needs_teacher:
+    if previous is None or not method.needs_teacher:
         return None
-    teacher = student.frozen()
-    return experiment.identification.join(teacher) if method.parts.identity_teacher else teacher
+    return experiment.identification.join(previous) if method.parts.identity_teacher else previous
 
 
 # %% ../nbs/52_experiment.ipynb #94cdec21
 def _make_predictor(experiment: Experiment, student: Segmenter, step: Step) -> Predictor:
-    "Return what predicts after `step`: the student, or with the step's classes added, student and identity."
+    "Return what predicts after `step`: the student, where there is one with an identity, as the method decides."
     setup, identification = experiment.setup, experiment.identification
     if identification is None:
-        return student
+        return setup.method.make_predictor(student)
     normalisation, positions = setup.normalisation(student), setup.positions[step.number]
     view = make_test_view(setup.train, step, normalisation, setup.recipe, "whole", "train", positions)
     identification.learn(student, view, setup.recipe.test_batch)
-    return identification.join(student)
+    return setup.method.make_predictor(identification.join(student))
 
 
 # %% ../nbs/52_experiment.ipynb #3471be57
@@ -196,6 +196,7 @@ def _take_base_step(experiment: Experiment, student: Segmenter, step: Step) -> S
     if experiment.setup.recipe.both and not is_tested_alike:  # the other iterate is not kept
         return None
     load_model(student, other.step_path(0, "model.safetensors"))
+    experiment.setup.method.state = other.method_state(0)
     writer.log(*(record for record in other.log() if record["step"] == 0))
     facts = dict(seconds=0.0, base_from=other.folder.name)
     if not is_tested_alike:
@@ -219,12 +220,24 @@ def _use_cache(setup: Setup):
 
 
 # %% ../nbs/52_experiment.ipynb #1e4966e8
-def _train_and_write(experiment: Experiment, student: Segmenter, teacher: Segmenter | None, step: Step) -> Segmenter:
+def _copy_state(network: Segmenter) -> dict[str, Tensor]:
+    "Return a copy of the network's tensors, which training and tests of other iterates do not change."
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+# %% ../nbs/52_experiment.ipynb #b8ce0dd7
+def _train_and_write(
+    experiment: Experiment,
+    student: Segmenter,  # grown for the step
+    previous: Segmenter | None,  # the frozen network before the step; None in the base step
+    step: Step,
+) -> Segmenter:
     "Train, test and write `step`; return the iterate that the recipe keeps."
     setup, writer, settings = experiment.setup, experiment.writer, experiment.settings
     _use_cache(setup)
     started = time.perf_counter()
-    recipe, normalisation = setup.recipe, setup.normalisation(student)
+    recipe, normalisation, teacher = setup.recipe, setup.normalisation(student), _make_teacher(experiment, previous)
+    choices = dict(seed=settings.seed + 1000 * step.number, workers=settings.workers)
     views = _make_validation_views(setup, step, normalisation)
     validators = {name: Validator(partial(_score_iterate, setup, view=view)) for name, view in views.items()}
     train_view = make_train_view(setup.train, step, normalisation, recipe, setup.positions[step.number])
@@ -234,23 +247,23 @@ def _train_and_write(experiment: Experiment, student: Segmenter, teacher: Segmen
         setup.method,
         train_view,
         recipe,
-        seed=settings.seed + 1000 * step.number,
-        workers=settings.workers,
+        **choices,
         log=writer.log,
         validators=list(validators.values()),
         checkpoints=writer.checkpoints(step),
     )
-    last = student.state_dict()
-    if validators:  # testing other iterates overwrites the student
-        last = {k: v.clone() for k, v in last.items()}
+    last = _copy_state(student)
     states = {name: validator.state or last for name, validator in validators.items()}
-    kept = states.get(recipe.selection, last)
-    student.load_state_dict(kept)
+
+    def finish(iterate: str) -> dict[str, Tensor]:
+        student.load_state_dict(states.get(iterate, last))
+        finish_method(setup.method, student, previous, train_view, recipe, **choices)
+        return _copy_state(student)
+
+    ways = {name: (finish(iterate), test) for name, (iterate, test) in _choose_columns(recipe).items()}
+    kept = finish(recipe.selection)
     predictor = _make_predictor(experiment, student, step)
-    ways = {
-        name: _evaluate_state(setup, predictor, step, states.get(iterate, last), test)[0]
-        for name, (iterate, test) in _choose_columns(recipe).items()
-    }
+    ways = {name: _evaluate_state(setup, predictor, step, state, test)[0] for name, (state, test) in ways.items()}
     confusion, columns = _evaluate_state(setup, predictor, step, kept, recipe.test)
     seconds = round(time.perf_counter() - started, 2)
     facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), **setup.method.found)

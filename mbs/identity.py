@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .segmenter import Segmenter, SegmenterOutput, pad_to_multiple
+from .segmenter import Segmenter, SegmenterOutput, WrappedSegmenter, pad_to_multiple
 
 
 # %% ../nbs/36_identity.ipynb #dab20fe0
@@ -296,7 +296,7 @@ class Identity(nn.Module):
 
 
 # %% ../nbs/36_identity.ipynb #296d659f
-class IdentifiedSegmenter(nn.Module):
+class IdentifiedSegmenter(WrappedSegmenter):
     "A `Segmenter` whose foreground classes an `Identity` decides; its output has the same form."
 
     def __init__(
@@ -305,26 +305,9 @@ class IdentifiedSegmenter(nn.Module):
         identity: Identity,
         reference: Segmenter | None = None,  # whose frozen encoder gives the identity's tokens; None: `network`
     ):
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.identity = identity
         self.reference = reference
-
-    @property
-    def encoder(self) -> nn.Module:
-        return self.network.encoder
-
-    @property
-    def decoder(self) -> nn.Module:
-        return self.network.decoder
-
-    @property
-    def n_channels(self) -> int:
-        return self.network.n_channels
-
-    def encode(self, images: Tensor) -> Tensor:  # (B, 3, H, W) → (B, N, D)
-        "Return the tokens of the network's encoder."
-        return self.network.encode(images)
 
     def forward(self, images: Tensor, tokens: Tensor | None = None) -> SegmenterOutput:
         tokens = self.encode(images) if tokens is None else tokens
@@ -333,11 +316,13 @@ class IdentifiedSegmenter(nn.Module):
 
 
 # %% ../nbs/36_identity.ipynb #01261f22
-Predictor = Segmenter | IdentifiedSegmenter  # what turns pictures into a `SegmenterOutput`
+Predictor = Segmenter | WrappedSegmenter  # what turns pictures into a `SegmenterOutput`
 
 
 def split_predictor(predictor: Predictor) -> tuple[Segmenter, Identity | None]:
     "Return the network of a predictor, and its identity if it has one."
-    if isinstance(predictor, IdentifiedSegmenter):
-        return predictor.network, predictor.identity
-    return predictor, None
+    identity = None
+    while isinstance(predictor, WrappedSegmenter):
+        identity = getattr(predictor, "identity", identity)
+        predictor = predictor.network
+    return predictor, identity

@@ -41,6 +41,9 @@ class Parts(Parameters):
     orthogonality: bool = False
     weight_transfer: Literal[False, True, "balanced"] = False  # new tokens start as the background's token …
     # … and "balanced" also shares the background's probability with them
+    head: Literal["softmax", "sigmoid"] = "softmax"  # of all steps; sigmoid: binary cross-entropy of each channel
+    learns: Literal["all", "tokens"] = "all"  # in later steps; tokens: of the new classes, with their mask norm
+    weight_fusion: bool = False  # after a step, mix old and new weights by the share of new classes
     identity: Literal["none", "analytic"] = "none"  # analytic: a ridge regression divides the foreground's probability
     identity_width: int = Field(1024, ge=1)  # M, its random features
     identity_share: float = Field(1, ge=0, le=1)  # η: 1 asks the regression alone, 0 the network alone

@@ -33,10 +33,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from safetensors import SafetensorError
 
 import mbs
 from .augment import Normalisation
-from .checkpoint import load_model
+from .checkpoint import load_model, load_tensors
 from .files import read_arrays, read_json
 from .folders import find_package_folder
 from .identity import IdentifiedSegmenter, Identity, Predictor
@@ -396,7 +397,8 @@ class Run(_RunFiles):
 
         A run with an identity returns network and identity together, and with `identity=False` the network alone."""
         step = range(self.n_steps)[step]
-        model = build_network(self.settings, "none", self.card.recipe.crop, self.protocol.sizes[: step + 1])
+        card, sizes = self.card, self.protocol.sizes[: step + 1]
+        model = build_network(self.settings, card.parts, "none", card.recipe.crop, sizes)
         load_model(model, self.step_path(step, "model.safetensors"))
         if not (identity and self.card.parts.has_identity):
             return model
@@ -420,6 +422,14 @@ class Run(_RunFiles):
         step = range(self.n_steps)[step]
         n_classes = self.protocol[step].n_channels - 1
         return load_identity(self.step_path(step, "identity.safetensors"), self.card.parts, n_classes)
+
+    def method_state(self, step: int = -1) -> dict[str, torch.Tensor]:
+        "Load the tensors that the method kept after `step` (negative: from the end); none for most methods."
+        file = self.step_path(range(self.n_steps)[step], "method.safetensors")
+        try:
+            return load_tensors(file)[0] if file.is_file() else {}
+        except (SafetensorError, OSError, ValueError) as e:
+            raise _damaged(file, " ".join(str(e).split())) from None
 
     def predict(self, image: np.ndarray | Path | str, step: int = -1) -> np.ndarray:
         "Segment a picture of any size, a file or (H, W, 3) uint8, into channels (H, W) uint8."

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from .checkpoint import StepCheckpoints, save_model
+from .checkpoint import StepCheckpoints, save_model, save_tensors
 from .data import choose_samples
 from .files import replace_folder_atomically, write_arrays, write_json, write_text
 from .identity import Predictor, split_predictor
@@ -184,6 +184,8 @@ def _write_step(
         save_model(network, temporary / "model.safetensors")
         if identity is not None:
             save_identity(identity, temporary / "identity.safetensors")
+        if setup.method.state:
+            save_tensors(temporary / "method.safetensors", setup.method.state)
         write_arrays(temporary / "confusion.npz", counts=confusion.counts)
         for name, other in columns.items():
             write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)

@@ -22,12 +22,14 @@ __all__ = [
     "MaskTransformer",
     "ViTEncoder",
     "StageEncoder",
+    "normalise_logits",
     "SegmenterOutput",
     "find_best_channel",
     "check_finite",
     "pad_to_multiple",
     "cover",
     "Segmenter",
+    "WrappedSegmenter",
 ]
 
 # %% ../nbs/20_segmenter.ipynb #92bcfd5f
@@ -242,6 +244,12 @@ class StageEncoder(nn.Module):
 
 
 # %% ../nbs/20_segmenter.ipynb #ceac247f
+def normalise_logits(logits: Tensor, head: str = "softmax", dim: int = 1) -> Tensor:  # probabilities, like `logits`
+    "Turn logits with channels in `dim` into probabilities: 'softmax' over the channels, or 'sigmoid' of each."
+    return logits.sigmoid() if head == "sigmoid" else logits.softmax(dim)
+
+
+# %% ../nbs/20_segmenter.ipynb #b94fc850
 class SegmenterOutput(NamedTuple):
     "Result of one forward pass with C channels, width D and a grid of h × w patches."
 
@@ -253,6 +261,7 @@ class SegmenterOutput(NamedTuple):
     size: tuple[int, int] | None = None  # (H, W) of the picture …
     canvas: tuple[int, int] | None = None  # … and with its padding: the area that the patches cover
     own_logits: Tensor | None = None  # (B, C, h, w) `patch_logits` of the network alone, where an identity changed them
+    head: str = "softmax"  # or "sigmoid": how logits become probabilities
 
     @property
     def n_channels(self) -> int:
@@ -267,6 +276,11 @@ class SegmenterOutput(NamedTuple):
         upsampled = F.interpolate(self.patch_logits, size=self.canvas, mode="bilinear", align_corners=False)
         height, width = self.size
         return upsampled[..., :height, :width]
+
+    @property
+    def probabilities(self) -> Tensor:  # (B, C, H, W)
+        "Probabilities at full size; under a sigmoid those of a pixel do not add up to 1."
+        return normalise_logits(self.logits, self.head)
 
     def choose(self, identity: bool) -> "SegmenterOutput":
         "Return the output as it is, or with `identity=False` what the network alone says."
@@ -315,10 +329,12 @@ class Segmenter(nn.Module):
         self,
         encoder: nn.Module,  # with .dim and .stride, see `make_encoder`
         groups: Sequence[int],  # channels in each group: [1 (background), base classes, new classes, …]
+        head: str = "softmax",  # or "sigmoid", see `normalise_logits`
         **decoder,  # dim, depth, heads, mlp_ratio, drop_path of the `MaskTransformer`
     ):
         super().__init__()
         self.encoder = encoder
+        self.head = head
         self.decoder = MaskTransformer(groups, encoder.dim, **decoder)
 
     @property
@@ -362,6 +378,30 @@ class Segmenter(nn.Module):
         grid, canvas = cover(size, self.encoder.stride)
         tokens = self.encode(images) if tokens is None else tokens
         logits, patches, classes = self.decoder(tokens)
-        return SegmenterOutput(
-            None, logits.mT.unflatten(2, grid), patches, classes, self.decoder.tokens(), size, canvas
-        )
+        logits, class_tokens = logits.mT.unflatten(2, grid), self.decoder.tokens()
+        return SegmenterOutput(None, logits, patches, classes, class_tokens, size, canvas, head=self.head)
+
+
+# %% ../nbs/20_segmenter.ipynb #a35e1398
+class WrappedSegmenter(nn.Module):
+    "Stands for a `Segmenter` where something else has the last word: the same attributes, and output of the same form."
+
+    def __init__(self, network: "Segmenter | WrappedSegmenter"):
+        super().__init__()
+        self.network = network
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.network.encoder
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.network.decoder
+
+    @property
+    def n_channels(self) -> int:
+        return self.network.n_channels
+
+    def encode(self, images: Tensor) -> Tensor:  # (B, 3, H, W) → (B, N, D)
+        "Return the tokens of the network's encoder."
+        return self.network.encode(images)

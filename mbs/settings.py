@@ -39,6 +39,7 @@ from .layouts import find_layout
 from .methods import Method, list_part_layers
 from .parameter_files import REPLACE, find_sources, mark_complete, merge_parameters, nest_parameters, remove_replace
 from .parameters import Parameters
+from .parts import Parts
 from .protocol import Protocol, Step, name_split
 from .recipe import count_iterations, fit_recipe, list_recipe_layers, make_accelerator, make_recipe
 from .scenes import write_scenes
@@ -209,8 +210,8 @@ def _find_class_ids(names: list[str] | None, classes: tuple[str, ...]) -> list[i
 
 
 # %% ../nbs/48_settings.ipynb #d710d5f4
-def build_network(settings: Settings, weights: str, crop: int, sizes: list[int]) -> Segmenter:
-    "Build the segmenter of `settings` for steps that bring `sizes` classes; ValueError for unsuitable options."
+def build_network(settings: Settings, parts: Parts, weights: str, crop: int, sizes: list[int]) -> Segmenter:
+    "Build the segmenter of a run for steps that bring `sizes` classes; ValueError for unsuitable options."
     try:
         encoder = make_encoder(settings.encoder, weights, crop, **settings.encoder_options)
     except (ValueError, FileNotFoundError):
@@ -221,7 +222,7 @@ def build_network(settings: Settings, weights: str, crop: int, sizes: list[int])
             f"encoder_options {settings.encoder_options} do not suit {settings.encoder}: {reason}"
         ) from None
     try:
-        return Segmenter(encoder, [1, *sizes], **settings.decoder)
+        return Segmenter(encoder, [1, *sizes], parts.head, **settings.decoder)
     except ValueError:
         raise
     except Exception as e:
@@ -313,7 +314,7 @@ class Setup:
         "Build the network with the channels after `step`: the encoder with the run's weights, the rest from the seed."
         set_seed(self.settings.seed)
         sizes = self.protocol.sizes[: step + 1]
-        return build_network(self.settings, self.settings.weights, self.recipe.crop, sizes)
+        return build_network(self.settings, self.method.parts, self.settings.weights, self.recipe.crop, sizes)
 
     def normalisation(self, model: Segmenter) -> Normalisation:
         "Mean and standard deviation that pictures are normalised with."
@@ -432,5 +433,6 @@ def hash_base_step(setup: Setup, model: Segmenter) -> str:
         device=make_accelerator(recipe).device.type,
         code=_hash_base_code(),
         method=_hash_method(setup.method),
+        head=setup.method.parts.head,
     )
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "LOG_EVERY",
+    "choose_rates",
     "make_optimizer",
     "has_equal_encoder",
     "run_teacher",
@@ -21,6 +22,7 @@ __all__ = [
     "check_channels",
     "iterate_once",
     "prepare_method",
+    "finish_method",
     "resume",
     "train_step",
     "measure_peak_memory",
@@ -53,15 +55,37 @@ from .views import StepView, move_to_device
 
 
 # %% ../nbs/50_training.ipynb #6ab7d623
-def make_optimizer(student: Segmenter, recipe: Recipe, step: int) -> torch.optim.Optimizer:
-    "Return SGD with Nesterov momentum or AdamW over all parameters that learn in `step`, at its first learning rate."
-    encoder = dict(params=list(student.encoder.parameters()), factor=recipe.encoder_factor[min(step, 1)])
-    has_own_rate = step > 0 and recipe.token_factor != 1
-    tokens = dict(params=student.decoder.newest_parameters() if has_own_rate else [], factor=recipe.token_factor)
-    others = {id(p) for p in tokens["params"]}
-    decoder = dict(params=[p for p in student.decoder.parameters() if id(p) not in others], factor=1)
-    groups = [group for group in (encoder, decoder, tokens) if group["factor"] and group["params"]]
-    lr = recipe.lr * (recipe.lr_factor if step else 1)
+def choose_rates(student: Segmenter, method: Method, recipe: Recipe, step: Step) -> dict[str, float]:
+    "Return the factor on the learning rate of every parameter of `student`, by name: the recipe's times the method's."
+    newest = {id(p) for p in student.decoder.newest_parameters()} if step.number else set()
+    factors = {}
+    for name, parameter in student.named_parameters():
+        if name.startswith("encoder."):
+            factor = recipe.encoder_factor[min(step.number, 1)]
+        else:
+            factor = recipe.token_factor if id(parameter) in newest else 1
+        factors[name] = factor * method.rate(name, step)
+    return factors
+
+
+# %% ../nbs/50_training.ipynb #ad021a2b
+def make_optimizer(student: Segmenter, method: Method, recipe: Recipe, step: Step) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum or AdamW over all parameters that learn in `step`, at its first learning rate.
+
+    Raise ValueError when no parameter learns."""
+    groups = {}
+    factors = choose_rates(student, method, recipe, step)
+    for name, parameter in student.named_parameters():
+        if factors[name]:
+            key = name.startswith("encoder."), factors[name]
+            groups.setdefault(key, dict(params=[], factor=factors[name]))["params"].append(parameter)
+    groups = list(groups.values())
+    if not groups:
+        raise ValueError(
+            f"no parameter learns in step {step.number}: expected at least one; "
+            "check training.encoder_factor, and the rates of the method"
+        )
+    lr = recipe.lr * (recipe.lr_factor if step.number else 1)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr, weight_decay=recipe.weight_decay, fused=True)
     momentum = dict(momentum=recipe.momentum, nesterov=recipe.momentum > 0)
@@ -225,9 +249,11 @@ class _TrainingState:
     ):
         self.accelerator = make_accelerator(recipe)
         self.device = self.accelerator.device
-        student.encoder.requires_grad_(recipe.encoder_factor[min(step.number, 1)] > 0)
+        factors = choose_rates(student, method, recipe, step)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(factors[name] > 0)
         student = _synchronise_batch_norm(student, self.accelerator).train()
-        optimizer = make_optimizer(student, recipe, step.number)
+        optimizer = make_optimizer(student, method, recipe, step)
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.teacher = teacher.to(self.device) if teacher is not None else None
         self.method = method
@@ -269,6 +295,7 @@ def pack_state(training: _TrainingState) -> tuple[dict[str, Tensor], dict]:
     tensors |= {f"optimiser.{k}": v for k, v in get_optimiser_tensors(training.optimizer).items()}
     for k, validator in enumerate(training.validators):
         tensors |= {f"judge.{k}.{name}": v for name, v in (validator.state or {}).items()}
+    tensors |= {f"method.{name}": v for name, v in training.method.state.items()}
     names = next((list(terms) for terms in training.window if terms), ["loss"])
     rows = [[torch.as_tensor(terms.get(name, math.nan)).cpu() for name in names] for terms in training.window]
     if rows:
@@ -299,13 +326,14 @@ def _unpack_window(tensors: dict[str, Tensor], facts: dict, total: int) -> list[
 
 # %% ../nbs/50_training.ipynb #e5983a91
 def restore_state(training: _TrainingState, tensors: dict[str, Tensor], facts: dict):
-    "Restore student, optimiser, validators, random streams and window from a saved state."
+    "Restore student, optimiser, validators, method, random streams and window from a saved state."
     training.model.load_state_dict(strip_prefix(tensors, "student"))
     load_optimiser(training.optimizer, strip_prefix(tensors, "optimiser"))
     for k, validator in enumerate(training.validators):
         best_state = strip_prefix(tensors, f"judge.{k}")
         _check_same_tensors(best_state, training.model)
         validator.restore(float(facts["best"][k]), best_state)
+    training.method.state = {k: v.to(training.device) for k, v in strip_prefix(tensors, "method").items()}
     if facts["scaler"]:
         training.accelerator.scaler.load_state_dict(facts["scaler"])
     if streams := strip_prefix(tensors, f"random.{training.accelerator.process_index}"):
@@ -431,12 +459,28 @@ def iterate_once(view: StepView, batch: int, workers: int, device: torch.device 
 
 # %% ../nbs/50_training.ipynb #d395612b
 def prepare_method(training: Training, view: StepView, workers: int, seed: int):
-    "Let the method see every picture of the step once, if there is a teacher."
-    if training.teacher is None:
-        return
+    "Let the method see every picture of the step once before training."
     batches = iterate_once(view, training.recipe.batch, workers, training.device, seed)
     with teacher_autocast(training.recipe, training.accelerator), explain_worker_errors(), closing(batches):
-        training.method.prepare(training.teacher, batches)
+        training.method.prepare(training.model, training.teacher, batches, training.step)
+
+
+def finish_method(
+    method: Method,
+    student: Segmenter,  # after training, on its device; changed in place
+    previous: Segmenter | None,  # the network before the step; None in the base step
+    view: StepView,  # training pictures of the step
+    recipe: Recipe,
+    seed: int = 0,
+    workers: int | None = None,  # dataloader workers; None: by the size of the crop
+):
+    "Let the method see every picture of the step once after training, and change the student."
+    device = next(student.parameters()).device
+    workers = choose_workers(recipe.crop) if workers is None else workers
+    previous = previous.to(device) if previous is not None else None
+    batches = iterate_once(view, recipe.batch, workers, device, seed)
+    with torch.no_grad(), explain_worker_errors(), closing(batches):
+        method.finish(student, previous, batches, view.step)
 
 
 # %% ../nbs/50_training.ipynb #6aaf431b

@@ -46,7 +46,7 @@ def test_loss_is_finite(name, target, n_new):
     method = Method(name)
     teacher, student = networks(method, n_new, **TINY)
     images = torch.randn(2, 3, 30, 37)
-    method.prepare(teacher, [(images, target)])
+    method.prepare(student, teacher, [(images, target)], make_step(3, n_new))
     terms = method.loss(student(images), teacher(images), target, make_step(3, n_new))
     assert all(torch.isfinite(v) for v in terms.values())
     terms["loss"].backward()

@@ -320,7 +320,7 @@ def test_half_precision_is_finite_and_close(dtype, kind, scale):
     values = []
     for as_ in (torch.Tensor.clone, torch.Tensor.float):
         leaves = [as_(z).requires_grad_(), as_(patches).requires_grad_()]
-        teacher = SegmenterOutput(*(x if x is None else as_(x) for x in old))
+        teacher = SegmenterOutput(*(as_(x) if isinstance(x, torch.Tensor) else x for x in old))
         student = SegmenterOutput(leaves[0], None, leaves[1], None, None)
         thresholds = entropy_thresholds([(y, teacher.logits)], 3).tolist()
         terms = step_loss(student, teacher, y, parts, make_step(3, 1), thresholds)
@@ -343,8 +343,8 @@ def test_training_under_autocast():
             [1, 2],
         )
         method, teacher = Method(name), base.frozen()
-        method.prepare(teacher, [(images, y)])
         student = method.grow(base, make_step(3, 1)).train()
+        method.prepare(student, teacher, [(images, y)], make_step(3, 1))
         with torch.autocast("cpu", torch.bfloat16):
             terms = method.loss(student(images), teacher(images), y, make_step(3, 1))
         terms["loss"].backward()
@@ -453,8 +453,14 @@ def test_prepare_loads_the_step_only_if_it_reads_it(tmp_path, monkeypatch):
     monkeypatch.setattr(StepView, "__getitem__", load)
 
     class Curious(Method):
-        def prepare(self, teacher, batches):
-            assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+        def prepare(self, student, teacher, batches, step):
+            if step.number == 0:
+                return
+            assert (
+                student.n_channels == step.n_channels
+                and not teacher.training
+                and not any(p.requires_grad for p in teacher.parameters())
+            )
             seen.append(sum(len(images) for images, _ in batches))
 
     plain = Experiment(Settings(name="plain", method="kd", **SHORT), tmp_path).run()
@@ -469,7 +475,7 @@ def test_a_new_method_trains(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "tired", Parts(output_distillation="plain"))
 
     class Tired(Method):
-        def prepare(self, teacher, batches):
+        def prepare(self, student, teacher, batches, step):
             self.found = dict(pictures=[sum(len(y) for _, y in batches)])
 
         def loss(self, student, teacher, target, step):

@@ -259,8 +259,8 @@ def test_fast_and_plain_runs_are_the_same(name, monkeypatch):
 
     fast, fast_losses = two_steps(Method, name)
 
-    def plain_optimizer(student, recipe, step):
-        made = make_optimizer(student, recipe, step)
+    def plain_optimizer(student, method, recipe, step):
+        made = make_optimizer(student, method, recipe, step)
         return torch.optim.AdamW(
             [{k: v for k, v in g.items() if k in ("params", "factor")} for g in made.param_groups],
             made.defaults["lr"],

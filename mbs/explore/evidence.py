@@ -45,6 +45,7 @@ from ..identity import IdentifiedSegmenter, Predictor, split_predictor
 from ..inference import to_batch
 from ..protocol import VOID, Step
 from ..pseudo_labels import doubts_background, ignore_doubtful, relabel_confident
+from ..segmenter import normalise_logits
 from ..viz import GREY, SHIFT_COLOURS, UNCOUNTED, VERMILLION, classify_shift
 
 # %% ../../nbs/61a_evidence.ipynb #88c68f1a
@@ -60,6 +61,7 @@ class Evidence(NamedTuple):
     patch_logits: np.ndarray  # (C, h, w) float32: logits before upsampling
     features: dict[str, np.ndarray]  # (h, w, D) float32 at each of `LEVELS`
     stride: int  # side of a patch, pixels
+    head: str = "softmax"  # or "sigmoid": how logits become probabilities
 
 
 # %% ../../nbs/61a_evidence.ipynb #fd1ca227
@@ -88,7 +90,7 @@ def collect_evidence(
 ) -> Evidence:
     "Run `model` once on a photo and keep what the explorers show."
     output, tokens = _run_with_hooks(model, to_batch(photo, normalisation))
-    probability = output.logits.softmax(1)[0]  # (C, H, W)
+    probability = output.probabilities[0]  # (C, H, W)
     confidence, best = probability.max(0)
     doubt = doubts_background(probability, dim=0)
     h, w = output.patch_logits.shape[2:]
@@ -101,6 +103,7 @@ def collect_evidence(
         patch_logits=output.patch_logits[0].numpy(),
         features={level: tokens[level][0].unflatten(0, (h, w)).numpy() for level in LEVELS},
         stride=model.encoder.stride,
+        head=output.head,
     )
 
 
@@ -122,15 +125,15 @@ def interpolate_probabilities(
     stride: int,  # side of a patch, pixels
     row: int,  # of the pixel
     column: int,  # of the pixel
+    head: str = "softmax",  # or "sigmoid"
 ) -> np.ndarray:  # (C,) probabilities
-    "Upsample the patch logits at one pixel, bilinearly as the network does, and apply the softmax."
+    "Upsample the patch logits at one pixel, bilinearly as the network does, and turn them into probabilities."
     top, bottom, v = _find_neighbours(row, stride, patch_logits.shape[1])
     left, right, u = _find_neighbours(column, stride, patch_logits.shape[2])
     upper = patch_logits[:, top, left] * (1 - u) + patch_logits[:, top, right] * u
     lower = patch_logits[:, bottom, left] * (1 - u) + patch_logits[:, bottom, right] * u
     logits = upper * (1 - v) + lower * v
-    exponentials = np.exp(logits - logits.max())
-    return exponentials / exponentials.sum()
+    return normalise_logits(torch.from_numpy(logits), head, dim=0).numpy()
 
 
 # %% ../../nbs/61a_evidence.ipynb #49df5056

@@ -477,7 +477,7 @@ class ShiftState(PictureState):
     def probabilities(self) -> ModelPair:
         "Probabilities (C,) of both models at the picked pixel."
         models = self.moment.teacher, self.moment.student
-        return ModelPair(*(interpolate_probabilities(e.patch_logits, e.stride, *self.pick) for e in models))
+        return ModelPair(*(interpolate_probabilities(e.patch_logits, e.stride, *self.pick, e.head) for e in models))
 
     @property
     def opinions(self) -> Opinions | None:
