@@ -8,16 +8,19 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mbs.data import SegmentationFolder, find_problems, open_data
 from mbs.folders import home as home_folder
+from mbs.inference import segment
 from mbs.layouts import check_class_names, describe_folder, find_layout
 from mbs.parameter_files import read_yaml
-from mbs.pictures import read_orientation
+from mbs.pictures import read_orientation, read_photo
 from mbs.prepare import prepare_coco
+from mbs.run import trained_run
 
 PHOTO_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "bmp", "tif", "tiff", "webp")
 FORMATS = dict(jpg="JPEG", jpeg="JPEG", jpe="JPEG", jfif="JPEG", png="PNG", bmp="BMP", tif="TIFF", tiff="TIFF")
@@ -291,3 +294,48 @@ def test_categories_are_ordered_by_the_value_of_their_ids(tmp_path):
     arguments = make_coco(tmp_path, [dict(category_id=10)], categories=(("10", "late"), (9, "early"), ("2", "first")))
     prepare_coco(*arguments)
     assert find_layout(arguments[2]).classes == ("first", "early", "late")
+
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (PHOTO / 255).astype(np.float32),
+        PHOTO.astype(np.float64),
+        PHOTO.astype(np.uint16) * 257,
+        PHOTO > 99,
+        PHOTO[..., 0],
+        np.dstack([PHOTO, PHOTO[..., :1]]),
+        PHOTO.transpose(2, 0, 1),
+        PHOTO[None],
+        PHOTO[:0],
+        PHOTO.tolist(),
+        Image.fromarray(PHOTO[..., 0].astype(np.uint16) * 257),
+        Image.fromarray((PHOTO[..., 0] / 255).astype(np.float32)),
+        torch.from_numpy(PHOTO),
+        None,
+    ],
+    ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')} {getattr(x, 'shape', '')}",
+)
+def test_what_is_no_picture_is_refused(wrong):
+    run = trained_run("mbs")
+    calls = [run.predict, read_photo, lambda x: segment(run.model(), x, run.card.normalisation)]
+    for call in calls:
+        with pytest.raises(ValueError, match="is not a picture: expected a file, a PIL picture"):
+            call(wrong)
+
+
+def test_all_forms_of_a_picture_give_one_prediction(tmp_path):
+    run, file = trained_run("mbs"), tmp_path / "photo.png"
+    Image.fromarray(PHOTO).save(file)
+    expected = run.predict(PHOTO)
+    for form in (
+        file,
+        str(file),
+        Image.fromarray(PHOTO),
+        Image.fromarray(PHOTO).convert("RGBA"),
+        PHOTO[:, ::-1][:, ::-1],
+    ):
+        assert (run.predict(form) == expected).all()
