@@ -74,6 +74,9 @@ def main(
     home: Annotated[Path | None, typer.Option(help=_HOME_HELP)] = None,
 ):
     "Class-incremental semantic segmentation: train, inspect and compare."
+    from mbs.notebooks import replace_unprintable
+
+    replace_unprintable()
     if home is not None:
         os.environ["MBS_HOME"] = str(home.absolute())
 
