@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .data import SegmentationFolder, hash_file_stats
+from .data import SegmentationFolder
 from .files import replace_atomically
 from .folders import home
 from .layouts import Layout
@@ -82,10 +82,9 @@ def _map_bytes(file: Path, key: str, n_bytes: int) -> np.ndarray:
 
 # %% ../nbs/13_cache.ipynb #54f2fb12
 def _hash_pictures(data: SegmentationFolder) -> str:
-    "Hash the files of a whole part and the sizes of its pictures into 64 hex digits."
-    files = hash_file_stats(data.layout, getattr(data.layout, data.part))
+    "Hash the content of a whole part and the sizes of its pictures into 64 hex digits."
     sizes = np.asarray(data.sizes, np.int64).tobytes()
-    return hashlib.sha256(files.encode() + sizes).hexdigest()
+    return hashlib.sha256("\n".join(data.digests).encode() + sizes).hexdigest()
 
 
 def _has_same_pixels(decoded: DecodedPictures, data: SegmentationFolder, i: int) -> bool:

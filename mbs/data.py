@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from .files import read_arrays, write_arrays
 from .folders import home
-from .layouts import Layout, Part, find_layout
-from .pictures import PairFacts, read_image, read_mask, read_pair_facts
-from .protocol import Protocol
+from .layouts import Layout, Part, find_layout, warn_of_unused
+from .pictures import PairFacts, read_image, read_mask, read_orientation, read_pair_facts
+from .protocol import VOID, Protocol
 from .scenes import write_scenes
 
 
@@ -53,13 +53,44 @@ def _scan_pairs(layout: Layout, part: Part) -> Iterator[PairFacts | ValueError]:
 
 
 # %% ../nbs/10_data.ipynb #a38d73d3
+def _find_empty_classes(layout: Layout, scanned: list[PairFacts]) -> Iterator[str]:
+    "Yield a sentence for each class that no mask holds; parts of VOC and of ADE20K need not hold all of theirs."
+    if not scanned or isinstance(layout.dataset, str):
+        return
+    counts = np.sum([facts.counts for facts in scanned], 0)  # (n_classes + 2,)
+    hint = ""
+    if not counts[1:-1].any() and counts[-1]:
+        hint = f"; they hold {VOID}, which is void here: write the class as 1"
+    elif counts[1:-2].all() and not counts[-2]:
+        hint = "; if the ids begin with 0, add a background in front, since id 0 is the background here"
+    for i in np.flatnonzero(counts[1:-1] == 0) + 1:
+        yield f"no mask holds class {layout.classes[i - 1]!r} (id {i}): expected at least one{hint}"
+
+
+def _find_turned_photos(images: list[Path]) -> Iterator[str]:
+    "Yield a sentence if photos are stored in another orientation than they are shown in."
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        orientations = list(pool.map(read_orientation, images))
+    turned = [image for image, orientation in zip(images, orientations) if orientation != 1]
+    if turned:
+        yield (
+            f"{len(turned)} photos are shown turned or mirrored by their EXIF, e.g. {turned[0]}: expected masks of the "
+            "pixels as stored; if the masks were drawn on the photos as shown, store the photos as they are shown"
+        )
+
+
+# %% ../nbs/10_data.ipynb #b0d65145
 def find_problems(root: Path | str) -> list[str]:
     "List everything that is wrong with a data set, a sentence each; ValueError when it has no known layout."
     layout = find_layout(root)
     scanned = [found for part in (layout.train, layout.test) for found in _scan_pairs(layout, part)]
     problems = [str(found) for found in scanned if isinstance(found, ValueError)]
+    read = [found for found in scanned if not isinstance(found, ValueError)]
     shared = sorted(set(layout.train.ids) & set(layout.test.ids))
-    return problems + [f"image {i!r} is in the train and in the test part: expected no image in both" for i in shared]
+    problems += [f"image {i!r} is in the train and in the test part: expected no image in both" for i in shared]
+    problems += _find_empty_classes(layout, read)
+    problems += _find_turned_photos([*layout.train.images, *layout.test.images])
+    return [*problems, *layout.unused]
 
 
 # %% ../nbs/10_data.ipynb #c230c12c
@@ -183,7 +214,7 @@ class SegmentationFolder:
 
     @property
     def fingerprint(self) -> str:
-        "Hash of class names, ids, masks and sizes of the photo files."
+        "Hash of class names, ids, and the content of photos and masks."
         return hashlib.sha256("\n".join([*self.classes, *self.ids, *self.digests]).encode()).hexdigest()[:16]
 
     def subset(self, positions: np.ndarray, part: str) -> "SegmentationFolder":
@@ -274,15 +305,15 @@ def _check_separate(layout: Layout):
 
 # %% ../nbs/10_data.ipynb #f74ad2cd
 def _warn_on_overlap(train: SegmentationFolder, test: SegmentationFolder):
-    "Warn when a test picture looks like a training picture, under any name."
-    copies = set(train.digests) & set(test.digests)
+    "Warn when a test photo is a training photo under another name, whatever their masks are."
+    ids = [{digest.split()[0]: i for i, digest in zip(part.ids, part.digests)} for part in (train, test)]
+    copies = ids[0].keys() & ids[1].keys()
     if not copies:
         return
-    digest = min(copies)
-    ids = [part.ids[part.digests.tolist().index(digest)] for part in (train, test)]
+    test_id, train_id = (part[min(copies)] for part in ids[::-1])
     warnings.warn(
-        f"{len(copies)} test pictures of {test.root} look like training pictures, e.g. {ids[1]!r} like {ids[0]!r} "
-        "(same mask, photo file of equal size): expected different pictures; remove the copies or distrust the scores",
+        f"{len(copies)} test photos of {test.root} are training photos, too, e.g. {test_id!r} is {train_id!r}: "
+        "expected different pictures; remove the copies or distrust the scores",
         stacklevel=3,
     )
 
@@ -301,6 +332,7 @@ def open_data(
     else:
         root = locate_data(name)
     layout = find_layout(root)
+    warn_of_unused(layout)
     _check_separate(layout)
     train = SegmentationFolder(layout, "train")
     if tuning:

@@ -116,7 +116,7 @@ def write_json(path: Path, content: Any):
 def read_json(path: Path) -> Any:
     "Read a JSON file; ValueError in one sentence if it is missing or damaged."
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({e}): expected a complete JSON file") from None
 

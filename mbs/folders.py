@@ -18,7 +18,7 @@ def home(*parts: str) -> Path:
     "Return a path in the home folder: under `MBS_HOME`, the checkout of the package, or the current folder."
     checkout = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
     default = checkout if (checkout / "settings.ini").is_file() else Path.cwd()
-    return Path(os.environ.get("MBS_HOME") or default, *parts)
+    return Path(os.environ.get("MBS_HOME") or default, *parts).expanduser()
 
 
 # %% ../nbs/03a_folders.ipynb #03a00005

@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return ValueError(f"parameter file {path} {why}: expected lines 'name: value'")
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise refuse(f"cannot be read ({e.strerror})") from None
     except _YAML_ERRORS as e:

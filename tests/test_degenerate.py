@@ -124,7 +124,5 @@ def test_test_pictures_among_the_training_pictures(tmp_path):
     shutil.copy(root / "SegmentationClassAug" / f"{seen}.png", root / "SegmentationClassAug" / "copy.png")
     with open(lists / "val.txt", "a") as f:
         f.write("copy\n")
-    with pytest.warns(
-        UserWarning, match=f"1 test pictures of .* look like training pictures, e.g. 'copy' like '{seen}'"
-    ):
+    with pytest.warns(UserWarning, match=f"1 test photos of .* are training photos, too, e.g. 'copy' is '{seen}'"):
         open_data(str(root))

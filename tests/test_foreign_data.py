@@ -1,0 +1,201 @@
+"Data as other people keep them: file names, class names, photos and masks that do not fit, and content under any name."
+
+import re
+import shutil
+import unicodedata
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mbs.data import SegmentationFolder, find_problems, open_data
+from mbs.folders import home as home_folder
+from mbs.layouts import check_class_names, describe_folder, find_layout
+from mbs.parameter_files import read_yaml
+from mbs.pictures import read_orientation
+
+PHOTO_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "bmp", "tif", "tiff", "webp")
+FORMATS = dict(jpg="JPEG", jpeg="JPEG", jpe="JPEG", jfif="JPEG", png="PNG", bmp="BMP", tif="TIFF", tiff="TIFF")
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, FORMATS.get(path.suffix[1:].lower(), "WEBP"), **options)
+
+
+def make_folder(root, photos=("a.jpg", "b.jpg", "c.jpg"), masks=None, ids=(0, 1), **options):
+    "An own folder whose masks hold `ids` in stripes; photos differ."
+    for k, name in enumerate(photos):
+        save(root / "images" / name, np.full((16, 16, 3), 20 * k, np.uint8))
+    for name in masks or [f"{name.rsplit('.', 1)[0]}.png" for name in photos]:
+        save(root / "masks" / name, np.repeat(np.resize(ids, 16), 16).reshape(16, 16).astype(np.uint8))
+    return root
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_endings_and_forms_of_letters_do_not_matter(tmp_path_factory, data):
+    "Every pair is found whatever case its endings have and however the accents of its names are stored."
+    names = data.draw(
+        st.lists(st.sampled_from(["a", "é", "Ångström", "x.y", "ü 1"]), min_size=2, max_size=4, unique=True)
+    )
+    form = st.sampled_from(["NFC", "NFD"])
+    case = st.sampled_from([str.upper, str.lower, str.capitalize])
+
+    def spell(name, endings):
+        ending = data.draw(case)(data.draw(st.sampled_from(endings)))
+        return f"{unicodedata.normalize(data.draw(form), name)}.{ending}"
+
+    root = tmp_path_factory.mktemp("own")
+    make_folder(root, [spell(n, PHOTO_ENDINGS) for n in names], [spell(n, ("png", "bmp")) for n in names])
+    layout = describe_folder(root, ["x"], test=[unicodedata.normalize(data.draw(form), names[0])])
+    assert layout.test.ids == [names[0]] and sorted(layout.train.ids) == sorted(names[1:])
+    assert find_problems(root) == [] and len(SegmentationFolder(root)) == len(names) - 1
+
+
+@pytest.mark.parametrize("ending", ["JPG", "jpeg", "png", "PNG", "tif"])
+@pytest.mark.parametrize("line", ["{}", "JPEGImages/{}.jpg", "..\\photos\\{}.jpg", "\ufeff{}"])
+def test_lists_of_other_programs(tmp_path, ending, line):
+    "A list in VOC's shape may begin with a byte order mark, and name paths with endings."
+    for k in range(4):
+        save(tmp_path / "JPEGImages" / f"i{k}.{ending}", np.full((16, 16, 3), 20 * k, np.uint8))
+        save(tmp_path / "SegmentationClassAug" / f"i{k}.PNG", np.ones((16, 16), np.uint8))
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    for name, ids in (("trainaug", "012"), ("val", "3")):
+        text = "\r\n".join(line.format(f"i{k}") if k == ids[0] else line.strip("\ufeff").format(f"i{k}") for k in ids)
+        (tmp_path / f"ImageSets/Segmentation/{name}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "classes.txt").write_text("\ufeffx\n", encoding="utf-8")
+    layout = find_layout(tmp_path)
+    assert layout.train.ids == ["i0", "i1", "i2"] and layout.test.ids == ["i3"] and layout.classes == ("x",)
+    assert find_problems(tmp_path) == []
+
+
+def test_whatever_is_left_out_is_said(tmp_path):
+    photos = ("a.jpg", "b.jpg", "c.jpg", "e.heic", "more/g.jpg", "notes.txt")
+    make_folder(tmp_path, photos, [f"{i}.png" for i in "abceg"] + ["a.bmp"])
+    for name in (".DS_Store", "._a.jpg", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "images" / name).write_bytes(b"\0")
+    (tmp_path / "masks/._a.png").write_bytes(b"\0")
+    with pytest.warns(UserWarning, match="6 files of .* are not used, e.g. file .*e.heic is not read"):
+        layout = describe_folder(tmp_path, ["x"], test=0.34)
+    assert sorted(layout.train.ids + layout.test.ids) == ["a", "b", "c"]
+    said = " ".join(find_problems(tmp_path))
+    for part in ("e.heic is not read", "more is not read", "notes.txt is not read", "a.bmp is not read, but a.png"):
+        assert part in said
+    assert "e.png has no photo" in said and "g.png has no photo" in said and said.count("expected") == 6
+    with pytest.warns(UserWarning, match="6 files of"):
+        open_data(str(tmp_path))
+
+
+def test_two_photos_of_one_name_are_refused(tmp_path):
+    make_folder(tmp_path, ("a.jpg", "a.PNG", "b.jpg"), ("a.png", "b.png"))
+    with pytest.raises(ValueError, match=r"a\.jpg and a\.PNG have the same name"):
+        describe_folder(tmp_path, ["x"])
+
+
+@pytest.mark.parametrize("extra", ["annotations", "ImageSets"])
+def test_a_described_folder_is_read_as_described(tmp_path, extra):
+    "Annotation tools leave folders that other layouts have, too."
+    make_folder(tmp_path)
+    (tmp_path / extra).mkdir()
+    described = describe_folder(tmp_path, ["x"], test=0.34)
+    assert find_layout(tmp_path) == described
+    assert find_problems(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["_background_", "__ignore__", "BG", "unlabeled", "Unlabelled", "ignored", "void", " - "]
+)
+def test_names_of_no_class_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="expected names of ids 1, 2"):
+        check_class_names(["cat", name], tmp_path)
+
+
+def test_names_that_only_contain_them_are_classes(tmp_path):
+    names = ("background vegetation", "ignorance", "avoid", "bgr")
+    assert check_class_names(names, tmp_path) == names
+
+
+@pytest.mark.parametrize(
+    "classes", ["person", {"cat", "dog"}, dict(background=0, cat=1), dict(cat=1, dog=3), dict(cat=1, dog=1), 3, None]
+)
+def test_classes_that_have_no_order_are_refused(tmp_path, classes):
+    make_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"classes .*: expected"):
+        describe_folder(tmp_path, classes)
+    assert not (tmp_path / "dataset.yaml").exists()
+
+
+@given(st.permutations([f"c{k}" for k in range(12)]))
+def test_names_with_ids_are_ordered_by_them(tmp_path_factory, names):
+    root = make_folder(tmp_path_factory.mktemp("own"))
+    given_ids = {name: i for i, name in enumerate(names, 1)}
+    assert describe_folder(root, dict(sorted(given_ids.items()))).classes == tuple(names)
+
+
+def test_a_class_without_a_pixel_is_a_problem(tmp_path):
+    for tag, ids, classes, says in (
+        ("binary", (0, 255), ["crack"], "class 'crack' .id 1.: .*255, which is void here: write the class as 1"),
+        (
+            "shifted",
+            (0, 1, 2),
+            ["road", "car", "sky"],
+            "class 'sky' .id 3.: .*if the ids begin with 0, add a background",
+        ),
+        ("middle", (0, 2, 3), ["a", "b", "c"], "no mask holds class 'a' .id 1.: expected at least one$"),
+    ):
+        describe_folder(make_folder(tmp_path / tag, ids=ids), classes, test=0.34)
+        (problem,) = find_problems(tmp_path / tag)
+        assert re.search(says, problem), problem
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_photos_that_exif_turns_are_named(tmp_path, orientation):
+    make_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "images/b.jpg", np.zeros((16, 16, 3), np.uint8), exif=exif)
+    describe_folder(tmp_path, ["x"], test=0.34)
+    problems = find_problems(tmp_path)
+    assert read_orientation(tmp_path / "images/b.jpg") == (orientation if 1 <= orientation <= 8 else 1)
+    assert len(problems) == (2 <= orientation <= 8) and all("1 photos are shown turned" in p for p in problems)
+
+
+def test_photos_are_known_by_their_content(tmp_path, monkeypatch):
+    "Equal file sizes make no copy, and a photo corrected in place is another photo."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    root, r = tmp_path / "own", np.random.default_rng(0)
+    for k in range(8):
+        save(root / "images" / f"p{k}.bmp", r.integers(0, 255, (16, 16, 3)).astype(np.uint8))
+        save(root / "masks" / f"p{k}.png", np.full((16, 16), k == 0, np.uint8))
+    describe_folder(root, ["x"], test=["p6", "p7"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, _ = open_data(str(root))
+    for path in (root / "images").iterdir():
+        save(path, np.ascontiguousarray(np.asarray(Image.open(path))[..., ::-1]))
+    assert open_data(str(root))[0].fingerprint != train.fingerprint
+    shutil.copy(root / "images/p1.bmp", root / "images/p7.bmp")
+    with pytest.warns(UserWarning, match=r"1 test photos of .* are training photos, too, e\.g\. 'p7' is 'p1'"):
+        open_data(str(root))
+
+
+def test_a_copied_folder_is_the_same_data(tmp_path):
+    "Names of folders and times of files are not part of the data."
+    describe_folder(make_folder(tmp_path / "a"), ["x"], test=0.34)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns(".mbs*"))
+    assert SegmentationFolder(tmp_path / "a").fingerprint == SegmentationFolder(tmp_path / "b").fingerprint
+
+
+def test_the_home_folder_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MBS_HOME", "~/mbs")
+    assert home_folder("data", "voc") == tmp_path / "mbs/data/voc"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "p.yaml").write_text("\ufeffmethod: kd\n", encoding="utf-8")
+    assert read_yaml(tmp_path / "p.yaml") == dict(method="kd")
