@@ -6,6 +6,7 @@ Modules:
 - `mbs.augment`: Transform a picture together with its labels, and normalise batches of pictures.
 - `mbs.bands`: Compute the pixel losses of a step from patch logits, in bands of rows.
 - `mbs.bounds`: Compute what the score would be without mixed-up classes, or with a perfect background.
+- `mbs.coco`: Read objects in COCO's format, draw them as masks of class ids, and count what became of each one.
 - `mbs.diagnosis`: Say in plain words why a run learnt little, from what its folder holds.
 - `mbs.feature_distillation`: Hold the student's features to the teacher's, but only where the teacher can be trusted.
 - `mbs.identity`: Decide which class a foreground pixel is by a regression on frozen features, which forgets nothing.

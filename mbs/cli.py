@@ -477,13 +477,14 @@ def coco(
     classes: Annotated[str | None, typer.Option(help=_CLASSES_HELP)] = None,
     test: Annotated[float, typer.Option(help="Share of the pictures that become test pictures.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of the draw of test pictures.")] = 0,
+    skip_lost: Annotated[bool, typer.Option("--skip-lost", help="Leave out objects that cannot be drawn.")] = False,
 ):
-    "Draw masks from polygons in the format of COCO, as a new data folder."
+    "Draw masks from polygons in the format of COCO, as a new data folder; say what became of every object."
     with explain_errors():
         from mbs.prepare import prepare_coco
 
         names = [name.strip() for name in classes.split(",")] if classes else None
-        typer.echo(prepare_coco(annotations, images, to, names, test=test, seed=seed))
+        typer.echo(prepare_coco(annotations, images, to, names, skip_lost, test=test, seed=seed))
 
 
 # %% ../nbs/80_cli.ipynb #18da9e33

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .augment import Normalisation, normalise
 from .bands import argmax_in_bands
+from .pictures import read_photo
 from .segmenter import Segmenter, SegmenterOutput, check_finite, find_best_channel
 
 
@@ -21,8 +22,8 @@ def to_batch(
     image: np.ndarray,  # (H, W, 3) uint8
     normalisation: Normalisation,  # that the model was trained with
 ) -> Tensor:  # (1, 3, H, W) float32
-    "Turn one picture into a normalised batch for the network."
-    return normalise(torch.from_numpy(image.copy()).permute(2, 0, 1), normalisation)[None]
+    "Turn one picture into a normalised batch for the network; ValueError for an array of another type or shape."
+    return normalise(torch.from_numpy(read_photo(image).copy()).permute(2, 0, 1), normalisation)[None]
 
 
 # %% ../nbs/38_inference.ipynb #07056700

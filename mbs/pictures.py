@@ -6,6 +6,7 @@
 __all__ = [
     "Colours",
     "read_image",
+    "read_photo",
     "read_image_size",
     "read_mask",
     "count_classes",
@@ -17,7 +18,7 @@ __all__ = [
 # %% ../nbs/07_pictures.ipynb #7085e0b8
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -60,6 +61,24 @@ def read_image(path: Path) -> np.ndarray:
         raise ValueError(f"image {path} is missing: expected a photo for every id of the list") from None
     except Exception as e:  # Pillow's decoders raise errors of many types for damaged files
         raise ValueError(f"image {path} cannot be read ({e}): expected a JPEG or PNG picture") from None
+
+
+# %% ../nbs/07_pictures.ipynb #7d0bdde0
+def read_photo(
+    item: Any,  # a file, a PIL picture, or (H, W, 3) uint8
+) -> np.ndarray:  # (H, W, 3) uint8
+    "Read a photo that is given in one of several forms; ValueError for anything else."
+    if isinstance(item, (str, Path)):
+        return read_image(Path(item))
+    if isinstance(item, Image.Image) and item.mode[0] not in "IF":
+        return np.asarray(item.convert("RGB"))
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3 and item.size:
+        return item
+    facts = [str(getattr(item, name)) for name in ("dtype", "shape", "mode") if hasattr(item, name)]
+    raise ValueError(
+        f"{' '.join([type(item).__name__, *facts])} is not a picture: expected a file, a PIL picture of 8 bits a "
+        "channel, or an (H, W, 3) uint8 array"
+    )
 
 
 # %% ../nbs/07_pictures.ipynb #7c924bec

@@ -29,15 +29,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from pydantic import ConfigDict, Field, FiniteFloat
 from tqdm import tqdm
 
 from .archives import ARCHIVES, check_member_path, obtain_archive, read_archive
-from .files import read_json
-from .layouts import check_class_names, describe_folder
-from .parameters import Parameters
+from .coco import Coco, CocoImage, CocoReport, choose_categories, read_coco
+from .layouts import describe_folder
 from .pictures import read_image_size
-from .protocol import VOID
 
 
 # %% ../nbs/09_prepare.ipynb #7f970c46
@@ -199,179 +196,7 @@ def prepare_ade(
 
 
 # %% ../nbs/09_prepare.ipynb #d7a63167
-class _CocoPart(Parameters):
-    "A part of a file in COCO's format; unknown fields are ignored."
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class _CocoImage(_CocoPart):
-    "A photo."
-
-    id: int | str
-    file_name: str
-    height: int = Field(ge=1, le=65_535)
-    width: int = Field(ge=1, le=65_535)
-
-
-class _CocoCategory(_CocoPart):
-    "A class."
-
-    id: int | str
-    name: str
-
-
-# %% ../nbs/09_prepare.ipynb #d654e699
-class _CocoRuns(_CocoPart):
-    "A mask as run lengths."
-
-    size: tuple[int, int]  # height, width
-    counts: list[int] | str  # lengths of runs outside, inside, outside …, column by column
-
-
-class _CocoAnnotation(_CocoPart):
-    "An object in a photo."
-
-    image_id: int | str
-    category_id: int | str
-    area: FiniteFloat
-    iscrowd: bool = False
-    segmentation: list[list[FiniteFloat]] | _CocoRuns  # polygons of x, y, x, y, …
-
-
-class _Coco(_CocoPart):
-    "The used content of a file in COCO's format."
-
-    images: list[_CocoImage]
-    annotations: list[_CocoAnnotation]
-    categories: list[_CocoCategory]
-
-
-# %% ../nbs/09_prepare.ipynb #b2ea897e
-def _decode_run_lengths(text: str) -> list[int]:
-    """Decode run lengths that COCO packs into text; ValueError for other text.
-
-    A character holds five bits, the lowest first. From the fourth number on, each is the difference to the last but
-    one."""
-    runs = []
-    value, n_bits = 0, 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64 or n_bits > 60:
-            raise ValueError("its run lengths are not in COCO's text format")
-        value |= (code & 31) << n_bits
-        n_bits += 5
-        has_more = code & 32
-        if has_more:
-            continue
-        if code & 16:  # negative
-            value -= 1 << n_bits
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, n_bits = 0, 0
-    return runs
-
-
-# %% ../nbs/09_prepare.ipynb #b48afdfd
-def _draw_runs(runs: _CocoRuns, height: int, width: int) -> np.ndarray:
-    "Draw run lengths as (height, width) bool; ValueError unless they fill the picture exactly."
-    lengths = _decode_run_lengths(runs.counts) if isinstance(runs.counts, str) else runs.counts
-    if runs.size != (height, width) or min(lengths, default=0) < 0 or sum(lengths) != height * width:
-        raise ValueError("its run lengths do not fill the picture")
-    is_inside = np.arange(len(lengths)) % 2 > 0
-    return np.repeat(is_inside, lengths).reshape(width, height).T
-
-
-# %% ../nbs/09_prepare.ipynb #f1103932
-def _draw_coco_object(
-    shape: list[list[float]] | _CocoRuns,  # polygons of x, y, x, y, …, or run lengths
-    height: int,
-    width: int,
-) -> np.ndarray:  # (height, width) bool
-    "Draw an object; ValueError for a shape that cannot be drawn safely."
-    if isinstance(shape, _CocoRuns):
-        return _draw_runs(shape, height, width)
-    if not shape:
-        return np.zeros((height, width), bool)
-    longest = max(width, height)
-    for polygon in shape:
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon has fewer than three corners, or an x without y")
-        if min(polygon) < -2 * longest or max(polygon) > 3 * longest:
-            raise ValueError("a polygon is far outside the picture")
-    from pycocotools import mask
-
-    return mask.decode(mask.merge(mask.frPyObjects(shape, height, width))) > 0
-
-
-# %% ../nbs/09_prepare.ipynb #6d6865c2
-def _draw_coco_mask(
-    image: _CocoImage,
-    objects: Sequence[_CocoAnnotation],
-    class_ids: dict[int | str, int],  # category id → class id, of the chosen categories
-) -> np.ndarray:  # (H, W) uint8 class ids
-    "Draw the mask of a picture; ValueError when an object cannot be drawn."
-    mask = np.zeros((image.height, image.width), np.uint8)
-    for item in sorted(objects, key=lambda item: -item.area):
-        if item.category_id not in class_ids:
-            continue
-        try:
-            is_object = _draw_coco_object(item.segmentation, image.height, image.width)
-        except ValueError as e:
-            problem = f"an object of {image.file_name} cannot be drawn ({e})"
-            raise ValueError(f"{problem}: expected polygons or run lengths in COCO's format") from None
-        mask[is_object] = VOID if item.iscrowd else class_ids[item.category_id]
-    return mask
-
-
-# %% ../nbs/09_prepare.ipynb #d274dec8
-def _read_coco(file: Path) -> _Coco:
-    "Read a file in COCO's format; ValueError when it has another format or contradicts itself."
-    content = read_json(file)
-    problem = f"annotations {file} are not in COCO's format"
-    if not isinstance(content, dict):
-        raise ValueError(f"{problem}: expected 'images', 'annotations' and 'categories'")
-    try:
-        coco = _Coco.checked(**content)
-    except ValueError as e:
-        raise ValueError(f"{problem}: {e}") from None
-    _check_coco(coco, file)
-    return coco
-
-
-# %% ../nbs/09_prepare.ipynb #8c8d9079
-def _check_coco(coco: _Coco, file: Path):
-    "Raise ValueError for an id or name that comes twice, and for an object of an unknown category."
-    unique = {
-        "picture id": [image.id for image in coco.images],
-        "name of a picture without its ending": [Path(image.file_name).stem for image in coco.images],
-        "category": [category.name for category in coco.categories],
-        "category id": [category.id for category in coco.categories],
-    }
-    for what, values in unique.items():
-        if len(set(values)) < len(values):
-            repeated = Counter(values).most_common(1)[0][0]
-            raise ValueError(f"annotations {file} have the {what} {repeated!r} twice: expected different ones")
-    known = set(unique["category id"])
-    if unknown := {item.category_id for item in coco.annotations} - known:
-        one = min(unknown, key=str)
-        expected = "the ids of 'categories'"
-        raise ValueError(f"annotations {file} have objects of the unknown category {one!r}: expected {expected}")
-
-
-# %% ../nbs/09_prepare.ipynb #0a9c6479
-def _choose_categories(coco: _Coco, classes: Sequence[str] | None, annotations: Path) -> dict[str, int | str]:
-    "Map the names of the chosen categories to their ids, in the order of class ids; ValueError for unknown names."
-    ordered = sorted(coco.categories, key=lambda category: (str(type(category.id)), category.id))
-    id_of = {category.name: category.id for category in ordered}
-    chosen = list(classes or id_of)
-    if unknown := [name for name in chosen if name not in id_of]:
-        raise ValueError(f"category {unknown[0]!r} is not in {annotations}: expected some of {', '.join(id_of)}")
-    check_class_names(chosen, annotations)
-    return {name: id_of[name] for name in chosen}
-
-
-# %% ../nbs/09_prepare.ipynb #b9a4f306
-def _find_coco_photo(image: _CocoImage, images: Path, annotations: Path) -> Path:
+def _find_coco_photo(image: CocoImage, images: Path, annotations: Path) -> Path:
     "Return the photo of an image; ValueError when it is missing, damaged, or has another size than stated."
     photo = Path(images) / check_member_path(image.file_name, annotations)
     if read_image_size(photo) != (image.height, image.width):
@@ -380,33 +205,54 @@ def _find_coco_photo(image: _CocoImage, images: Path, annotations: Path) -> Path
     return photo
 
 
-# %% ../nbs/09_prepare.ipynb #e75900a2
+# %% ../nbs/09_prepare.ipynb #97aade30
+def _describe_unlisted(coco: Coco, images: Path) -> Iterator[str]:
+    "Yield how many photos of the folder the file does not list, if any."
+    listed = {image.file_name for image in coco.images}
+    endings = {Path(name).suffix.lower() for name in listed}
+    n = sum(path.suffix.lower() in endings and path.name not in listed for path in images.iterdir())
+    if n:
+        yield f"{n:,} photos in {images} are not listed in the file and are left out"
+
+
+# %% ../nbs/09_prepare.ipynb #d654e699
+def _refuse_loss(report: CocoReport, annotations: Path):
+    "Raise ValueError, naming the first few, when objects are lost."
+    if report.lost:
+        few = "; ".join(report.lost[:3]) + ("; …" if len(report.lost) > 3 else "")
+        raise ValueError(
+            f"{len(report.lost)} of {len(report.coco.annotations)} objects of {annotations} would be lost ({few}): "
+            "expected all to be drawn; correct the file, or leave them out with --skip-lost (skip=True)"
+        )
+
+
+# %% ../nbs/09_prepare.ipynb #fb5dea59
 def prepare_coco(
     annotations: Path,  # JSON file in COCO's format
     images: Path,  # folder of its photos
     target: Path,  # folder to make
     # names of the chosen categories, in the order of class ids; None: all, in the order of their ids
     classes: Sequence[str] | None = None,
+    skip: bool = False,  # leave out objects that cannot be drawn, instead of refusing the file
     **others,  # test, seed of `mbs.layouts.Description`
-) -> str:  # what was done
+) -> str:  # what was done, and what became of the objects
     "Make a data set from COCO-style annotations; ValueError when they contradict themselves or the photos."
     if find_spec("pycocotools") is None:
         raise ValueError("reading COCO annotations needs pycocotools: run pip install 'mbs[coco]'")
-    annotations = Path(annotations)
-    coco = _read_coco(annotations)
-    categories = _choose_categories(coco, classes, annotations)
-    class_ids = {category_id: k for k, category_id in enumerate(categories.values(), 1)}
-    objects = {}
-    for item in coco.annotations:
-        objects.setdefault(item.image_id, []).append(item)
+    annotations, images = Path(annotations), Path(images)
+    coco = read_coco(annotations)
+    categories = choose_categories(coco, classes, annotations)
+    report = CocoReport(coco, {category_id: k for k, category_id in enumerate(categories.values(), 1)})
     with _build_folder(target) as work:
         for name in ("images", "masks"):
             (work / name).mkdir()
         for image in tqdm(coco.images, "masks", leave=False, delay=1):
             photo = _find_coco_photo(image, images, annotations)
-            mask = _draw_coco_mask(image, objects.get(image.id, ()), class_ids)
             shutil.copyfile(photo, work / "images" / photo.name)
-            Image.fromarray(mask).save(work / "masks" / f"{photo.stem}.png")
+            Image.fromarray(report.draw(image)).save(work / "masks" / f"{photo.stem}.png")
+        if not skip:
+            _refuse_loss(report, annotations)
         layout = describe_folder(work, list(categories), **others)
     sizes = f"{len(layout.train.ids):,} training and {len(layout.test.ids):,} test pictures"
-    return f"{sizes} of {len(categories)} classes are in {target}"
+    done = f"{sizes} of {len(categories)} classes are in {target}"
+    return "\n".join([done, *report.describe(), *_describe_unlisted(coco, images), *report.lost])

@@ -49,7 +49,7 @@ from .metrics import Confusion, iou_matrix
 from .parameter_files import mark_complete
 from .parameters import Parameters
 from .parts import Parts
-from .pictures import read_image
+from .pictures import read_photo
 from .protocol import VOID, Protocol
 from .recipe import Recipe, make_accelerator
 from .scenes import draw_scene
@@ -475,9 +475,9 @@ class Run(_RunFiles):
             return Exemplars()
         return read_exemplars(self.step_path(step, "exemplars.json"), self.card, step)
 
-    def predict(self, image: np.ndarray | Path | str, step: int = -1) -> np.ndarray:
-        "Segment a picture of any size, a file or (H, W, 3) uint8, into channels (H, W) uint8."
-        image = image if isinstance(image, np.ndarray) else read_image(Path(image))
+    def predict(self, image: Any, step: int = -1) -> np.ndarray:
+        "Segment a picture of any size, given as `read_photo` takes it, into channels (H, W) uint8."
+        image = read_photo(image)
         window = choose_window(self.card.recipe, image)
         return segment(self.model(step), image, self.card.normalisation, window)
 

@@ -1,5 +1,6 @@
 "Data as other people keep them: file names, class names, photos and masks that do not fit, and content under any name."
 
+import json
 import re
 import shutil
 import unicodedata
@@ -7,15 +8,19 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mbs.data import SegmentationFolder, find_problems, open_data
 from mbs.folders import home as home_folder
+from mbs.inference import segment
 from mbs.layouts import check_class_names, describe_folder, find_layout
 from mbs.parameter_files import read_yaml
-from mbs.pictures import read_orientation
+from mbs.pictures import read_orientation, read_photo
+from mbs.prepare import prepare_coco
+from mbs.run import trained_run
 
 PHOTO_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "bmp", "tif", "tiff", "webp")
 FORMATS = dict(jpg="JPEG", jpeg="JPEG", jpe="JPEG", jfif="JPEG", png="PNG", bmp="BMP", tif="TIFF", tiff="TIFF")
@@ -199,3 +204,138 @@ def test_the_home_folder_may_begin_with_a_tilde(tmp_path, monkeypatch):
 def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
     (tmp_path / "p.yaml").write_text("\ufeffmethod: kd\n", encoding="utf-8")
     assert read_yaml(tmp_path / "p.yaml") == dict(method="kd")
+
+
+def make_coco(folder, objects, n_pictures=4, categories=((1, "cat"), (2, "dog"))):
+    "Photos and a file in COCO's format with the given objects."
+    for k in range(n_pictures):
+        save(folder / "photos" / f"p{k}.jpg", np.full((32, 32, 3), 40 * k, np.uint8))
+    content = dict(
+        images=[dict(id=k, file_name=f"p{k}.jpg", width=32, height=32) for k in range(n_pictures)],
+        categories=[dict(id=i, name=name) for i, name in categories],
+        annotations=[dict(id=k, image_id=0, category_id=1, segmentation=SQUARE) | o for k, o in enumerate(objects)],
+    )
+    (folder / "a.json").write_text(json.dumps(content))
+    return folder / "a.json", folder / "photos", folder / "made"
+
+
+SQUARE = [[2, 2, 12, 2, 12, 12, 2, 12]]
+LARGE = [[0, 0, 32, 0, 32, 32, 0, 32]]
+
+
+def count_pixels(made, picture, i):
+    return int((np.asarray(Image.open(made / "masks" / f"p{picture}.png")) == i).sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            dict(
+                image_id=st.sampled_from([0, "1", 2.0, " 3 ", 9, "x"]),
+                category_id=st.sampled_from([1, "1", 2.0, 3]),
+                segmentation=st.sampled_from([SQUARE, LARGE, [], None, [[1, 2]], [[0, 0, 1e9, 0, 1e9, 1e9]]]),
+            )
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_every_coco_object_is_drawn_or_named(tmp_path_factory, objects):
+    "A file that would lose an object is refused; with skip, the answer names each one, and the others are drawn."
+    arguments = make_coco(tmp_path_factory.mktemp("coco"), objects)
+    is_lost = [
+        o["image_id"] in (9, "x") or o["category_id"] == 3 or o["segmentation"] not in (SQUARE, LARGE) for o in objects
+    ]
+    if any(is_lost):
+        with pytest.raises(ValueError, match=f"{sum(is_lost)} of {len(objects)} objects of .* would be lost"):
+            prepare_coco(*arguments)
+    said = prepare_coco(*arguments, skip=True)
+    for k, lost in enumerate(is_lost):
+        assert (f"object {k} of" in said) == lost
+    for picture in range(4):
+        shown = [o for o, lost in zip(objects, is_lost) if not lost and float(o["image_id"]) == picture]
+        drawn = count_pixels(arguments[2], picture, 1) + count_pixels(arguments[2], picture, 2)
+        assert drawn == (1024 if LARGE in [o["segmentation"] for o in shown] else 100 if shown else 0)
+
+
+@pytest.mark.parametrize("area", [dict(), dict(area=0), dict(area=-1), dict(area=1e9), dict(area="?")])
+def test_the_size_of_an_object_is_that_of_its_shape(tmp_path, area):
+    arguments = make_coco(tmp_path, [dict(segmentation=SQUARE) | area, dict(segmentation=LARGE, category_id=2) | area])
+    prepare_coco(*arguments)
+    assert count_pixels(arguments[2], 0, 1) == 100 and count_pixels(arguments[2], 0, 2) == 924
+
+
+def test_crowds_everywhere_are_objects(tmp_path):
+    "An exporter that marks everything as a crowd means objects; one crowd among objects is void."
+    for tag, crowds, pixels in (("all", (1, 1), 100), ("one", (0, 1), 0)):
+        objects = [dict(iscrowd=crowd, image_id=k) for k, crowd in enumerate(crowds)]
+        arguments = make_coco(tmp_path / tag, objects)
+        said = prepare_coco(*arguments)
+        assert count_pixels(arguments[2], 1, 1) == pixels and count_pixels(arguments[2], 1, 255) == 100 - pixels
+        assert ("drawn as objects" in said) == (tag == "all") and ("become void" in said) == (tag == "one")
+
+
+def test_coco_says_what_is_not_used(tmp_path):
+    arguments = make_coco(tmp_path, [dict(), dict(category_id=2)], categories=((1, "cat"), (2, "dog"), (3, "cow")))
+    save(tmp_path / "photos/other.jpg", np.zeros((8, 8, 3), np.uint8))
+    said = prepare_coco(*arguments, classes=["cat", "cow"])
+    for line in (
+        "objects: 2 given, 1 to draw, 0 lost",
+        "1 objects are of categories that were not chosen",
+        "categories without an object: cow",
+        "3 pictures have no object",
+        "1 photos in",
+    ):
+        assert line in said
+
+
+def test_categories_are_ordered_by_the_value_of_their_ids(tmp_path):
+    arguments = make_coco(tmp_path, [dict(category_id=10)], categories=(("10", "late"), (9, "early"), ("2", "first")))
+    prepare_coco(*arguments)
+    assert find_layout(arguments[2]).classes == ("first", "early", "late")
+
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (PHOTO / 255).astype(np.float32),
+        PHOTO.astype(np.float64),
+        PHOTO.astype(np.uint16) * 257,
+        PHOTO > 99,
+        PHOTO[..., 0],
+        np.dstack([PHOTO, PHOTO[..., :1]]),
+        PHOTO.transpose(2, 0, 1),
+        PHOTO[None],
+        PHOTO[:0],
+        PHOTO.tolist(),
+        Image.fromarray(PHOTO[..., 0].astype(np.uint16) * 257),
+        Image.fromarray((PHOTO[..., 0] / 255).astype(np.float32)),
+        torch.from_numpy(PHOTO),
+        None,
+    ],
+    ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')} {getattr(x, 'shape', '')}",
+)
+def test_what_is_no_picture_is_refused(wrong):
+    run = trained_run("mbs")
+    calls = [run.predict, read_photo, lambda x: segment(run.model(), x, run.card.normalisation)]
+    for call in calls:
+        with pytest.raises(ValueError, match="is not a picture: expected a file, a PIL picture"):
+            call(wrong)
+
+
+def test_all_forms_of_a_picture_give_one_prediction(tmp_path):
+    run, file = trained_run("mbs"), tmp_path / "photo.png"
+    Image.fromarray(PHOTO).save(file)
+    expected = run.predict(PHOTO)
+    for form in (
+        file,
+        str(file),
+        Image.fromarray(PHOTO),
+        Image.fromarray(PHOTO).convert("RGBA"),
+        PHOTO[:, ::-1][:, ::-1],
+    ):
+        assert (run.predict(form) == expected).all()

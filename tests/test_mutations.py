@@ -514,8 +514,9 @@ def test_coco(home):
         (dict(segmentation=dict(size=[20, 30], counts=[700, -100])), "do not fill"),
         (dict(segmentation=dict(size=[200, 300], counts=[60000])), "do not fill"),
         (dict(segmentation=dict(size=[20, 30], counts="oooooooooooooooooo")), "not in COCO's text format"),
-        (dict(category_id=3), "unknown category 3: expected the ids"),
-        (dict(area=float("nan")), "area"),
+        (dict(category_id=3), "unknown category '3': expected the ids"),
+        (dict(image_id=5), "picture that is not listed"),
+        (dict(segmentation=[]), "has no shape"),
     ],
 )
 def test_invalid_coco_shapes_are_refused(home, change, says):
@@ -532,15 +533,14 @@ def test_invalid_coco_shapes_are_refused(home, change, says):
 def test_coco_run_lengths_are_decoded_as_by_the_library():
     from pycocotools import mask
 
-    from mbs.prepare import _CocoRuns, _draw_coco_object
+    from mbs.coco import RunLengths, draw_object
 
     for seed in range(30):
         r = np.random.default_rng(seed)
         truth = np.asfortranarray((r.random((r.integers(1, 90), r.integers(1, 90))) < r.random()).astype(np.uint8))
         packed = mask.encode(truth)
-        assert (
-            _draw_coco_object(_CocoRuns(size=packed["size"], counts=packed["counts"].decode()), *truth.shape) == truth
-        ).all()
+        runs = RunLengths(size=packed["size"], counts=packed["counts"].decode())
+        assert (draw_object(runs, *truth.shape) == truth).all()
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_coco_run_lengths_are_decoded_as_by_the_library():
     [
         (lambda c: c["images"][1].update(file_name="p0.png"), "'p0' twice"),
         (lambda c: c["images"][1].update(file_name="../photos/p1.png"), "would leave its folder"),
-        (lambda c: c["images"][1].update(id=0), "picture id 0 twice"),
+        (lambda c: c["images"][1].update(id=0), "picture id '0' twice"),
         (lambda c: c["categories"][1].update(name="background"), "has a class 'background'"),
         (lambda c: c["categories"][1].update(name="cat"), "'cat' twice"),
     ],

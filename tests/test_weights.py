@@ -5,6 +5,7 @@ import timm
 import torch
 
 import mbs.weights
+from mbs.run import trained_run
 from mbs.weights import _HALF, _find_installed_weights, make_encoder, read_state
 
 TINY = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
@@ -21,7 +22,7 @@ def test_encoder_is_the_package_network(name, digest):
     assert receipt["unused"] == ["classifier"]
     assert not {"bn2", "conv_head"} & {k.split(".")[0] for k in encoder.network.state_dict()}
     whole = timm.create_model(name).eval()
-    state = read_state(_find_installed_weights(name))
+    state, _ = read_state(_find_installed_weights(name))
     assert [tuple(v.shape) for v in state.values()] == [tuple(v.shape) for v in whole.state_dict().values()]
     whole.load_state_dict(dict(zip(whole.state_dict(), state.values())))
     x = torch.randn(1, 3, 96, 96)
@@ -140,3 +141,58 @@ def test_no_pickled_code_is_run(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         make_encoder("resnet18", str(tmp_path / "w.pth"))
     assert not (tmp_path / "evil").exists()
+
+
+RESNET = {k: v for k, v in timm.create_model("resnet18").state_dict().items()}
+
+
+def save_weights(folder, content):
+    torch.save(content, folder / "w.pth")
+    return str(folder / "w.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder.", "model.encoder.", "teacher.backbone."])
+@pytest.mark.parametrize("wrapper", [(), ("state_dict",), ("model", "state_dict"), ("ema",)])
+def test_names_and_wrappers_of_other_programs(tmp_path, prefix, wrapper):
+    "What stands before the names and around the tensors is taken off, and the receipt says so."
+    state = {prefix + k: v for k, v in RESNET.items()} | ({"decode_head.w": torch.zeros(3)} if prefix else {})
+    content = state | dict(epoch=3)
+    for key in reversed(wrapper):
+        content = {key: content, "optimizer": dict(lr=0.1), "best": 0.5}
+    encoder = make_encoder("resnet18", save_weights(tmp_path, content), 64)
+    assert torch.equal(encoder.network.conv1.weight, RESNET["conv1.weight"])
+    assert encoder.receipt.get("prefix", "") == prefix and "epoch" in encoder.receipt["left_out"]
+    assert encoder.receipt["unused"] == (["decode_head", "fc"] if prefix else ["fc"])
+
+
+def test_files_without_counters_of_batches(tmp_path):
+    state = {k: v for k, v in RESNET.items() if "num_batches" not in k}
+    receipt = make_encoder("resnet18", save_weights(tmp_path, state), 64).receipt
+    assert receipt["missing"] == 20 and receipt["loaded"] == 120
+    del state["layer1.0.bn1.running_mean"]
+    with pytest.raises(ValueError, match="1 tensors missing"):
+        make_encoder("resnet18", save_weights(tmp_path, state), 64)
+
+
+def test_two_networks_in_a_file_are_refused(tmp_path):
+    state = {p + k: v for p in ("student.", "teacher.") for k, v in RESNET.items()}
+    with pytest.raises(ValueError, match=r"hold several networks, named student\., teacher\."):
+        make_encoder("resnet18", save_weights(tmp_path, state), 64)
+
+
+@pytest.mark.parametrize("key", ["extra.weight", "layer9.0.conv1.weight"])
+def test_tensors_that_belong_to_nothing_are_refused(tmp_path, key):
+    "With a prefix, too: what stands under it must be the network's."
+    for prefix in ("", "module."):
+        state = {prefix + k: v for k, v in (RESNET | {key: torch.zeros(1)}).items()}
+        with pytest.raises(ValueError, match="1 unexpected"):
+            make_encoder("resnet18", save_weights(tmp_path, state), 64)
+
+
+def test_the_model_of_a_run_is_an_encoder(tmp_path):
+    run = trained_run("mbs")
+    file = str(run.step_path(0, "model.safetensors"))
+    encoder = make_encoder(run.settings.encoder, file, run.card.recipe.crop, **run.settings.encoder_options)
+    expected = run.model(0, identity=False).encoder.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
+    assert encoder.receipt["prefix"] == "encoder.vit." and encoder.receipt["unused"] == ["decoder"]

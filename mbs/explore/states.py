@@ -30,13 +30,11 @@ __all__ = [
 # %% ../../nbs/61b_states.ipynb #d9519ae7
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import traitlets as T
-from PIL import Image
 
 from ..bounds import correct_errors, measure_miou
 from mbs.explore.evidence import (
@@ -66,26 +64,10 @@ from mbs.explore.evidence import (
 )
 from ..feature_distillation import reliability
 from ..orthogonality import orthogonality
-from ..pictures import read_image
+from ..pictures import read_photo
 from ..protocol import VOID
 from ..run import Run, Sample
 from ..viz import FATES, classify_fate
-
-
-# %% ../../nbs/61b_states.ipynb #a24dd70e
-def _read_photo(item: Any) -> np.ndarray:
-    "Read a photo as (H, W, 3) uint8; ValueError unless it is a file, a PIL picture or such an array."
-    if isinstance(item, (str, Path)):
-        return read_image(Path(item))
-    if isinstance(item, Image.Image):
-        return np.asarray(item.convert("RGB"))
-    is_photo = isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape[2:] == (3,) and item.size
-    if not is_photo:
-        raise ValueError(
-            f"{type(item).__name__} {getattr(item, 'shape', '')} is not a picture: expected a file, a PIL picture, "
-            "an (H, W, 3) uint8 array, or a pair of one of these and its truth"
-        )
-    return item
 
 
 # %% ../../nbs/61b_states.ipynb #496d7e24
@@ -106,7 +88,7 @@ def _check_truth(truth: Any, photo: np.ndarray, n_channels: int) -> np.ndarray:
 def read_sample(item: Any, n_channels: int) -> Sample:  # truth None where it is not given; no predictions
     "Read a picture given as a file, a PIL picture, an array, or a pair of one of these and its truth."
     photo, truth = item if isinstance(item, tuple) else (item, None)
-    photo = _read_photo(photo)
+    photo = read_photo(photo)
     return Sample(photo, None if truth is None else _check_truth(truth, photo, n_channels), [])
 
 
