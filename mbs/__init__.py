@@ -13,6 +13,7 @@ Modules:
 - `mbs.identity_learning`: Add the classes of a step to an identity, from the step's own training pictures.
 - `mbs.inspect`: Show what each step of a protocol will see, hide and cost, before anything is trained.
 - `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
+- `mbs.memory`: Keep a few pictures of earlier steps to train on again, without teaching a hidden class as background.
 - `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.
 - `mbs.metrics`: Derive every number of the field from one confusion matrix a step: counts first, convention second.
 - `mbs.objective`: The training loss of a step, composed from named parts, each of which can be switched on its own.

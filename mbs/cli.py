@@ -528,7 +528,7 @@ def inspect(
         rows = inspect_steps(setup)
         if measure:
             rows = time_steps(setup, rows)
-        _print_steps(rows, setup.settings.shots)
+        _print_steps(setup, rows)
         _print_views(count_views(setup))
         if measure:
             _print_cost(setup, rows)
@@ -593,12 +593,13 @@ def _format_range(counts: list[int]) -> str:
     return "–".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
-def _print_steps(rows: list[dict], shots: int | None):
-    "Print a table with a line for each step; with `shots`, also the pictures of its new classes."
+def _print_steps(setup, rows: list[dict]):
+    "Print a table with a line for each step; also the pictures of new classes if they are few, and the exemplars."
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
+    shots, memory = setup.settings.shots, setup.memory
     columns = ["step", "new classes", "images", "again", "old", "future", "iter."]
     if "seconds" in rows[0]:
         columns.append("time")
@@ -606,10 +607,14 @@ def _print_steps(rows: list[dict], shots: int | None):
     if shots:
         columns.append("each")
         title += f"\neach: pictures of each new class, at most {shots} in later steps"
+    if memory.size:
+        columns.append("memory")
+        title += f"\nmemory: stored pictures of earlier steps, {memory.summary}"
     table = Table(*columns, title=title, box=SIMPLE)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
         each = [_format_range(row["each"])] if shots else []
-        table.add_row(*_format_step(row), *each)
+        exemplars = [f"{row['exemplars']:,}"] if memory.size else []
+        table.add_row(*_format_step(row), *each, *exemplars)
     Console().print(table)

@@ -86,7 +86,10 @@ def _collect_choices(run: Run) -> dict[str, object]:
     choices = dict(method=settings.method, encoder=settings.encoder, weights=weights)
     choices |= card.recipe.model_dump(mode="json")
     nested = dict(
-        parts=card.parts.model_dump(mode="json"), encoder_options=settings.encoder_options, decoder=settings.decoder
+        parts=card.parts.model_dump(mode="json"),
+        memory=card.memory.model_dump(mode="json"),
+        encoder_options=settings.encoder_options,
+        decoder=settings.decoder,
     )
     return choices | {f"{group}.{k}": v for group, values in nested.items() for k, v in values.items()}
 
@@ -100,14 +103,24 @@ def _find_switched_parts(run: Run) -> dict[str, object]:
     return {k: v for k, v in run.card.parts.model_dump(mode="json").items() if v != usual.get(k)}
 
 
+def _find_memory(run: Run) -> dict[str, object]:
+    "Return the size of the run's memory, and its other parameters where they differ from the defaults; or nothing."
+    memory = run.card.memory
+    if not memory.size:
+        return {}
+    others = memory.model_dump(mode="json", exclude={"size"}, exclude_defaults=True)
+    return dict(memory=memory.size) | others
+
+
 def _label_runs(runs: Sequence[Run]) -> list[str]:
-    "Label the runs of a table: the method, its switched parts, and every other choice that varies between these runs."
+    "Label the runs of a table: the method, its switched parts, its memory, and every other choice that varies."
     every = [_collect_choices(run) for run in runs]
-    names = dict.fromkeys(k for choices in every for k in choices if k != "method" and not k.startswith("parts."))
+    others = (k for choices in every for k in choices if k != "method")
+    names = dict.fromkeys(k for k in others if not k.startswith(("parts.", "memory.")))
     varied = [k for k in names if len({json.dumps(choices.get(k)) for choices in every}) > 1]
     labels = []
     for run, choices in zip(runs, every):
-        told = _find_switched_parts(run) | {k: choices.get(k) for k in varied}
+        told = _find_switched_parts(run) | _find_memory(run) | {k: choices.get(k) for k in varied}
         labels.append(" ".join([run.settings.method, *(f"{k}={v}" for k, v in told.items())]))
     return labels
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import Pair
 from .lifeline import STOP_SIGNALS
+from .memory import ExemplarView
 from .processes import take_own_share
 from .views import StepView, move_to_device
 
@@ -31,6 +32,13 @@ def _shuffle(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def _find_draw(n: int, batch: int, seed: int, k: int) -> int:
+    "Return which of `n` pictures is draw `k` of a stream with `batch` pictures an iteration."
+    epoch, place = divmod(k, n // batch * batch)
+    return int(_shuffle(n, seed, epoch)[place])
+
+
+# %% ../nbs/12_draws.ipynb #2760838d
 class Draws(Dataset):
     "Pictures of `view` in random order and randomly augmented, without end; draw `k` depends on the seed and `k` only."
 
@@ -39,38 +47,46 @@ class Draws(Dataset):
         view: StepView,
         batch: int,  # pictures an iteration; a smaller view gives all it has
         seed: int = 0,
+        exemplars: ExemplarView | None = None,  # of the memory
+        n_exemplars: int = 0,  # of the batch; a smaller memory gives all it has
     ):
         if not len(view):
             raise ValueError(
                 f"step {view.step.number} sees no training image: expected at least one that holds its classes"
             )
+        if not 0 <= n_exemplars < batch:
+            raise ValueError(
+                f"a batch of {batch} pictures cannot hold {n_exemplars} exemplars: expected 0 to {batch - 1}; "
+                "check count_exemplars of the method"
+            )
         self.view = view
-        self.batch = min(batch, len(view))
         self.seed = seed
-        self.epoch = len(view) // self.batch * self.batch  # draws an epoch
+        self.exemplars = exemplars
+        self.n_exemplars = 0 if exemplars is None else min(n_exemplars, len(exemplars))  # of a batch
+        self.n_own = min(batch - self.n_exemplars, len(view))  # pictures of the step in a batch
+        self.batch = self.n_own + self.n_exemplars
 
-    def order(self, epoch: int) -> np.ndarray:
-        "Positions in the view (N,) in the order of `epoch`."
-        return _shuffle(len(self.view), self.seed, epoch)
-
-    def picture(self, k: int) -> int:
-        "Position in the view of draw `k`."
-        epoch, place = divmod(k, self.epoch)
-        return self.order(epoch)[place]
+    def find(self, k: int) -> tuple[StepView, int]:
+        "Return the view of draw `k`, and the position in it."
+        iteration, place = divmod(k, self.batch)
+        if place < self.n_own:
+            return self.view, _find_draw(len(self.view), self.n_own, self.seed, iteration * self.n_own + place)
+        k = iteration * self.n_exemplars + place - self.n_own
+        return self.exemplars, _find_draw(len(self.exemplars), self.n_exemplars, self.seed, k)
 
     def __getitem__(self, k: int) -> Pair:
+        view, i = self.find(k)
         state = random.getstate()
         random.seed(f"{self.seed} {k}")  # transforms draw from `random`
         try:
-            return self.view[self.picture(k)]
+            return view[i]
         finally:
             random.setstate(state)
 
     def ids(self, iteration: int) -> list[str]:
         "Ids of the pictures of an iteration, counted from 0."
-        draws = range(iteration * self.batch, (iteration + 1) * self.batch)
-        positions = [self.view.positions[self.picture(k)] for k in draws]
-        return [self.view.data.ids[position] for position in positions]
+        found = map(self.find, range(iteration * self.batch, (iteration + 1) * self.batch))
+        return [view.data.ids[view.positions[i]] for view, i in found]
 
 
 # %% ../nbs/12_draws.ipynb #b0983801

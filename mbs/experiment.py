@@ -13,8 +13,11 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .augment import Normalisation
 from .cache import cache_pictures
@@ -23,20 +26,21 @@ from .diagnosis import diagnose_step
 from .evaluation import evaluate, evaluate_identity, score_new_classes
 from .files import lock_folder
 from .folders import home
-from .identity import Predictor, split_predictor
+from .identity import Predictor, measure_coverage, split_predictor
 from .identity_learning import Identification
 from .lifeline import interrupt_on_signals
+from .memory import Exemplars, ExemplarView, select_exemplars
 from .methods import Method
 from .metrics import Confusion
 from .processes import broadcast_from_main, get_processes
-from .protocol import Step
+from .protocol import VOID, Step
 from .recipe import Recipe, make_accelerator, make_test_view, make_train_view
 from .run import Run, load_run
 from .run_folder import RunWriter, create_run_folder, explain_write_errors, find_shared_base
 from .segmenter import Segmenter
 from .settings import Settings, Setup, hash_base_step
 from .training import Validator, finish_method, measure_peak_memory, train_step
-from .views import StepView
+from .views import StepView, move_to_device
 
 
 # %% ../nbs/52_experiment.ipynb #f6f1c27d
@@ -116,6 +120,7 @@ class Experiment:
         self.writer = RunWriter(self.folder, self.setup)
         has_identity = self.setup.method.parts.has_identity
         self.identification = Identification(self.setup.method.parts, self.setup.recipe) if has_identity else None
+        self.exemplars = Exemplars()  # the memory so far
 
     def run(self) -> Run:
         "Train what is missing and return the finished run; Interrupted, with the state saved, when asked to stop."
@@ -145,6 +150,7 @@ class Experiment:
     def _load_student(self, step: int) -> Segmenter:
         run = load_run(self.folder)
         self.setup.method.state = run.method_state(step)
+        self.exemplars = run.exemplars(step)
         if self.identification:
             self.identification.restore(run.identity(step), run.reference())
         return load_model(self.setup.model(step), run.step_path(step, "model.safetensors"))
@@ -182,6 +188,49 @@ def _make_predictor(experiment: Experiment, student: Segmenter, step: Step) -> P
     return setup.method.make_predictor(identification.join(student))
 
 
+# %% ../nbs/52_experiment.ipynb #a9a7b8fd
+@torch.no_grad()
+def _measure_class_features(
+    setup: Setup, network: Segmenter, step: Step
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:  # channel → positions (m,), vectors (m, D)
+    "Measure the mean token of each labelled class in each training picture of `step`."
+    positions, found = setup.positions[step.number], {}
+    device = make_accelerator(setup.recipe).device
+    network.to(device).eval()
+    view = make_test_view(setup.train, step, setup.normalisation(network), setup.recipe, "whole", "train", positions)
+    loader = DataLoader(view, generator=torch.Generator())
+    for position, (image, labels) in zip(positions, move_to_device(loader, view.normalisation, device)):
+        channels = [channel for channel in labels.unique().tolist() if channel not in (0, VOID)]
+        coverage = measure_coverage(labels, channels, network.encoder.stride)[0]  # (N, n)
+        means = coverage.T @ network.encode(image)[0] / coverage.sum(0)[:, None]  # (n, D)
+        for channel, mean in zip(channels, means.cpu().numpy()):
+            found.setdefault(channel, []).append((position, mean))
+    return {channel: tuple(map(np.array, zip(*pairs))) for channel, pairs in found.items()}
+
+
+# %% ../nbs/52_experiment.ipynb #b488053e
+def _select_exemplars(experiment: Experiment, student: Segmenter, step: Step) -> Exemplars:
+    "Choose the memory after `step`, which `student` has just learnt; every process gets the choice of the main one."
+    setup = experiment.setup
+    if not setup.memory.size:
+        return experiment.exemplars
+
+    def select() -> Exemplars:
+        is_herding = setup.memory.selection == "herding"
+        features = _measure_class_features(setup, student, step) if is_herding else None
+        positions, seed = setup.positions[step.number], setup.settings.seed
+        return select_exemplars(setup.memory, experiment.exemplars, positions, step, setup.train.index, seed, features)
+
+    return broadcast_from_main(select)
+
+
+# %% ../nbs/52_experiment.ipynb #a02f1cf7
+def _make_exemplar_view(experiment: Experiment, view: StepView) -> ExemplarView:
+    "Return the exemplars that are mixed into the batches of the training pictures `view`."
+    held_out = experiment.setup.held_out[view.step.number]
+    return ExemplarView(view, experiment.exemplars.without(held_out))
+
+
 # %% ../nbs/52_experiment.ipynb #3471be57
 def _take_base_step(experiment: Experiment, student: Segmenter, step: Step) -> Segmenter | None:
     "Take the base step over from another run with the same fingerprint; None when there is none."
@@ -207,7 +256,8 @@ def _take_base_step(experiment: Experiment, student: Segmenter, step: Step) -> S
     else:
         predictor, confusion = student, other.confusion(0)
         columns = {name: other.confusion(0, name) for name in other.metrics(0).get("columns", {})}
-    writer.finish_step(step, predictor, confusion, columns, facts)
+    experiment.exemplars = _select_exemplars(experiment, student, step)
+    writer.finish_step(step, predictor, confusion, columns, facts, exemplars=experiment.exemplars)
     return student
 
 
@@ -251,6 +301,8 @@ def _train_and_write(
         log=writer.log,
         validators=list(validators.values()),
         checkpoints=writer.checkpoints(step),
+        exemplars=_make_exemplar_view(experiment, train_view),
+        memory=setup.memory,
     )
     last = _copy_state(student)
     states = {name: validator.state or last for name, validator in validators.items()}
@@ -267,5 +319,6 @@ def _train_and_write(
     confusion, columns = _evaluate_state(setup, predictor, step, kept, recipe.test)
     seconds = round(time.perf_counter() - started, 2)
     facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), **setup.method.found)
-    writer.finish_step(step, predictor, confusion, ways | columns, facts, teacher)
+    experiment.exemplars = _select_exemplars(experiment, student, step)
+    writer.finish_step(step, predictor, confusion, ways | columns, facts, teacher, experiment.exemplars)
     return student

@@ -75,6 +75,8 @@ def _make_name_part(name: str, value: Any, ambiguous: set) -> str:
         return name_split(value)
     if name == "seed":
         return f"s{_clean_text(value)}"
+    if name == "memory.size":
+        return f"memory={_clean_text(value)}"
     if isinstance(value, str) and key == name:
         return _clean_text(Path(value).stem if name in ("base", "data") else value)
     return f"{name if key in ambiguous else key}={_clean_text(value)}"

@@ -52,7 +52,8 @@ def inspect_steps(setup: Setup) -> list[dict]:
     """Describe every step of a run in a row.
 
     Columns: step, names of the new classes, images, `each` (how many of them show each new class), `again` (how many
-    an earlier step sees), the shares of pixels hidden in the background, and training iterations.
+    an earlier step sees), `exemplars` (pictures of earlier steps in the memory), the shares of pixels hidden in the
+    background, and training iterations.
     """
     rows = []
     views = np.zeros(len(setup.train), int)  # by how many earlier steps each image is seen
@@ -63,6 +64,7 @@ def inspect_steps(setup: Setup) -> list[dict]:
             images=len(positions),
             each=setup.train.index[positions][:, list(setup.protocol[t].classes)].sum(0).tolist(),
             again=int((views[positions] > 0).sum()),
+            exemplars=min(setup.memory.size, int((views > 0).sum())),  # the memory is full as soon as it can be
         )
         row |= measure_hidden_shares(setup.train.counts[positions], setup.protocol[t])
         row["iterations"] = count_iterations(setup.recipe, len(positions), t)
@@ -137,13 +139,17 @@ def show_inspection(
     rows: list[dict],  # of `inspect_steps`
     title: str = "",
 ) -> Figure:
-    "Show images per step (first seen or seen before), the share of hidden pixels (old and future classes), iterations."
+    """Show images per step, the share of hidden pixels (of old and of future classes), and iterations.
+
+    Images are seen for the first time or again; a memory adds its exemplars."""
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
     plt.close(fig)
     steps = [row["step"] for row in rows]
     first_seen = [row["images"] - row["again"] for row in rows]
     seen_before = [row["again"] for row in rows]
     images = [("for the first time", "#0072b2", first_seen), ("seen before", "#9ecae1", seen_before)]
+    if any(exemplars := [row["exemplars"] for row in rows]):
+        images.append(("exemplars", "#009e73", exemplars))
     old = [100 * row["hidden_old"] for row in rows]
     future = [100 * row["hidden_future"] for row in rows]
     hidden = [("old classes", "#d55e00", old), ("future classes", "#f0e442", future)]

@@ -24,6 +24,7 @@ from operator import or_
 
 from torch import Tensor
 
+from .memory import Memory
 from .objective import step_loss
 from .parts import Parts
 from .protocol import Step
@@ -171,11 +172,22 @@ class Method:
         newest = tuple(f"decoder.{name}.{step.number + 1}" for name in _TOKEN_PARAMETERS)
         return float(parameter in newest)
 
+    def count_exemplars(
+        self,
+        batch: int,  # pictures of a batch
+        memory: Memory,
+    ) -> int:
+        """Return how many pictures of a batch are exemplars, where there are any; the others are the step's own.
+
+        The share of the memory, but one at least, and at least one picture of the step.
+        """
+        return min(batch - 1, max(1, round(memory.share * batch)))
+
     def loss(
         self,
         student: SegmenterOutput,
         teacher: SegmenterOutput | None,  # None in the base step
-        target: Tensor,  # (B, H, W) the step's labels, channels
+        target: Tensor,  # (B, H, W) channels: the step's labels, of an exemplar those of its own step
         step: Step,
     ) -> dict[str, Tensor]:  # the terms, and their sum under "loss"
         "Compute the loss of a batch, term by term."

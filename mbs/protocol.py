@@ -164,6 +164,11 @@ class Protocol:
         return [self.order[end - size : end] for end, size in zip(ends, self.sizes)]
 
     @property
+    def shows_future(self) -> bool:
+        "Whether the training pictures of a step may show classes of later steps."
+        return self.setting in ("overlapped", "partitioned")
+
+    @property
     def first_step(self) -> list[int]:
         "Step in which each of the C channels arrives; the background arrives in step 0."
         return [0] + [step for step, size in enumerate(self.sizes) for _ in range(size)]
@@ -297,7 +302,7 @@ def _find_seen(step: Step, index: np.ndarray) -> np.ndarray:
     if protocol.setting == "partitioned":
         return np.isin(_draw_classes(index, protocol.order), step.classes)
     seen = index[:, list(step.classes)].any(1)
-    if protocol.setting != "overlapped":
+    if not protocol.shows_future:
         future = protocol.order[step.n_channels - 1 :]
         seen &= ~index[:, future].any(1)
     return seen

@@ -68,6 +68,8 @@ def make_score_table(group: Group) -> Table:
     )
     if shots := group.first.settings.shots:
         note += f" Few-shot: each step after the base step sees at most {shots} pictures of each new class."
+    if any(run.card.memory.size for run in group.runs):
+        note += " memory=n: later steps also train on n exemplars, stored pictures of earlier steps."
     if mixed := describe_mixed_testing(group):
         note += f" CAUTION: {mixed}."
     if untested := _name_untested(group):
@@ -246,10 +248,11 @@ def make_classes_table(group: Group) -> Table:
 def make_card_table(runs: Sequence[Run]) -> Table:
     "Make the table of the origin of each run: seed, code, versions, data, weights, machine, time and memory."
     columns = ["run", "method", "seed", "commit", "versions", "data (train test)", "weights", "machine", "steps"]
-    columns += ["shots", "pictures a step"]
+    columns += ["shots", "pictures a step", "exemplars"]
     note = (
         "Data: fingerprints of the training part and the test part. Shots: pictures of each new class in a later step, "
-        "at most. A commit with + had uncommitted changes. "
+        "at most. Exemplars: stored pictures of earlier steps that later steps train on again. "
+        "A commit with + had uncommitted changes. "
         "Every parameter is in the run's run.json. Memory: of tensors on a GPU, of the whole process on a CPU."
     )
     rows = [_describe_origin(run) for run in runs]
@@ -276,6 +279,7 @@ def _describe_origin(run: Run) -> list:
         f"{run.n_steps} of {len(run.iterations)}",
         run.settings.shots or "all",
         ", ".join(map(str, card.images)) or "–",
+        card.memory.summary,
         seconds or "–",
         memory or "–",
     ]

@@ -13,6 +13,7 @@ __all__ = [
     "read_log",
     "read_metrics",
     "read_confusion",
+    "read_exemplars",
     "Sample",
     "read_samples",
     "Run",
@@ -43,6 +44,7 @@ from .folders import find_package_folder
 from .identity import IdentifiedSegmenter, Identity, Predictor
 from .identity_learning import load_identity, needs_reference
 from .inference import choose_window, segment, to_batch
+from .memory import Exemplars, Memory
 from .metrics import Confusion, iou_matrix
 from .parameter_files import mark_complete
 from .parameters import Parameters
@@ -104,6 +106,7 @@ class Card(_Open):
     settings: Annotated[Settings, BeforeValidator(_mark_stored)]
     recipe: Recipe  # that the settings gave
     parts: Parts  # of the method, that the settings gave
+    memory: Memory = Memory()  # that the settings gave
     names: list[str]  # of the channels
     steps: list[list[int]]  # class ids that arrive in each step
     dataset: str | int  # "voc", "ade" or the number of classes
@@ -157,6 +160,7 @@ def make_card(setup: Setup, model: Segmenter) -> Card:
         settings=setup.settings,
         recipe=setup.recipe,
         parts=setup.method.parts,
+        memory=setup.memory,
         names=setup.names,
         steps=setup.protocol.steps,
         dataset=setup.protocol.dataset,
@@ -275,6 +279,39 @@ def read_confusion(file: Path, n: int) -> Confusion:
     if not is_sound or (counts < 0).any() or (counts > 2**53).any():
         raise ValueError(f"{file} holds no confusion matrix of {n} channels: expected that of this run; it is damaged")
     return Confusion(n, counts)
+
+
+# %% ../nbs/51_run.ipynb #4f38c37b
+class _StoredExemplars(Parameters):
+    "Content of an exemplars.json."
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    positions: list[int]
+    steps: list[int]
+
+    def find_problem(self, card: Card, step: int) -> str:
+        "Say what is wrong with the exemplars after `step`; '' when nothing is."
+        n = len(self.positions)
+        if not 0 < n <= card.memory.size or len(self.steps) != n:
+            return f"{n} positions and {len(self.steps)} steps, for 1 to {card.memory.size} exemplars"
+        if not all(0 <= position < card.data.n_train for position in self.positions):
+            return f"a position is not among the {card.data.n_train} training pictures"
+        if not all(0 <= seen <= step for seen in self.steps):
+            return f"an exemplar is of another step than 0 to {step}"
+        return "a picture is in the memory twice" if len(set(self.positions)) < n else ""
+
+
+# %% ../nbs/51_run.ipynb #3027b583
+def read_exemplars(file: Path, card: Card, step: int) -> Exemplars:
+    "Read the exemplars after `step` of the run with this `card`; ValueError when they are damaged."
+    content = read_json(file)
+    try:
+        stored = _StoredExemplars.checked(**content)
+    except (TypeError, ValueError) as e:
+        raise _damaged(file, e) from None
+    if problem := stored.find_problem(card, step):
+        raise _damaged(file, problem)
+    return Exemplars(np.array(stored.positions), np.array(stored.steps))
 
 
 # %% ../nbs/51_run.ipynb #fc7d4de9
@@ -431,6 +468,13 @@ class Run(_RunFiles):
         except (SafetensorError, OSError, ValueError) as e:
             raise _damaged(file, " ".join(str(e).split())) from None
 
+    def exemplars(self, step: int = -1) -> Exemplars:
+        "Read the memory after `step` (negative: from the end); empty for a run without one."
+        step = range(self.n_steps)[step]
+        if not self.card.memory.size:
+            return Exemplars()
+        return read_exemplars(self.step_path(step, "exemplars.json"), self.card, step)
+
     def predict(self, image: Any, step: int = -1) -> np.ndarray:
         "Segment a picture of any size, given as `read_photo` takes it, into channels (H, W) uint8."
         image = read_photo(image)
@@ -460,6 +504,8 @@ def _render_run(run: Run) -> str:
     )
     if settings.shots:
         facts["pictures by step"] = ", ".join(map(str, run.card.images))
+    if run.card.memory.size:
+        facts["memory"] = run.card.memory.summary
     if run.n_steps:
         facts["mIoU of all classes"] = f"{100 * run.metrics()['scores']['all']:.1f} % after step {run.n_steps - 1}"
     return render_values(f"Run {run.folder.name}", facts)

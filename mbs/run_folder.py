@@ -31,6 +31,7 @@ from .identity import Predictor, split_predictor
 from .identity_learning import save_identity
 from .inference import segment
 from .label_quality import describe_labels, measure_label_quality
+from .memory import Exemplars
 from .metrics import Confusion, background_shift, scores
 from .processes import get_processes
 from .protocol import Step
@@ -169,8 +170,9 @@ def _write_step(
     confusion: Confusion,
     columns: dict[str, Confusion],  # of other ways of testing, by name, see `Run.confusion`
     facts: dict,  # more fields of metrics.json
+    exemplars: Exemplars | None = None,
 ):
-    "Write model, confusion matrices, sample predictions and metrics of a complete step, atomically."
+    "Write model, exemplars, confusion matrices, sample predictions and metrics of a complete step, atomically."
     pictures, normalisation = _read_samples(setup), setup.normalisation(predictor)
     network, identity = split_predictor(predictor)
     metrics = dict(
@@ -186,6 +188,8 @@ def _write_step(
             save_identity(identity, temporary / "identity.safetensors")
         if setup.method.state:
             save_tensors(temporary / "method.safetensors", setup.method.state)
+        if exemplars:
+            write_json(temporary / "exemplars.json", exemplars.to_lists())
         write_arrays(temporary / "confusion.npz", counts=confusion.counts)
         for name, other in columns.items():
             write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
@@ -229,12 +233,13 @@ class RunWriter:
         columns: dict[str, Confusion],
         facts: dict,
         teacher: Predictor | None = None,
+        exemplars: Exemplars | None = None,  # the memory after the step
     ):
         "Write the folder of `step`, with facts about labels and pseudo-labels; all processes wait for it."
         if get_processes().is_main_process:
             facts = facts | dict(labels=describe_labels(self.setup, step))
             if teacher and self.setup.method.parts.changes_labels:
                 facts = facts | dict(pseudo_labels=measure_label_quality(self.setup, teacher, step))
-            _write_step(self.folder, self.setup, step, predictor, confusion, columns, facts)
+            _write_step(self.folder, self.setup, step, predictor, confusion, columns, facts, exemplars)
             self.checkpoints(step).clear()
         get_processes().wait_for_everyone()

@@ -36,6 +36,7 @@ from .augment import IMAGENET, Normalisation
 from .data import SegmentationFolder, locate_data, open_data
 from .fingerprint import hash_class, hash_code
 from .layouts import find_layout
+from .memory import Memory
 from .methods import Method, list_part_layers
 from .parameter_files import REPLACE, find_sources, mark_complete, merge_parameters, nest_parameters, remove_replace
 from .parameters import Parameters
@@ -133,6 +134,7 @@ class Settings(_Layered):
     classes: list[str] | None = None  # names in order of arrival; None: all, in the order of the data set
     method: str = "mbs"  # one of `METHODS`
     parts: dict[str, Any] = {}  # overrides of the parts of the method, see `Parts`
+    memory: dict[str, Any] = {}  # size, selection and share of the exemplars of earlier steps, see `Memory`
     encoder: str = "vit_tiny_patch16_224"  # timm name
     encoder_options: dict[str, Any] = dict(patch_size=8, embed_dim=64, depth=2, num_heads=2)  # passed on to timm
     weights: str = "none"  # "none", "pretrained" or a file
@@ -169,10 +171,19 @@ class Settings(_Layered):
 
 
 # %% ../nbs/48_settings.ipynb #836d043f
+def _name_memory(memory: dict) -> list[str]:
+    "Return the parts of a run's name that tell its memory; none without one."
+    if not memory.get("size"):
+        return []
+    others = [f"{k}={v}" for k, v in sorted(memory.items()) if k != "size"]
+    return [f"memory={memory['size']}", *others]
+
+
 def _make_name(settings: Settings) -> str:
     "Return a name for the run folder, made of what the run is."
     choices = [f"{k}={v}" for k, v in sorted(settings.parts.items())]
     choices += [f"shots={settings.shots}"] if settings.shots else []
+    choices += _name_memory(settings.memory)
     words = [Path(settings.data).name, settings.protocol, settings.setting, settings.method, *choices]
     return re.sub(r"[^\w.+=-]", "_", "-".join([*words, f"s{settings.seed}"])).lstrip(".")
 
@@ -233,8 +244,9 @@ def build_network(settings: Settings, parts: Parts, weights: str, crop: int, siz
 
 # %% ../nbs/48_settings.ipynb #668755d4
 def _check_names(settings: Settings, method: type[Method]):
-    "Raise ValueError for unknown names in `parts`, `training` and `scenes`, before any data is generated."
+    "Raise ValueError for unknown names in `parts`, `memory`, `training`, `scenes`, before any data is generated."
     method(settings.method, **settings.parts)
+    Memory.checked(**settings.memory)
     make_recipe(settings.recipe, **settings.training)
     if unknown := settings.scenes.keys() - (signature(write_scenes).parameters.keys() - {"root"}):
         raise ValueError(f"generated scenes have no {min(unknown)!r}: expected some of n_train, n_test, size, seed")
@@ -288,6 +300,7 @@ class Setup:
         dataset, classes = self.train.dataset, self.train.classes
         order = _find_class_ids(settings.classes, classes)
         self.method = method(settings.method, dataset, **settings.parts)
+        self.memory = Memory.checked(**settings.memory)
         self.protocol = Protocol(settings.protocol, dataset, settings.protocol_setting, order)
         self.recipe = make_recipe(settings.recipe, dataset, **_fit(settings, self.train) | settings.training)
         self.names = ["background", *(classes[c - 1] for c in self.protocol.order)]  # of the channels
@@ -367,6 +380,7 @@ def _expand_groups(settings: Settings) -> dict[str, tuple[dict, dict[str, dict]]
     return dict(
         scenes=(_list_defaults(write_scenes) | settings.scenes, {}),
         parts=(parts.model_dump(), list_part_layers(settings.method, dataset)),
+        memory=(Memory.checked(**settings.memory).model_dump(), {}),
         decoder=(_list_defaults(MaskTransformer) | settings.decoder, {}),
         training=(recipe.model_dump(), recipe_layers),
     )

@@ -46,6 +46,7 @@ from .bands import compile_bands
 from .checkpoint import StepCheckpoints, get_optimiser_tensors, load_optimiser, set_random_state, strip_prefix
 from .draws import Draws, choose_workers, explain_worker_errors, ignore_stop_signals, iterate_batches
 from .lifeline import Interrupted, record_signals
+from .memory import ExemplarView, Memory
 from .methods import Method
 from .processes import mean_over_processes
 from .protocol import Step
@@ -510,12 +511,15 @@ def train_step(
     log: Callable[[dict], None] = lambda record: None,  # called every LOG_EVERY iterations
     validators: Sequence[Validator] = (),
     checkpoints: StepCheckpoints | None = None,  # where the running state is saved, and resumed from
+    exemplars: ExemplarView | None = None,  # that batches also show; the method's other stages do not see them
+    memory: Memory | None = None,  # decides how many of them a batch shows
 ) -> Segmenter:  # the student after the last iteration, in eval mode, on its device
     "Train one step, or the rest of it; Interrupted, with the state saved, when a signal asks to stop."
     check_channels(student, teacher, view.step)
     total = count_iterations(recipe, len(view), view.step.number)
     workers = choose_workers(recipe.crop) if workers is None else workers
-    draws = Draws(view, recipe.batch, seed)
+    n_exemplars = method.count_exemplars(recipe.batch, memory or Memory()) if exemplars else 0
+    draws = Draws(view, recipe.batch, seed, exemplars, n_exemplars)
     set_seed(seed + 1_000_000 * make_accelerator(recipe).process_index)  # for drop-path; draws have their own seeds
     training = Training(student, teacher, method, view.step, recipe, total, log, validators, checkpoints, draws)
     prepare_method(training, view, workers, seed)

@@ -160,7 +160,7 @@ def test_workers_send_bytes_and_batches_do_not_depend_on_their_number(folder):
             assert images.dtype == torch.float32 and labels.dtype == torch.int64
             for b in range(4):
                 random.seed(f"3 {4 * i + b}")
-                x, y = view[draws.picture(4 * i + b)]
+                x, y = view[draws.find(4 * i + b)[1]]
                 assert torch.equal(images[b], normalise(torch.from_numpy(x).permute(2, 0, 1), normalisation))
                 assert torch.equal(labels[b], torch.from_numpy(y).long())
 
