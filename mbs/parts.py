@@ -8,6 +8,18 @@
   Ricci, Caputo; CVPR 2020; https://arxiv.org/abs/2002.00718)
 - PLOP: *PLOP: Learning without Forgetting for Continual Semantic Segmentation* (Douillard, Chen, Dapogny, Cord;
   CVPR 2021; https://arxiv.org/abs/2011.11390)
+- SSUL: *SSUL: Semantic Segmentation with Unknown Label for Exemplar-based Class-Incremental Learning* (Cha, Kim, Yoo,
+  Moon; NeurIPS 2021; https://arxiv.org/abs/2106.11562)
+- Incrementer: *Incrementer: Transformer for Class-Incremental Semantic Segmentation with Knowledge Distillation
+  Focusing on Old Class* (Shang, Li, Meng, Wu, Qiu, Wang; CVPR 2023)
+- EWF: *Endpoints Weight Fusion for Class Incremental Semantic Segmentation* (Xiao et al.; CVPR 2023;
+  https://arxiv.org/abs/2302.14250)
+- LGKD: *Label-Guided Knowledge Distillation for Continual Semantic Segmentation on 2D Images and 3D Point Clouds*
+  (Yang, Li, Ling, Zhang, Wang, Huang, Ma, Hur, Lin; ICCV 2023)
+- DFT*: *Revisiting Continual Semantic Segmentation with Pre-trained Vision Models* (Zhang et al.; 2025;
+  https://arxiv.org/abs/2508.04267)
+- SELECT: *SELECT: SELEctive Context Transfer for Class-Incremental Semantic Segmentation* (Gupta, Yadav, Jerripothula,
+  Tillo; BMVC 2026; https://arxiv.org/abs/2608.30281)
 
 `mbs.objective.step_loss` computes the loss that they describe, equation (13) of docs/equations.md, and
 `mbs.methods.METHODS` holds the choice that makes each method. This module computes nothing itself."""
@@ -30,17 +42,23 @@ class Parts(Parameters):
     "Switches of a method: which rule makes the training labels, and which terms the loss has."
 
     cross_entropy: Literal["plain", "unbiased"] = "plain"  # unbiased: a background label may hide any old class
+    new_weight: float = Field(1, ge=0)  # ω, weight of the pixels of new classes in the plain cross-entropy
+    deconfusion: bool = False  # also ask of each pixel whether it is of a new class
     pseudo_labels: Literal[False, True, "entropy"] = False  # True: relabel where sure; "entropy": a threshold a class
     threshold: float = Field(0.7, ge=0, le=1)  # τ, probability at which the teacher is sure, for pseudo_labels=True
     ignore_uncertain: bool = False  # leave doubtful background out; pseudo_labels="entropy" always does
     adaptive_factor: bool = False  # scale a picture's cross-entropy by ν, the share of pixels not left out
-    feature_distillation: Literal["none", "plain", "adaptive", "local-pod"] = "none"
+    feature_distillation: Literal["none", "plain", "adaptive", "old-regions", "local-pod"] = "none"
     feature_weight: float = Field(1, ge=0)  # 1, but 0.01 for local-pod
     output_distillation: Literal["none", "plain", "label-guided", "unbiased"] = "none"
     output_weight: float = Field(25, ge=0)  # λ_od: 25 on VOC, 50 on ADE20K; unbiased: 10 and 100
+    output_sum: bool = False  # sum the distillation of the outputs over the channels; False: their mean
+    old_pixel_weight: float = Field(1, ge=0)  # of the label-guided distillation where no new class is labelled …
+    new_pixel_weight: float = Field(1, ge=0)  # … and where one is
     orthogonality: bool = False
-    weight_transfer: Literal[False, True, "balanced"] = False  # new tokens start as the background's token …
-    # … and "balanced" also shares the background's probability with them
+    separation: float = Field(0, ge=0)  # weight of the distance to similar classes, for weight_transfer="similar"
+    weight_transfer: Literal[False, True, "balanced", "whole", "similar"] = False  # True: as the background's token;
+    # "balanced": and share its probability; "whole": and its scale and shift; "similar": from similar old classes
     head: Literal["softmax", "sigmoid"] = "softmax"  # of all steps; sigmoid: binary cross-entropy of each channel
     learns: Literal["all", "tokens"] = "all"  # in later steps; tokens: of the new classes, with their mask norm
     weight_fusion: bool = False  # after a step, mix old and new weights by the share of new classes
@@ -67,6 +85,11 @@ class Parts(Parameters):
         return self.output_distillation != "none"
 
     @property
+    def finds_similar(self) -> bool:
+        "Whether new classes look for similar old ones before the step."
+        return self.weight_transfer == "similar"
+
+    @property
     def has_identity(self) -> bool:
         "Whether a regression decides the classes of the foreground."
         return self.identity != "none"
@@ -83,6 +106,6 @@ class Parts(Parameters):
 
     @property
     def needs_teacher(self) -> bool:
-        "Whether any term reads the outputs of the previous model."
+        "Whether any term, or the start of new tokens, reads the outputs of the previous model."
         distils = self.distils_outputs or self.feature_distillation != "none"
-        return self.changes_labels or distils or self.orthogonality
+        return self.changes_labels or distils or self.orthogonality or self.finds_similar
