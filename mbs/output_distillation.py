@@ -98,7 +98,7 @@ def label_guided_distillation(
     guided = label_guided_targets(teacher_logits, target, logits.shape[1])
     pixels = -(guided * logits.log_softmax(1)).mean(1)  # (B, H, W)
     is_new = (target >= teacher_logits.shape[1]) & (target != VOID)
-    return (torch.where(is_new, new_weight, old_weight).to(pixels.dtype) * pixels).mean()
+    return torch.where(is_new, new_weight * pixels, old_weight * pixels).mean()
 
 
 # %% ../nbs/32_output_distillation.ipynb #157d578c
