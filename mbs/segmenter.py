@@ -147,8 +147,7 @@ class MaskTransformer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, N, D_in) → logits, patches, class features
         x = self.proj_dec(x)  # (B, N, D)
         n_patches = x.shape[1]
-        tokens = self.tokens().to(x.dtype).expand(len(x), -1, -1)  # (B, C, D)
-        x = torch.cat([x, tokens], 1)  # (B, N + C, D)
+        x = torch.cat([x, self.tokens().to(x.dtype).expand(len(x), -1, -1)], 1)  # (B, N + C, D)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)
@@ -372,10 +371,9 @@ class Segmenter(nn.Module):
 
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
-        if not self.has_trainable_encoder:
-            self.encoder.eval()
-        if not any(p.requires_grad for p in self.decoder.blocks.parameters()):
-            self.decoder.blocks.eval()  # blocks that rest drop no paths: old logits have no noise to learn from
+        for part in (self.encoder, self.decoder.blocks):
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()  # what rests keeps its statistics and drops no paths
         return self
 
     def frozen(self) -> "Segmenter":
