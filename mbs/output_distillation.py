@@ -10,6 +10,12 @@ the background b:
 - (14) plain distillation, −mean (1/N_{t−1}) Σ_{c<N_{t−1}} q_c log softmax(o_{<N_{t−1}})_c, of the released program's
   comparison method; computed by `output_distillation`
 
+Label-guided knowledge distillation, LGKD (Yang, Li, Ling, Zhang, Wang, Huang, Ma, Hur, Lin; ICCV 2023), from which (10)
+descends:
+
+- (31) (11) with a weight for the pixels that are labelled as a new class and one for all others; computed by
+  `label_guided_distillation` with `old_weight` and `new_weight`
+
 Unbiased distillation of MiB (Cermelli, Mancini, Rota Bulò, Ricci, Caputo; CVPR 2020;
 https://arxiv.org/abs/2002.00718):
 
@@ -82,13 +88,17 @@ def label_guided_distillation(
     logits: Tensor,  # (B, C, H, W) of the student
     teacher_logits: Tensor,  # (B, C_old, H, W)
     target: Tensor,  # (B, H, W) ground truth of the step, not pseudo-labels
+    old_weight: float = 1,  # of pixels that are not labelled as a new class …
+    new_weight: float = 1,  # … and of those that are
 ) -> Tensor:  # scalar
-    """Compute the cross-entropy of guided targets and student: (11).
+    """Compute the cross-entropy of guided targets and student: (11), with weights (31).
 
     Divided by the number of channels, mean over pixels.
     """
     guided = label_guided_targets(teacher_logits, target, logits.shape[1])
-    return -(guided * logits.log_softmax(1)).mean(1).mean()
+    pixels = -(guided * logits.log_softmax(1)).mean(1)  # (B, H, W)
+    is_new = (target >= teacher_logits.shape[1]) & (target != VOID)
+    return torch.where(is_new, new_weight * pixels, old_weight * pixels).mean()
 
 
 # %% ../nbs/32_output_distillation.ipynb #157d578c

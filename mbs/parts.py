@@ -8,6 +8,18 @@
   Ricci, Caputo; CVPR 2020; https://arxiv.org/abs/2002.00718)
 - PLOP: *PLOP: Learning without Forgetting for Continual Semantic Segmentation* (Douillard, Chen, Dapogny, Cord;
   CVPR 2021; https://arxiv.org/abs/2011.11390)
+- SSUL: *SSUL: Semantic Segmentation with Unknown Label for Exemplar-based Class-Incremental Learning* (Cha, Kim, Yoo,
+  Moon; NeurIPS 2021; https://arxiv.org/abs/2106.11562)
+- Incrementer: *Incrementer: Transformer for Class-Incremental Semantic Segmentation with Knowledge Distillation
+  Focusing on Old Class* (Shang, Li, Meng, Wu, Qiu, Wang; CVPR 2023)
+- EWF: *Endpoints Weight Fusion for Class Incremental Semantic Segmentation* (Xiao et al.; CVPR 2023;
+  https://arxiv.org/abs/2302.14250)
+- LGKD: *Label-Guided Knowledge Distillation for Continual Semantic Segmentation on 2D Images and 3D Point Clouds*
+  (Yang, Li, Ling, Zhang, Wang, Huang, Ma, Hur, Lin; ICCV 2023)
+- DFT*: *Revisiting Continual Semantic Segmentation with Pre-trained Vision Models* (Zhang et al.; 2025;
+  https://arxiv.org/abs/2508.04267)
+- SELECT: *SELECT: SELEctive Context Transfer for Class-Incremental Semantic Segmentation* (Gupta, Yadav, Jerripothula,
+  Tillo; BMVC 2026; https://arxiv.org/abs/2608.30281)
 
 `mbs.objective.step_loss` computes the loss that they describe, equation (13) of docs/equations.md, and
 `mbs.methods.METHODS` holds the choice that makes each method. This module computes nothing itself."""
@@ -26,30 +38,8 @@ from .parameters import Parameters
 
 
 # %% ../nbs/29_parts.ipynb #60022fe5
-class Parts(Parameters):
-    "Switches of a method: which rule makes the training labels, and which terms the loss has."
-
-    cross_entropy: Literal["plain", "unbiased"] = "plain"  # unbiased: a background label may hide any old class
-    pseudo_labels: Literal[False, True, "entropy"] = False  # True: relabel where sure; "entropy": a threshold a class
-    threshold: float = Field(0.7, ge=0, le=1)  # τ, probability at which the teacher is sure, for pseudo_labels=True
-    ignore_uncertain: bool = False  # leave doubtful background out; pseudo_labels="entropy" always does
-    adaptive_factor: bool = False  # scale a picture's cross-entropy by ν, the share of pixels not left out
-    feature_distillation: Literal["none", "plain", "adaptive", "local-pod"] = "none"
-    feature_weight: float = Field(1, ge=0)  # 1, but 0.01 for local-pod
-    output_distillation: Literal["none", "plain", "label-guided", "unbiased"] = "none"
-    output_weight: float = Field(25, ge=0)  # λ_od: 25 on VOC, 50 on ADE20K; unbiased: 10 and 100
-    orthogonality: bool = False
-    weight_transfer: Literal[False, True, "balanced"] = False  # new tokens start as the background's token …
-    # … and "balanced" also shares the background's probability with them
-    head: Literal["softmax", "sigmoid"] = "softmax"  # of all steps; sigmoid: binary cross-entropy of each channel
-    learns: Literal["all", "tokens"] = "all"  # in later steps; tokens: of the new classes, with their mask norm
-    weight_fusion: bool = False  # after a step, mix old and new weights by the share of new classes
-    identity: Literal["none", "analytic"] = "none"  # analytic: a ridge regression divides the foreground's probability
-    identity_width: int = Field(1024, ge=1)  # M, its random features
-    identity_share: float = Field(1, ge=0, le=1)  # η: 1 asks the regression alone, 0 the network alone
-    identity_ridge: float | None = Field(None, gt=0)  # γ, as a multiple of the mean eigenvalue; None: chosen
-    identity_sharpness: float | None = Field(None, gt=0)  # β; None: chosen
-    identity_teacher: Literal[False, True, "labels", "targets"] = False  # what it also decides in training
+class _Answers(Parameters):
+    "What losses and stages ask of a choice of `Parts`."
 
     @property
     def relabel_threshold(self) -> float | None:
@@ -65,6 +55,11 @@ class Parts(Parameters):
     def distils_outputs(self) -> bool:
         "Whether the loss has a term for the teacher's outputs."
         return self.output_distillation != "none"
+
+    @property
+    def finds_similar(self) -> bool:
+        "Whether new classes look for similar old ones before the step."
+        return self.weight_transfer == "similar"
 
     @property
     def has_identity(self) -> bool:
@@ -83,6 +78,39 @@ class Parts(Parameters):
 
     @property
     def needs_teacher(self) -> bool:
-        "Whether any term reads the outputs of the previous model."
+        "Whether any term, or the start of new tokens, reads the outputs of the previous model."
         distils = self.distils_outputs or self.feature_distillation != "none"
-        return self.changes_labels or distils or self.orthogonality
+        return self.changes_labels or distils or self.orthogonality or self.finds_similar
+
+
+# %% ../nbs/29_parts.ipynb #dc07c72f
+class Parts(_Answers):
+    "Switches of a method: which rule makes the training labels, and which terms the loss has."
+
+    cross_entropy: Literal["plain", "unbiased"] = "plain"  # unbiased: a background label may hide any old class
+    new_weight: float = Field(1, ge=0)  # ω, weight of the pixels of new classes in the plain cross-entropy
+    deconfusion: bool = False  # also ask of each pixel whether it is of a new class
+    pseudo_labels: Literal[False, True, "entropy"] = False  # True: relabel where sure; "entropy": a threshold a class
+    threshold: float = Field(0.7, ge=0, le=1)  # τ, probability at which the teacher is sure, for pseudo_labels=True
+    ignore_uncertain: bool = False  # leave doubtful background out; pseudo_labels="entropy" always does
+    adaptive_factor: bool = False  # scale a picture's cross-entropy by ν, the share of pixels not left out
+    feature_distillation: Literal["none", "plain", "adaptive", "old-regions", "local-pod"] = "none"
+    feature_weight: float = Field(1, ge=0)  # 1, but 0.01 for local-pod
+    output_distillation: Literal["none", "plain", "label-guided", "unbiased"] = "none"
+    output_weight: float = Field(25, ge=0)  # λ_od: 25 on VOC, 50 on ADE20K; unbiased: 10 and 100
+    output_sum: bool = False  # sum the distillation of the outputs over the channels; False: their mean
+    old_pixel_weight: float = Field(1, ge=0)  # of the label-guided distillation where no new class is labelled …
+    new_pixel_weight: float = Field(1, ge=0)  # … and where one is
+    orthogonality: bool = False
+    separation: float = Field(0, ge=0)  # weight of the distance to similar classes, for weight_transfer="similar"
+    weight_transfer: Literal[False, True, "balanced", "whole", "similar"] = False  # True: as the background's token;
+    # "balanced": and share its probability; "whole": and its scale and shift; "similar": from similar old classes
+    head: Literal["softmax", "sigmoid"] = "softmax"  # of all steps; sigmoid: binary cross-entropy of each channel
+    learns: Literal["all", "tokens"] = "all"  # in later steps; tokens: of the new classes, with their mask norm
+    weight_fusion: bool = False  # after a step, mix old and new weights by the share of new classes
+    identity: Literal["none", "analytic"] = "none"  # analytic: a ridge regression divides the foreground's probability
+    identity_width: int = Field(1024, ge=1)  # M, its random features
+    identity_share: float = Field(1, ge=0, le=1)  # η: 1 asks the regression alone, 0 the network alone
+    identity_ridge: float | None = Field(None, gt=0)  # γ, as a multiple of the mean eigenvalue; None: chosen
+    identity_sharpness: float | None = Field(None, gt=0)  # β; None: chosen
+    identity_teacher: Literal[False, True, "labels", "targets"] = False  # what it also decides in training

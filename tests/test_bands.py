@@ -19,7 +19,8 @@ from mbs.pseudo_labels import ignore_doubtful, relabel_confident, select_labels,
 from mbs.segmenter import Segmenter, SegmenterOutput
 from mbs.weights import make_encoder
 
-CHOICES = {**{name: dict(method=name, parts={}) for name in METHODS}, **ABLATIONS}
+SOFTMAX = [name for name, parts in METHODS.items() if parts.head == "softmax"]  # an identity needs it
+CHOICES = {**{name: dict(method=name, parts={}) for name in SOFTMAX}, **ABLATIONS}
 
 
 def networks(method, groups, step):
@@ -71,11 +72,11 @@ def test_value_and_gradient(name, teaches, n_old_classes, n_new, height, width, 
         old = teacher(images)
     own = torch.from_numpy(rng.normal(size=old.patch_logits.shape))
     old = old._replace(own_logits=own)
-    thresholds = rng.uniform(0, 2, step.n_old).tolist()
+    thresholds, similar = rng.uniform(0, 2, step.n_old).tolist(), [[1]] * n_new
     sides = []
     for way in (lambda out: out, by_full_maps):
         student.zero_grad()
-        terms = step_loss(way(student(images)), way(old), target, method.parts, step, thresholds)
+        terms = step_loss(way(student(images)), way(old), target, method.parts, step, thresholds, similar)
         terms["loss"].backward()
         sides.append((terms, [p.grad for p in student.parameters()]))
     (bands, band_grads), (full, full_grads) = sides
@@ -92,7 +93,7 @@ def test_which_methods_go_in_bands():
     _, student = networks(Method("mbs"), [1, 2], make_step(3, 1))
     out = student(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
     in_bands = {name for name in METHODS if can_use_bands(out, Method(name).parts)}
-    assert in_bands == {"finetune", "joint", "kd", "mbs", "mbs-analytic"}
+    assert in_bands == {"finetune", "joint", "kd", "dft", "select", "mbs", "mbs-analytic"}
     assert not can_use_bands(by_full_maps(out), Method("mbs").parts)
 
 

@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
 
 
-@pytest.mark.parametrize("method", ["mbs", "plop", "mbs-analytic"])
+@pytest.mark.parametrize("method", ["mbs", "plop", "select", "mbs-analytic"])
 def test_two_processes_of_four_are_one_of_eight(tmp_path, method, monkeypatch):
     "Losses and model are the same up to rounding; the confusion matrix of the same weights is the same exactly."
     monkeypatch.setattr("mbs.training.LOG_EVERY", 1)

@@ -18,7 +18,7 @@ from mbs.experiment import Experiment
 from mbs.feature_distillation import local_pod, pool_strips
 from mbs.label_quality import make_pseudo_label_examples
 from mbs.methods import ABLATIONS, METHODS, Method
-from mbs.objective import cross_entropy, make_training_labels, step_loss
+from mbs.objective import binary_cross_entropy, cross_entropy, make_training_labels, step_loss
 from mbs.output_distillation import output_distillation, unbiased_distillation
 from mbs.parts import Parts
 from mbs.protocol import VOID
@@ -354,13 +354,15 @@ def test_training_under_autocast():
 
 
 def test_base_step_is_the_same_for_every_method():
-    "Without a teacher there is only the plain cross-entropy."
+    "Without a teacher there is only the plain cross-entropy of the head."
     z, y = draw(0, 2, 4, 8, 8), labels(0, 2, 8, 8, channels=[0, 1, 2, 3, VOID])
     student = SegmenterOutput(z, None, None, None, None)
     for name in METHODS:
         terms = Method(name).loss(student, None, y, make_step(1, 3))
         assert list(terms) == ["loss", "cross_entropy"]
-        close(terms["loss"], F.cross_entropy(z, y, ignore_index=VOID))
+        has_softmax = METHODS[name].head == "softmax"
+        expected = F.cross_entropy(z, y, ignore_index=VOID) if has_softmax else binary_cross_entropy(z, y)
+        close(terms["loss"], expected)
 
 
 def test_unbiased_cross_entropy_needs_no_teacher():

@@ -70,7 +70,7 @@ def train(name="mbs", n=3, watch=None, **choices):
     "Train `n` iterations on the same batch, all but the first under `watch`; the terms of each, and the student."
     method, recipe = Method(name), make_recipe(lr=1e-2, **choices)
     teacher, student = make_networks(method)
-    method.found = dict(thresholds=[0.5, 0.5, 0.5])
+    method.found = dict(thresholds=[0.5, 0.5, 0.5], similar_votes=[[0, 1, 0], [0, 1, 2]])
     training = RecordedTraining(student, teacher, method, STEP, recipe, total=1000)
     batch = make_batch(training.device)
 

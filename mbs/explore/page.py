@@ -208,7 +208,9 @@ def _note_differences(state: ShiftState) -> str:
         teacher = "network and identity" if parts.identifies_labels else "the network alone"
         notes.append(f"The teacher's pseudo-labels are those of {teacher}.")
     if parts.feature_distillation != "adaptive":
-        notes.append("This run does not weight its feature distillation: the panel shows what the weights would be.")
+        notes.append(
+            "This run does not weight its feature distillation like this: the panel shows what the weights would be."
+        )
     return " ".join(notes)
 
 
