@@ -15,6 +15,7 @@ Modules:
 - `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.
 - `mbs.metrics`: Derive every number of the field from one confusion matrix a step: counts first, convention second.
 - `mbs.objective`: The training loss of a step, composed from named parts, each of which can be switched on its own.
+- `mbs.orders`: Make orders of arrival: at random from a seed, or from how similar the classes look to a frozen encoder.
 - `mbs.orthogonality`: Push the tokens of new classes away from all others, the background's included.
 - `mbs.output_distillation`: Pass on what the teacher knows, and correct it where a new class is labelled.
 - `mbs.parts`: Which parts of a method are on: one frozen set of switches that every loss reads.

@@ -10,16 +10,20 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from .folders import home
+from .orders import list_order_names, list_order_parameters, make_orders
 from .parameter_files import find_parameter_file, flatten_parameters, read_parameters
 from .parameters import Parameters
 from .protocol import name_split
+from .run import Run, load_run
 from .settings import Settings
 
 # %% ../nbs/65_grid.ipynb #c1af967f
@@ -27,13 +31,15 @@ MOST_RUNS = 10_000  # in a batch
 
 
 class Grid(Parameters):
-    "A batch of runs: each entry of `runs` with every combination of `grid`."
+    "A batch of runs: each entry of `runs` with every combination of `grid`, in every order of `orders`."
 
     name: str = Field(pattern=r"^[\w+=-][\w.+=-]*$")  # of the batch's folder under outputs/
     base: str | None = None  # parameter file of all runs
     parameters: dict[str, Any] = {}  # of all runs
     runs: list[dict[str, Any]] = [{}]  # parameters of one run each
     grid: dict[str, list[Any]] = {}  # values that each parameter takes
+    orders: Annotated[list[str], BeforeValidator(list_order_names)] = []  # of the classes, see `mbs.orders`
+    features: str | None = None  # run whose encoder measures similarity for `orders`; None: the encoder of each run
     notebook: str | None = None  # executed instead of the built-in train.ipynb, with the same parameters
 
     def points(self) -> list[tuple[dict, dict]]:
@@ -50,14 +56,17 @@ def _check_grid(grid: Grid):
     empty = [name for name, values in grid.grid.items() if not values]
     if empty:
         raise ValueError(f"grid of {empty[0]!r} is empty: expected at least one value")
-    if not grid.runs or not (grid.grid or any(grid.runs)):
+    if not grid.runs or not (grid.grid or any(grid.runs) or grid.orders):
         raise ValueError("the batch has no runs: expected lists of values under grid, or parameters under runs")
-    n = len(grid.runs) * prod(map(len, grid.grid.values()))
+    n = len(grid.runs) * prod(map(len, grid.grid.values())) * max(1, len(grid.orders))
     if n > MOST_RUNS:
         raise ValueError(f"the batch has {n:,} runs: expected at most {MOST_RUNS:,}")
 
 
 # %% ../nbs/65_grid.ipynb #b79c6584
+_SHORT_NAMES = {"memory.size": "memory"}  # of parameters whose last part alone says too little
+
+
 def _make_run_name(
     values: dict,  # what is particular to the run, with dots
     ambiguous: set = frozenset(),  # last parts of names that several parameters of the batch have
@@ -75,9 +84,20 @@ def _make_name_part(name: str, value: Any, ambiguous: set) -> str:
         return name_split(value)
     if name == "seed":
         return f"s{_clean_text(value)}"
+    if name == "training.encoder_factor" and (words := _describe_encoder(value)):
+        return words
     if isinstance(value, str) and key == name:
         return _clean_text(Path(value).stem if name in ("base", "data") else value)
+    key = _SHORT_NAMES.get(name, key)
     return f"{name if key in ambiguous else key}={_clean_text(value)}"
+
+
+def _describe_encoder(factors: Any) -> str:
+    "Describe the encoder's factors on the learning rate in words; '' unless it learns on equally, or rests."
+    if not isinstance(factors, list) or len(factors) != 2 or not factors[0] or factors[1] not in (0, factors[0]):
+        return ""
+    words = "encoder-learns" if factors[1] else "encoder-rests"
+    return words if factors[0] == 1 else f"{words}-{_clean_text(factors[0])}"
 
 
 def _clean_text(value: Any) -> str:
@@ -85,6 +105,29 @@ def _clean_text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     text = re.sub(r"[^\w.+=-]+", "_", text).strip("_.-")
     return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# %% ../nbs/65_grid.ipynb #11509a29
+def _find_features_run(name: str) -> Run:
+    "Open the run that `features` names: its folder, or its name under outputs/."
+    return load_run(name if Path(name).is_dir() else home("outputs", name))
+
+
+def _make_order_chooser(grid: Grid) -> Callable[[list[dict]], dict[str, dict]]:
+    "Return a function that maps the layers of a run to its orders: name → parameters; without orders {'': {}}."
+    if not grid.orders:
+        return lambda layers: {"": {}}
+    run = _find_features_run(grid.features) if grid.features else None
+    known = {}
+
+    def choose_orders(layers: list[dict]) -> dict[str, dict]:
+        settings = Settings.from_layers(*layers)
+        key = json.dumps([list_order_parameters(settings), settings.protocol])
+        if key not in known:
+            known[key] = {name: dict(classes=order) for name, order in make_orders(settings, grid.orders, run).items()}
+        return known[key]
+
+    return choose_orders
 
 
 # %% ../nbs/65_grid.ipynb #d45d98ec
@@ -95,26 +138,34 @@ def _find_ambiguous(points: list[tuple[dict, dict]]) -> set[str]:
     return {part for part, n in last_parts.items() if n > 1}
 
 
+def _stack_run(grid: Grid, entry: dict, point: dict) -> list[dict]:
+    "Return the layers of a run, without its name; ValueError for a parameter in `runs` and in `grid`."
+    twice = entry.keys() & point.keys()
+    if twice:
+        raise ValueError(f"parameter {min(twice)!r} is in runs and in grid: expected it in one of them")
+    common, own = flatten_parameters(grid.parameters), entry | point
+    base = own.pop("base", common.pop("base", grid.base))
+    below = [read_parameters(base)] if base else []
+    return [*below, common, own]
+
+
 def expand_grid(grid: Grid) -> list[Settings]:
     "Make the settings of every run, named `batch/run`; ValueError for unknown parameters and for equal names."
     points = grid.points()
     ambiguous = _find_ambiguous(points)
+    choose_orders = _make_order_chooser(grid)
     settings = {}
     for entry, point in points:
-        twice = entry.keys() & point.keys()
-        if twice:
-            raise ValueError(f"parameter {min(twice)!r} is in runs and in grid: expected it in one of them")
+        layers = _stack_run(grid, entry, point)
         parts = [_make_run_name(entry, ambiguous), _make_run_name(point, ambiguous)]
-        name = "-".join(part for part in parts if part) or "run"
-        if name in settings:
-            raise ValueError(
-                f"two runs of batch {grid.name!r} have the name {name!r}: "
-                "expected runs that differ; give them names under runs"
-            )
-        common, own = flatten_parameters(grid.parameters), entry | point
-        base = own.pop("base", common.pop("base", grid.base))
-        below = [read_parameters(base)] if base else []
-        settings[name] = Settings.from_layers(*below, common, own, dict(name=f"{grid.name}/{name}"))
+        for order, chosen in choose_orders(layers).items():
+            name = "-".join(part for part in [*parts, order] if part) or "run"
+            if name in settings:
+                raise ValueError(
+                    f"two runs of batch {grid.name!r} have the name {name!r}: "
+                    "expected runs that differ; give them names under runs"
+                )
+            settings[name] = Settings.from_layers(*layers, chosen, dict(name=f"{grid.name}/{name}"))
     return list(settings.values())
 
 
