@@ -24,6 +24,7 @@ Modules:
 - `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test.
 - `mbs.scenes`: Draw seeded pictures of eight kinds of objects on cluttered ground, a data set made in seconds.
 - `mbs.segmenter`: An encoder from timm and a mask transformer whose class tokens grow with the classes.
+- `mbs.studies`: Find out what a batch varies – memory, class order, encoder – and show what it changes.
 - `mbs.viz`: Draw static figures: labels over photos, pseudo-labels, the background shift, forgetting.
 - `mbs.weights`: Load weights of any origin into an encoder from timm, with their normalisation and a receipt."""
 

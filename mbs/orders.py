@@ -38,7 +38,10 @@ __all__ = [
     "gather_similar",
     "group_similar",
     "order_by_similarity",
+    "list_classes",
+    "read_sizes",
     "make_orders",
+    "draw_orders",
     "show_orders",
 ]
 
@@ -53,6 +56,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -81,7 +85,7 @@ def list_order_names(
 ) -> list[str]:
     "List the names of the orders that are asked for; ValueError for unknown names, numbers below 1, and repetitions."
     names = []
-    for order in [orders] if isinstance(orders, int | str) else orders:
+    for order in orders if isinstance(orders, list | tuple) else [orders]:
         is_number = type(order) is int and 1 <= order <= MOST_ORDERS
         if not is_number and order not in SIMILAR and not (isinstance(order, str) and _RANDOM.fullmatch(order)):
             expected = f"a number of random orders, order1, order2 …, or one of {', '.join(SIMILAR)}"
@@ -311,6 +315,18 @@ def order_by_similarity(
 
 
 # %% ../nbs/64a_orders.ipynb #07b11b33
+def list_classes(settings: Settings) -> list[str]:
+    "List the classes of `settings`, or else of the data set, which orders are made of."
+    return settings.classes or list(open_data(settings.data, settings.scenes)[0].classes)
+
+
+def read_sizes(settings: Settings) -> list[int]:
+    "Return the number of classes of each step; ValueError for a split that the classes do not fit."
+    split = settings.protocol.split("_")[0]  # 15-1_b is 15-1 with an order of its own
+    return Protocol(split, len(list_classes(settings))).sizes
+
+
+# %% ../nbs/64a_orders.ipynb #cfb66090
 def make_orders(
     settings: Settings,
     orders: int | str | Sequence[int | str],  # see `list_order_names`
@@ -318,8 +334,7 @@ def make_orders(
 ) -> dict[str, list[str]]:  # name of the order → class names in order of arrival
     "Make class orders for data and protocol of `settings`; ValueError for unknown orders and impossible splits."
     names = list_order_names(orders)
-    classes = settings.classes or open_data(settings.data, settings.scenes)[0].classes
-    sizes = Protocol(settings.protocol.split("_")[0], len(classes)).sizes
+    classes, sizes = list_classes(settings), read_sizes(settings)
     similarity = measure_similarity(settings, run) if set(names) & set(SIMILAR) else None
     made = {}
     for name in names:
@@ -332,27 +347,39 @@ def make_orders(
 
 
 # %% ../nbs/64a_orders.ipynb #0c7f8133
-def show_orders(
+def draw_orders(
+    ax: Axes,
     orders: dict[str, Sequence[str]],  # name of the order → class names in order of arrival
     sizes: Sequence[int],  # classes of each step
-    groups: Sequence[Sequence[str]] = (),  # class names that look alike, each group in one colour
-) -> Figure:
-    "Show class orders as rows of cells; gaps part the steps, and classes of one group have one colour."
+    colours: dict[str, Sequence],  # name of the order → colour of each cell
+):
+    "Draw class orders as rows of cells, with a gap before every step."
     n = sum(sizes)
-    shared = [group for group in groups if len(group) > 1]
-    colours = {name: colour for group, colour in zip(shared, _make_pale_colours(len(shared))) for name in group}
     lefts = np.arange(n) + 0.25 * np.repeat(range(len(sizes)), sizes)
-    fig, ((ax,),) = make_grid(1, 1, min(12, 1.2 + 0.75 * n), 0.45 + 0.3 * len(orders))
-    for row, order in enumerate(orders.values()):
-        cells = ax.barh([row] * n, 0.96, 0.8, lefts, color=[colours.get(name, "#EEEEEE") for name in order])
-        ax.bar_label(cells, order, label_type="center", fontsize=7 if n < 15 else 3)
-    ax.set_yticks(range(len(orders)), orders, fontsize=8)
+    for row, (name, order) in enumerate(orders.items()):
+        cells = ax.barh([row] * n, 0.96, 0.8, lefts, color=colours[name])
+        ax.bar_label(cells, order, label_type="center", fontsize=7 if n < 15 else 3.5)
     starts = np.cumsum([0, *sizes[:-1]])
+    ax.set_yticks(range(len(orders)), orders, fontsize=8)
     ax.set_xticks(lefts[starts], [f"step {t}" for t in range(len(sizes))], fontsize=8, ha="left")
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
+
+
+# %% ../nbs/64a_orders.ipynb #52d125d8
+def show_orders(
+    orders: dict[str, Sequence[str]],  # name of the order → class names in order of arrival
+    sizes: Sequence[int],  # classes of each step
+    groups: Sequence[Sequence[str]] = (),  # class names that look alike, each group in one colour
+) -> Figure:
+    "Show class orders as rows; classes of one group have one colour, those without a group are grey."
+    shared = [group for group in groups if len(group) > 1]
+    colours = {name: colour for group, colour in zip(shared, _make_pale_colours(len(shared))) for name in group}
+    fig, ((ax,),) = make_grid(1, 1, min(12, 1.2 + 0.75 * sum(sizes)), 0.45 + 0.3 * len(orders))
+    painted = {order: [colours.get(name, "#EEEEEE") for name in names] for order, names in orders.items()}
+    draw_orders(ax, orders, sizes, painted)
     if shared:
         patches = [Patch(color=colours[group[0]], label=" ~ ".join(group)) for group in shared]
         fig.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
