@@ -17,6 +17,7 @@ Modules:
 - `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.
 - `mbs.metrics`: Derive every number of the field from one confusion matrix a step: counts first, convention second.
 - `mbs.objective`: The training loss of a step, composed from named parts, each of which can be switched on its own.
+- `mbs.orders`: Make orders of arrival: at random from a seed, or from how similar the classes look to a frozen encoder.
 - `mbs.orthogonality`: Push the tokens of new classes away from all others, the background's included.
 - `mbs.output_distillation`: Pass on what the teacher knows, and correct it where a new class is labelled.
 - `mbs.parts`: Which parts of a method are on: one frozen set of switches that every loss reads.
@@ -25,6 +26,7 @@ Modules:
 - `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test.
 - `mbs.scenes`: Draw seeded pictures of eight kinds of objects on cluttered ground, a data set made in seconds.
 - `mbs.segmenter`: An encoder from timm and a mask transformer whose class tokens grow with the classes.
+- `mbs.studies`: Find out what a batch varies – memory, class order, encoder – and show what it changes.
 - `mbs.viz`: Draw static figures: labels over photos, pseudo-labels, the background shift, forgetting.
 - `mbs.weights`: Load weights of any origin into an encoder from timm, with their normalisation and a receipt."""
 

@@ -20,12 +20,14 @@ __all__ = [
     "coco",
     "check",
     "inspect",
+    "orders",
 ]
 
 # %% ../nbs/80_cli.ipynb #c84a4711
 import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -618,3 +620,45 @@ def _print_steps(setup, rows: list[dict]):
         exemplars = [f"{row['exemplars']:,}"] if memory.size else []
         table.add_row(*_format_step(row), *each, *exemplars)
     Console().print(table)
+
+
+# %% ../nbs/80_cli.ipynb #813a0076
+_ORDERS_HELP = "Names of orders, separated by commas; a number n stands for n random ones."
+_FEATURES_HELP = (
+    "Run whose encoder measures similarity, a folder or its name under outputs/. Default: the settings' own."
+)
+_ORDERS_FIGURE_HELP = "Also draw the orders, with look-alikes in one colour (.png, .pdf, .svg)."
+
+
+@app.command()
+def orders(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP),
+    ] = None,
+    names: Annotated[str, typer.Option("--orders", help=_ORDERS_HELP)] = "similar-last,similar-first,similar-spread,3",
+    features: Annotated[str | None, typer.Option(help=_FEATURES_HELP)] = None,
+    figure: Annotated[Path | None, typer.Option(help=_ORDERS_FIGURE_HELP)] = None,
+):
+    "Print class orders for a data set and a protocol; a batch file makes runs of them, see docs/protocols.md."
+    with explain_errors():
+        from mbs.grid import find_features_run
+        from mbs.orders import make_orders
+        from mbs.settings import Settings
+
+        settings = Settings.from_layers(*_read_layers(words or []).values())
+        run = find_features_run(features) if features else None
+        made = make_orders(settings, [parse_value(name) for name in names.split(",")], run)
+        for name, order in made.items():
+            typer.echo(f"{name:14} {shlex.quote('classes=' + json.dumps(order, ensure_ascii=False))}")
+        if figure:
+            _draw_orders(settings, made, run).savefig(figure, dpi=150)
+
+
+def _draw_orders(settings, made: dict[str, list[str]], run):
+    "Draw class orders, with the groups of similar classes in one colour."
+    from mbs.orders import group_similar, list_classes, measure_similarity, read_sizes, show_orders
+
+    classes, sizes = list_classes(settings), read_sizes(settings)
+    groups = group_similar(measure_similarity(settings, run), sizes[0])
+    return show_orders(made, sizes, [[classes[c] for c in group] for group in groups])

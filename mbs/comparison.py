@@ -7,7 +7,10 @@ __all__ = [
     "SCORES",
     "find_runs",
     "is_single_step",
+    "collect_choices",
+    "label_runs",
     "Group",
+    "name_order",
     "group_runs",
     "collect_outcome",
     "summarise_group",
@@ -28,6 +31,7 @@ import numpy as np
 
 from .methods import METHODS
 from .metrics import FLOWS, background_shift, backward_transfer, forgetting, nan_mean, scores
+from .orders import find_order_name
 from .protocol import Protocol, Step
 from .run import Run, load_run
 from .tables import summarise_seeds
@@ -79,7 +83,7 @@ def _make_table_key(run: Run) -> tuple[str, str]:
 
 
 # %% ../nbs/69_comparison.ipynb #6b513fc1
-def _collect_choices(run: Run) -> dict[str, object]:
+def collect_choices(run: Run) -> dict[str, object]:
     "Collect what the runs of one line share: everything that can change the result, except the seed."
     settings, card = run.settings, run.card
     weights = (card.weights.sha256 or card.weights.source)[:12]
@@ -109,19 +113,24 @@ def _find_memory(run: Run) -> dict[str, object]:
     if not memory.size:
         return {}
     others = memory.model_dump(mode="json", exclude={"size"}, exclude_defaults=True)
-    return dict(memory=memory.size) | others
+    return {"memory.size": memory.size} | others
 
 
-def _label_runs(runs: Sequence[Run]) -> list[str]:
+def label_runs(
+    runs: Sequence[Run],
+    without: str = "",  # a choice that the labels leave out
+) -> list[str]:
     "Label the runs of a table: the method, its switched parts, its memory, and every other choice that varies."
-    every = [_collect_choices(run) for run in runs]
-    others = (k for choices in every for k in choices if k != "method")
+    every = [collect_choices(run) for run in runs]
+    others = (k for choices in every for k in choices if k not in ("method", without))
     names = dict.fromkeys(k for k in others if not k.startswith(("parts.", "memory.")))
     varied = [k for k in names if len({json.dumps(choices.get(k)) for choices in every}) > 1]
     labels = []
     for run, choices in zip(runs, every):
         told = _find_switched_parts(run) | _find_memory(run) | {k: choices.get(k) for k in varied}
-        labels.append(" ".join([run.settings.method, *(f"{k}={v}" for k, v in told.items())]))
+        told.pop(without, None)
+        words = [f"{'memory' if k == 'memory.size' else k}={v}" for k, v in told.items()]
+        labels.append(" ".join([run.settings.method, *words]))
     return labels
 
 
@@ -165,13 +174,20 @@ class Group:
         return self.first.names
 
 
+# %% ../nbs/69_comparison.ipynb #a9f31406
+def name_order(runs: Sequence[Run]) -> str:
+    "Return the name of the class order in which all names of `runs` end; '' if there is none."
+    names = {find_order_name(run.folder.name) for run in runs}
+    return names.pop() if len(names) == 1 else ""
+
+
 # %% ../nbs/69_comparison.ipynb #c4a20684
 def _split_into_lines(
     runs: Sequence[Run], suffix: str = ""
 ) -> tuple[dict[str, list[Run]], list[tuple[str, Run]], list[Run]]:
     "Return finished runs by label with one run a seed, unfinished runs with their label, and repeats of a seed."
     lines, unfinished, repeats = {}, [], []
-    for label, run in zip(_label_runs(runs), runs):
+    for label, run in zip(label_runs(runs), runs):
         if not run.finished:
             unfinished.append((label + suffix, run))
             continue
@@ -195,7 +211,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         lines, unfinished, repeats = _split_into_lines(members if steps else [])
         single = _split_into_lines(tables.get((data, ""), []), " (all at once)")
         settings = members[0].settings
-        title = " · ".join([Path(settings.data).name, settings.protocol, *[settings.setting_and_shots] * bool(steps)])
+        words = [Path(settings.data).name, settings.protocol, *[settings.setting_and_shots] * bool(steps)]
+        order = name_order(members)
+        title = " · ".join([*words, order] if order else words)
         same = sum(_strip_number(group.title) == title for group in groups)
         title += f" (table {same + 1})" if same else ""
         groups.append(Group(title, lines, single[0], unfinished + single[1], repeats + single[2]))

@@ -63,6 +63,7 @@ from mbs.report_tables import (
     make_unfinished_table,
 )
 from .run import Run
+from .studies import make_studies
 from .tables import Table, build_html_page, embed_figure, to_csv, to_html, to_latex, to_markdown
 from mbs.viz import (
     METHOD_COLOURS,
@@ -233,8 +234,13 @@ class Section(NamedTuple):
 
 
 def make_sections(runs: Sequence[Run]) -> list[Section]:
-    "Make a section for each group, and the appendix with the run cards."
-    sections = [Section(group.title, [*make_tables(group), *draw_figures(group)]) for group in group_runs(runs)]
+    "Make a section for each study and each group, and the appendix with the run cards."
+    groups = group_runs(runs)
+    sections = [
+        Section(heading, [*tables, *(CaptionedFigure(*figure) for figure in figures)])
+        for heading, tables, figures in make_studies(groups)
+    ]
+    sections += [Section(group.title, [*make_tables(group), *draw_figures(group)]) for group in groups]
     return [*sections, Section("Appendix", [make_card_table(runs)])]
 
 
