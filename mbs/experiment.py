@@ -142,18 +142,10 @@ class Experiment:
                     is_current = False
                 else:
                     if not is_current:
-                        student, is_current = self._load_student(step.number - 1), True
+                        student, is_current = _load_student(self, step.number - 1), True
                     self.writer.begin_step(step)
                     student = self.train_step(student, step)
                 yield step.number
-
-    def _load_student(self, step: int) -> Segmenter:
-        run = load_run(self.folder)
-        self.setup.method.state = run.method_state(step)
-        self.exemplars = run.exemplars(step)
-        if self.identification:
-            self.identification.restore(run.identity(step), run.reference())
-        return load_model(self.setup.model(step), run.step_path(step, "model.safetensors"))
 
     def train_step(self, student: Segmenter, step: Step) -> Segmenter:
         "Train, test and write one step, and log what it suffers from; return the iterate that the recipe keeps."
@@ -165,6 +157,17 @@ class Experiment:
             student = _train_and_write(self, self.setup.method.grow(student, step), previous, step)
         _log_findings(self.folder, step)
         return student
+
+
+# %% ../nbs/52_experiment.ipynb #1fee07be
+def _load_student(experiment: Experiment, step: int) -> Segmenter:
+    "Load what the run had after `step`: the network, and with the experiment identity, state and exemplars."
+    run, setup = load_run(experiment.folder), experiment.setup
+    setup.method.state = run.method_state(step)
+    experiment.exemplars = run.exemplars(step)
+    if experiment.identification:
+        experiment.identification.restore(run.identity(step), run.reference())
+    return load_model(setup.model(step), run.step_path(step, "model.safetensors"))
 
 
 # %% ../nbs/52_experiment.ipynb #01082057

@@ -65,6 +65,7 @@ def _make_empty() -> np.ndarray:
     return np.zeros(0, int)
 
 
+# %% ../nbs/11b_memory.ipynb #bed72ee9
 @dataclass(frozen=True, eq=False)
 class Exemplars:
     "The pictures of a memory, in the order in which they were chosen."
@@ -186,6 +187,7 @@ def _gather_candidates(before: Exemplars, positions: np.ndarray, step: Step) -> 
     return Exemplars(np.concatenate([before.positions, fresh]), steps)
 
 
+# %% ../nbs/11b_memory.ipynb #d21de33e
 def select_exemplars(
     memory: Memory,
     before: Exemplars,  # chosen after the step before

@@ -200,8 +200,8 @@ def _check_head(parts: Parts):
 
 
 # %% ../nbs/35_methods.ipynb #d0ca3554
-class Method:
-    "A named choice of `Parts`, and what it does in each stage of a step."
+class _MethodStart:
+    "A named choice of `Parts`, and how new classes start."
 
     def __init__(
         self,
@@ -232,6 +232,11 @@ class Method:
         if transfer == "whole":
             student.decoder.mask_norm.copy_background()
         return student
+
+
+# %% ../nbs/35_methods.ipynb #6e18b49d
+class _MethodTraining(_MethodStart):
+    "What must be known before training, what learns, and what batches hold."
 
     def prepare(
         self,
@@ -279,6 +284,11 @@ class Method:
         The share of the memory, but one at least, and at least one picture of the step.
         """
         return min(batch - 1, max(1, round(memory.share * batch)))
+
+
+# %% ../nbs/35_methods.ipynb #385546cd
+class Method(_MethodTraining):
+    "A named choice of `Parts`, and what it does in each stage of a step."
 
     def loss(
         self,

@@ -128,6 +128,17 @@ def _check_order(order: Sequence[int], n_classes: int) -> list[int]:
 
 
 # %% ../nbs/00_protocol.ipynb #bbc325f4
+def _check_dataset_and_setting(dataset: str | int, setting: str):
+    "Raise ValueError for a name that is not known."
+    if isinstance(dataset, str) and dataset not in N_CLASSES:
+        raise ValueError(
+            f"dataset {dataset!r} is not known: expected one of {', '.join(N_CLASSES)}, or a number of classes"
+        )
+    if setting not in (*SETTINGS, "joint"):
+        raise ValueError(f"setting {setting!r} is not known: expected one of {', '.join(SETTINGS)}")
+
+
+# %% ../nbs/00_protocol.ipynb #c727b8db
 class Protocol:
     "Class steps of a split, the channel of each class id, and the images each step sees."
 
@@ -138,12 +149,7 @@ class Protocol:
         setting: str = "overlapped",  # one of `SETTINGS`, or "joint"
         order: Sequence[int] | None = None,  # class ids in order of arrival; None: the split's own, or 1, 2, 3 …
     ):
-        if isinstance(dataset, str) and dataset not in N_CLASSES:
-            raise ValueError(
-                f"dataset {dataset!r} is not known: expected one of {', '.join(N_CLASSES)}, or a number of classes"
-            )
-        if setting not in (*SETTINGS, "joint"):
-            raise ValueError(f"setting {setting!r} is not known: expected one of {', '.join(SETTINGS)}")
+        _check_dataset_and_setting(dataset, setting)
         self.name = name = name_split(name)
         self.dataset = dataset
         self.setting = setting

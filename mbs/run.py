@@ -414,20 +414,8 @@ class _RunFiles:
 
 
 # %% ../nbs/51_run.ipynb #37ca56b6
-class Run(_RunFiles):
-    "A run folder, finished or not: card, log, confusion matrices, sample pictures, models."
-
-    def confusion(self, step: int = -1, column: str = "") -> Confusion:
-        """Read the confusion matrix of a complete `step` (negative: from the end).
-
-        `column`: 'published' or 'clean' where both were measured, 'network' for the network without its identity."""
-        step = range(self.n_steps)[step]
-        file = self.step_path(step, f"confusion-{column}.npz" if column else "confusion.npz")
-        return read_confusion(file, self.protocol[step].n_channels)
-
-    def iou(self) -> np.ndarray:
-        "(T, C) IoU of every channel after every complete step."
-        return iou_matrix([self.confusion(t) for t in range(self.n_steps)])
+class _RunModels(_RunFiles):
+    "What a run folder keeps of models: networks, identities, states of methods, exemplars."
 
     def model(self, step: int = -1, identity: bool = True) -> Predictor:
         """Load the model after `step` (negative: from the end), in eval mode on the CPU.
@@ -474,6 +462,23 @@ class Run(_RunFiles):
         if not self.card.memory.size:
             return Exemplars()
         return read_exemplars(self.step_path(step, "exemplars.json"), self.card, step)
+
+
+# %% ../nbs/51_run.ipynb #3f2f085b
+class Run(_RunModels):
+    "A run folder, finished or not: card, log, confusion matrices, sample pictures, models."
+
+    def confusion(self, step: int = -1, column: str = "") -> Confusion:
+        """Read the confusion matrix of a complete `step` (negative: from the end).
+
+        `column`: 'published' or 'clean' where both were measured, 'network' for the network without its identity."""
+        step = range(self.n_steps)[step]
+        file = self.step_path(step, f"confusion-{column}.npz" if column else "confusion.npz")
+        return read_confusion(file, self.protocol[step].n_channels)
+
+    def iou(self) -> np.ndarray:
+        "(T, C) IoU of every channel after every complete step."
+        return iou_matrix([self.confusion(t) for t in range(self.n_steps)])
 
     def predict(self, image: Any, step: int = -1) -> np.ndarray:
         "Segment a picture of any size, given as `read_photo` takes it, into channels (H, W) uint8."

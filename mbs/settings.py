@@ -427,7 +427,7 @@ def _hash_base_code() -> str:
 
 def _hash_method(method: Method) -> list[str]:
     "Return the hash of each user-defined class of `method`; an empty list for a built-in method."
-    return [hash_class(kind) for kind in type(method).__mro__ if kind not in (Method, object)]
+    return [hash_class(kind) for kind in type(method).__mro__ if kind not in Method.__mro__]
 
 
 def hash_base_step(setup: Setup, model: Segmenter) -> str:

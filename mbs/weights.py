@@ -53,6 +53,7 @@ def _unwrap(content: Any) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, left_out + [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
 
 
+# %% ../nbs/21_weights.ipynb #fd2121ac
 def _read_file(file: Path) -> Any:
     "Read a .safetensors, .pth or .pt file without running code of it; ValueError if that is impossible."
     if not file.is_file():
@@ -67,6 +68,7 @@ def _read_file(file: Path) -> Any:
         ) from None
 
 
+# %% ../nbs/21_weights.ipynb #eecb451f
 def read_state(file: Path | str) -> tuple[dict[str, Tensor], list[str]]:  # tensors by name, names of what is left out
     """Read the tensors of a .safetensors, .pth or .pt file, also where a training program wrapped them.
 
@@ -158,6 +160,7 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
+# %% ../nbs/21_weights.ipynb #33ae8b03
 def find_prefix(expected: Collection[str], state: dict[str, Tensor], source: str) -> str:
     """Find what stands before the names of a network's tensors in `state`: '', or for example 'module.'.
 

@@ -19,6 +19,7 @@ from mbs.comparison import find_runs, group_runs, summarise_runs
 from mbs.executors import Local
 from mbs.experiment import Experiment
 from mbs.grid import _make_run_name, expand_grid, read_grid
+from mbs.memory import Memory
 from mbs.orders import (
     SIMILAR,
     _view_all_classes,
@@ -326,7 +327,6 @@ def test_ready_file_of_the_memory_names_its_runs(home):
     assert len(found) == 24 and found[0] == "finetune-memory=0-s0" and found[-1] == "mbs-memory=300-s1"
 
 
-@pytest.mark.skipif("memory" not in Settings.model_fields, reason="runs have no memory yet")
 def test_ready_file_of_the_memory(home):
     said = dry_run("scenes-memory")
     assert "scenes-memory: 24 runs" in said and "2 base steps to train" in said
@@ -443,9 +443,9 @@ def test_encoders_are_compared_seed_by_seed(trained, tmp_path):
 
 
 def remember(runs, sizes):
-    "Give runs a memory, as their settings would name it."
+    "Give runs a memory, as their cards would name it."
     for run, size in zip(runs, sizes):
-        object.__setattr__(run.settings, "memory", dict(size=size))
+        object.__setattr__(run.card, "memory", Memory(size=size))
     return runs
 
 
@@ -461,7 +461,7 @@ def load_with_memory(trained, sizes=(0, 20)):
 def test_memories_make_lines_and_a_curve(trained):
     runs = load_with_memory(trained)
     (group,) = group_runs(runs)
-    assert list(group.lines) == [f"{m} memory.size={n}" for n in (0, 20) for m in ("kd", "mbs")] and not group.repeats
+    assert list(group.lines) == ["kd", "mbs", "kd memory=20", "mbs memory=20"] and not group.repeats
     table = make_memory_table(group)
     assert [row[:3] for row in table.rows] == [["kd", 0, 2], ["kd", 20, 2], ["mbs", 0, 2], ["mbs", 20, 2]]
     scores = [run.metrics()["scores"]["all"] for run in runs[:2]]
