@@ -231,7 +231,7 @@ def _draw_test_ids(ids: list[str], description: Description, root: Path) -> list
     "Choose the ids of the test part; ValueError for unknown ids, a wrong share, or no picture left for training."
     test = description.test
     if isinstance(test, list):
-        test = _match_ids(test, ids)
+        test = [i if set(i) & {"/", "\\"} else _match_ids([i], ids)[0] for i in test]
         if unknown := sorted(set(test) - set(ids)):
             raise ValueError(f"test image {unknown[0]!r} is not in {root / 'images'}: expected ids of photos there")
         drawn = _check_unique(test, "of test images")

@@ -29,7 +29,7 @@ from mbs.segmenter import MaskTransformer
 from mbs.settings import Settings, settings_from_notebook, trace_parameters
 
 DEFAULTS = {name: f.default for name, f in Settings.model_fields.items() if isinstance(f.default, dict)}
-NEW = dict(scenes="seed", parts="threshold", encoder_options="mlp_ratio", decoder="depth", training="lr")
+NEW = dict(scenes="seed", parts="threshold", memory="size", encoder_options="mlp_ratio", decoder="depth", training="lr")
 BRIEF = dict(replace=True, crop=32, batch=4, iterations=2)  # and the optimiser of `Recipe`, not that of `Settings`
 
 
