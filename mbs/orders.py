@@ -358,7 +358,7 @@ def draw_orders(
     lefts = np.arange(n) + 0.25 * np.repeat(range(len(sizes)), sizes)
     for row, (name, order) in enumerate(orders.items()):
         cells = ax.barh([row] * n, 0.96, 0.8, lefts, color=colours[name])
-        ax.bar_label(cells, order, label_type="center", fontsize=7 if n < 15 else 3.5)
+        ax.bar_label(cells, order, label_type="center", fontsize=7 if n < 15 else 5 if n < 25 else 2)
     starts = np.cumsum([0, *sizes[:-1]])
     ax.set_yticks(range(len(orders)), orders, fontsize=8)
     ax.set_xticks(lefts[starts], [f"step {t}" for t in range(len(sizes))], fontsize=8, ha="left")
