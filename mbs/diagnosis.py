@@ -181,17 +181,15 @@ def _find_unsure_teacher(run: Run, step: int) -> Iterator[Finding]:
     quality = run.metrics(step).get("pseudo_labels", {})
     if not (run.card.parts.pseudo_labels and quality.get("recall", 1) < SURE):
         return
-    norm = run.model(step - 1, identity=False).decoder.mask_norm
-    highest = bound_probability(torch.cat(list(norm.weight)), torch.cat(list(norm.bias)))[1:].max()
-    text = f"the teacher relabels {quality['recall']:.1%} of the hidden old pixels"
-    if run.card.parts.pseudo_labels is True and run.card.parts.head == "softmax":
-        threshold = run.card.parts.threshold
-        verdict = "so that it can never be sure" if highest < threshold else "so that little is above the threshold"
-        text += (
-            f"; its scores allow a probability of about {highest:.3f} at most, {verdict}; "
-            f"lower parts.threshold (now {threshold:g})"
-        )
-    yield Finding(step, "unsure teacher", f"{text} or train the step before longer")
+    parts, text = run.card.parts, f"the teacher relabels {quality['recall']:.1%} of the hidden old pixels"
+    if parts.pseudo_labels is True and parts.head == "softmax":
+        norm = run.model(step - 1, identity=False).decoder.mask_norm
+        highest = bound_probability(torch.cat(list(norm.weight)), torch.cat(list(norm.bias)))[1:].max()
+        can_be_sure = highest >= parts.threshold
+        verdict = "so that little is above the threshold" if can_be_sure else "so that it can never be sure"
+        text += f"; its scores allow a probability of about {highest:.3f} at most, {verdict}"
+    lower = f"lower parts.threshold (now {parts.threshold:g}) or " if parts.pseudo_labels is True else ""
+    yield Finding(step, "unsure teacher", f"{text}; {lower}train the step before longer")
 
 
 # %% ../nbs/51c_diagnosis.ipynb #7bd00b73

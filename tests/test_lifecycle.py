@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from steps import make_step
 from torch.nn import functional as F
 
+from mbs.diagnosis import _find_unsure_teacher
 from mbs.experiment import Experiment
 from mbs.lifeline import Interrupted
 from mbs.methods import METHODS, Method, fuse_weights
@@ -198,3 +199,13 @@ def test_a_sigmoid_head_trains_and_refuses_what_needs_a_softmax(home, monkeypatc
     for part in (dict(identity="analytic"), dict(output_distillation="plain"), dict(pseudo_labels="entropy")):
         with pytest.raises(ValueError, match=r"parts\.head=sigmoid does not go with parts"):
             Method("binary", "voc", **part)
+
+
+@pytest.mark.parametrize("parts", [dict(head="sigmoid", pseudo_labels=True), dict(pseudo_labels="entropy")])
+def test_a_teacher_without_a_bound_gets_a_whole_sentence(home, monkeypatch, parts):
+    monkeypatch.setitem(METHODS, "unsure", Parts(**parts))
+    run = train(home, "unsure", method="unsure")
+    monkeypatch.setattr(type(run), "metrics", lambda self, step=-1: dict(pseudo_labels=dict(recall=0.0)))
+    (finding,) = _find_unsure_teacher(run, 1)
+    lower = "lower parts.threshold (now 0.7) or " if parts["pseudo_labels"] is True else ""
+    assert finding.text == f"the teacher relabels 0.0% of the hidden old pixels; {lower}train the step before longer"
