@@ -187,15 +187,13 @@ def _count_findings(runs: list):
 
 # %% ../nbs/80_cli.ipynb #3bf83acd
 _WORDS_HELP = "Parameter file or built-in name, then parameters."
+_Words = Annotated[list[str] | None, typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP)]
 _PRINT_CONFIG_HELP = "Print every effective parameter with its source; run nothing."
 
 
 @app.command()
 def run(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP),
-    ] = None,
+    words: _Words = None,
     print_config: Annotated[bool, typer.Option("--print-config", help=_PRINT_CONFIG_HELP)] = False,
 ):
     "Train one run of a protocol: an executed notebook and a run folder in outputs/."
@@ -632,10 +630,7 @@ _ORDERS_FIGURE_HELP = "Also draw the orders, with look-alikes in one colour (.pn
 
 @app.command()
 def orders(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP),
-    ] = None,
+    words: _Words = None,
     names: Annotated[str, typer.Option("--orders", help=_ORDERS_HELP)] = "similar-last,similar-first,similar-spread,3",
     features: Annotated[str | None, typer.Option(help=_FEATURES_HELP)] = None,
     figure: Annotated[Path | None, typer.Option(help=_ORDERS_FIGURE_HELP)] = None,

@@ -256,7 +256,8 @@ class CocoReport:
 
     def describe(self) -> list[str]:
         "Describe what became of the objects, a line each; the first counts them all."
-        n_given, n_drawn = len(self.coco.annotations), sum(1 for _ in self)
+        n_given = len(self.coco.annotations)
+        n_drawn = n_given - len(self.lost) - self.n_others
         lines = [f"objects: {n_given:,} given, {n_drawn:,} to draw, {len(self.lost):,} lost"]
         if self.n_others:
             lines.append(f"{self.n_others:,} objects are of categories that were not chosen")

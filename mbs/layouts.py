@@ -113,10 +113,14 @@ def list_photos(folder: Path) -> dict[str, Path]:
     return {i: path for i, (path,) in photos.items()}
 
 
-def _find_masks(folder: Path, ids: Sequence[str]) -> list[Path]:
-    "Return the mask of each id in `folder`; the path that is expected where there is none."
-    masks = _find_pictures(folder, _MASK_SUFFIXES)
-    return [masks[i][0] if i in masks else folder / f"{i}.png" for i in ids]
+def _find_masks(folder: Path) -> dict[str, list[Path]]:
+    "Find the masks in `folder`, as `_find_pictures` does."
+    return _find_pictures(folder, _MASK_SUFFIXES)
+
+
+def _choose_files(found: dict[str, list[Path]], ids: Sequence[str], folder: Path, suffix: str) -> list[Path]:
+    "Return the first file of each id; the path that is expected, with `suffix`, where there is none."
+    return [found[i][0] if i in found else folder / f"{i}{suffix}" for i in ids]
 
 
 # %% ../nbs/08_layouts.ipynb #73069e15
@@ -175,13 +179,14 @@ def _match_ids(names: Sequence[str], photos: Container[str]) -> list[str]:
 
 
 # %% ../nbs/08_layouts.ipynb #adc4ff54
-def _read_voc_part(root: Path, name: str) -> Part:
-    "Read one part of PASCAL VOC's shape; of several photos of an id the first is used, a .jpg before all others."
-    file = root / "ImageSets" / "Segmentation" / f"{name}.txt"
-    photos = _find_pictures(root / "JPEGImages", _PHOTO_SUFFIXES)
-    ids = _check_unique(_match_ids(_read_ids(file), photos), file)
-    images = [photos[i][0] if i in photos else root / "JPEGImages" / f"{i}.jpg" for i in ids]
-    return Part(ids, images, _find_masks(root / "SegmentationClassAug", ids))
+def _read_voc_parts(root: Path) -> Iterator[Part]:
+    "Yield both parts of PASCAL VOC's shape; of several photos of an id the first is used, a .jpg before all others."
+    lists, images, masks = (root / name for name in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClassAug"))
+    found_photos, found_masks = _find_pictures(images, _PHOTO_SUFFIXES), _find_masks(masks)
+    for file in (lists / "trainaug.txt", lists / "val.txt"):
+        ids = _check_unique(_match_ids(_read_ids(file), found_photos), file)
+        photos = _choose_files(found_photos, ids, images, ".jpg")
+        yield Part(ids, photos, _choose_files(found_masks, ids, masks, ".png"))
 
 
 def _read_voc_layout(root: Path) -> Layout:
@@ -189,7 +194,7 @@ def _read_voc_layout(root: Path) -> Layout:
     names_file = root / "classes.txt"
     classes = check_class_names(_read_lines(names_file), names_file) if names_file.is_file() else VOC_CLASSES
     dataset = "voc" if classes == VOC_CLASSES else len(classes)
-    return Layout(root, dataset, classes, _read_voc_part(root, "trainaug"), _read_voc_part(root, "val"))
+    return Layout(root, dataset, classes, *_read_voc_parts(root))
 
 
 # %% ../nbs/08_layouts.ipynb #b0dd0428
@@ -197,7 +202,8 @@ def _read_ade_part(root: Path, name: str) -> Part:
     "Read one part of ADE20K's shape; ValueError when its folder holds no photo."
     photos = list_photos(root / "images" / name)
     ids = _check_unique(list(photos), root / "images" / name)
-    return Part(ids, list(photos.values()), _find_masks(root / "annotations" / name, ids))
+    masks = root / "annotations" / name
+    return Part(ids, list(photos.values()), _choose_files(_find_masks(masks), ids, masks, ".png"))
 
 
 def _read_ade_layout(root: Path) -> Layout:
@@ -265,7 +271,7 @@ def _map_colours(description: Description) -> Colours | None:
 
 
 # %% ../nbs/08_layouts.ipynb #fbe443e3
-def _list_unused(root: Path, photos: Container[str]) -> Iterator[str]:
+def _list_unused(root: Path, photos: Container[str], masks: dict[str, list[Path]]) -> Iterator[str]:
     "Yield a sentence for everything in images/ that is not read, and for every mask without a photo."
     endings = ", ".join(_PHOTO_SUFFIXES)
     for entry in sorted(os.scandir(root / "images"), key=lambda entry: entry.name):
@@ -276,7 +282,7 @@ def _list_unused(root: Path, photos: Container[str]) -> Iterator[str]:
             yield f"folder {path} is not read: expected all photos in images/ itself; move its photos there"
         else:
             yield f"file {path} is not read: expected a photo that ends in {endings}; convert or remove it"
-    for i, paths in _find_pictures(root / "masks", _MASK_SUFFIXES).items():
+    for i, paths in masks.items():
         if i not in photos:
             yield f"mask {paths[0]} has no photo: expected one of the same name in images/"
         for other in paths[1:]:
@@ -311,14 +317,15 @@ def _read_own_layout(root: Path, description: Description | None = None) -> Layo
     description = description or _read_description(root / "dataset.yaml")
     classes = check_class_names(description.classes, root / "dataset.yaml")
     photos = list_photos(root / "images")
+    masks = _find_masks(root / "masks")
     test_ids = set(_draw_test_ids(list(photos), description, root))
 
     def make_part(ids):
-        return Part(ids, [photos[i] for i in ids], _find_masks(root / "masks", ids))
+        return Part(ids, [photos[i] for i in ids], _choose_files(masks, ids, root / "masks", ".png"))
 
     train = make_part([i for i in photos if i not in test_ids])
     test = make_part([i for i in photos if i in test_ids])
-    unused = tuple(_list_unused(root, photos))
+    unused = tuple(_list_unused(root, photos, masks))
     return Layout(root, len(classes), classes, train, test, _map_colours(description), unused)
 
 

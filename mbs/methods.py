@@ -294,7 +294,7 @@ class Method(_MethodTraining):
         self,
         student: SegmenterOutput,
         teacher: SegmenterOutput | None,  # None in the base step
-        target: Tensor,  # (B, H, W) channels: the step's labels, of an exemplar those of its own step
+        target: Tensor,  # (B, H, W) channels: the step's labels, for an exemplar those of the step that saw it
         step: Step,
     ) -> dict[str, Tensor]:  # the terms, and their sum under "loss"
         "Compute the loss of a batch, term by term."

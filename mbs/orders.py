@@ -322,7 +322,7 @@ def list_classes(settings: Settings) -> list[str]:
 
 def read_sizes(settings: Settings) -> list[int]:
     "Return the number of classes of each step; ValueError for a split that the classes do not fit."
-    split = settings.protocol.split("_")[0]  # 15-1_b is 15-1 with an order of its own
+    split = settings.protocol.split("_")[0]  # 15-1_b is 15-1 in another order
     return Protocol(split, len(list_classes(settings))).sizes
 
 

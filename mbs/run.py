@@ -189,13 +189,18 @@ def _damaged(file: Path, reason) -> ValueError:
 
 
 # %% ../nbs/51_run.ipynb #8541d9c9
-def read_card(file: Path) -> Card:
-    "Read a run card; ValueError when it is of another version or damaged."
-    content = read_json(file)
+def _parse(kind: type[Parameters], content: Any, file: Path) -> Any:  # of that kind
+    "Check the content of a `file`; ValueError when it is of another version or damaged."
     try:
-        return Card.checked(**content)
+        return kind.checked(**content)
     except (TypeError, ValueError) as e:
         raise _damaged(file, e) from None
+
+
+# %% ../nbs/51_run.ipynb #793def69
+def read_card(file: Path) -> Card:
+    "Read a run card; ValueError when it is of another version or damaged."
+    return _parse(Card, read_json(file), file)
 
 
 # %% ../nbs/51_run.ipynb #33810d37
@@ -262,10 +267,7 @@ class _Metrics(Parameters):
 def read_metrics(file: Path) -> dict:
     "Read a metrics.json; ValueError when a field is missing or has the wrong type."
     metrics = read_json(file)
-    try:
-        checked = _Metrics.checked(**metrics)
-    except (TypeError, ValueError) as e:
-        raise _damaged(file, e) from None
+    checked = _parse(_Metrics, metrics, file)
     if missing := {"old", "new", "all", "all_fg"} - checked.scores.keys():
         raise _damaged(file, f"it has no score {min(missing)!r}")
     return metrics
@@ -304,11 +306,7 @@ class _StoredExemplars(Parameters):
 # %% ../nbs/51_run.ipynb #3027b583
 def read_exemplars(file: Path, card: Card, step: int) -> Exemplars:
     "Read the exemplars after `step` of the run with this `card`; ValueError when they are damaged."
-    content = read_json(file)
-    try:
-        stored = _StoredExemplars.checked(**content)
-    except (TypeError, ValueError) as e:
-        raise _damaged(file, e) from None
+    stored = _parse(_StoredExemplars, read_json(file), file)
     if problem := stored.find_problem(card, step):
         raise _damaged(file, problem)
     return Exemplars(np.array(stored.positions), np.array(stored.steps))

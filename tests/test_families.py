@@ -388,7 +388,7 @@ def train(name, folder, method=None, **parts):
 
 @pytest.mark.parametrize("name", ["ssul", "dft"])
 def test_only_new_tokens_move(name, tmp_path, monkeypatch):
-    "All that a step finds rests to the bit; token, scale and shift of its own class learn."
+    "Everything else rests to the bit; token, scale and shift of the new class learn."
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     _, states = train(name, tmp_path)
     for t in (1, 2):
