@@ -12,8 +12,8 @@ on a tenth of the training part and writes benchmarks/animals.yaml. `test` runs 
 `collect` writes the tables, pictures and confusion matrices of all runs into docs/.
 
 `tune` does not use the test part. Every method gets four trials: three learning rates of the incremental steps, then,
-at the best of them, its distillation at four times the published weight; `finetune`, which has none, gets a fourth
-rate.
+at the best of them, its distillation at four times the published weight; `finetune`, `ssul` and `dft`, which have
+none, get a fourth rate.
 """
 
 import argparse
@@ -57,6 +57,9 @@ WEIGHTS = {  # the weight of each method that is also tried four times as large
     "mib": "output_weight",
     "plop": "feature_weight",
     "mbs": "output_weight",
+    "incrementer": "feature_weight",
+    "lgkd": "feature_weight",
+    "select": "output_weight",
 }
 CHOSEN = Path(__file__).with_name("animals.yaml")
 
@@ -124,7 +127,7 @@ def try_values(method, lr_factor, scale):
 
 def tune(methods):
     "Choose the values of each method by its all-class mIoU after the last step, and add them to animals.yaml."
-    for method in methods or ("mbs", "kd", "finetune", "mib", "plop"):
+    for method in methods or ("mbs", "kd", "finetune", "mib", "plop", "ssul", "incrementer", "lgkd", "dft", "select"):
         trials = [try_values(method, rate, 1) for rate in RATES]
         best_rate = max(trials, key=lambda t: t["all"][-1])["lr_factor"]
         trials.append(try_values(method, best_rate, 4) if method in WEIGHTS else try_values(method, 0.03, 1))
