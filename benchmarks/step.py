@@ -13,7 +13,7 @@ from mbs.methods import Method
 from mbs.protocol import Protocol
 from mbs.recipe import make_accelerator, make_recipe
 from mbs.segmenter import Segmenter
-from mbs.training import Training, compile_networks
+from mbs.training import Training
 from mbs.weights import make_encoder
 
 VITB = "vit_base_patch16_384"
@@ -50,11 +50,9 @@ class Ours(Training):
     "The training loop of a step on one batch: each call trains an iteration and returns its loss."
 
     def __init__(self, student, teacher, given, step, compile=False, **choices):  # teacher: None in the base step
-        recipe = make_recipe(lr=1e-3, lr_factor=0.1, **choices)
+        recipe = make_recipe(lr=1e-3, lr_factor=0.1, compile=compile, **choices)
         super().__init__(student, teacher, Method("mbs"), step, recipe, total=10**6)
         self.given, self.loss = [given], None
-        self.networks = compile_networks(compile, self.student, self.teacher)  # once, not in every call
-        self.student, self.teacher = self.networks.__enter__()
 
     def update_weights(self, terms):
         self.loss = terms["loss"].detach()

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from pydantic import Field, NonNegativeFloat
 
 from .augment import Normalisation, ReleasedTransform, TestTransform, TrainTransform
@@ -71,7 +72,7 @@ class Recipe(Parameters):
     precision: Literal["fp32", "fp16", "bf16"] = "bf16"  # on a GPU
     cpu_precision: Literal["fp32", "bf16"] = "fp32"  # on a CPU; bf16 is fast with avx512_bf16 or amx
     teacher_precision: Literal["same", "bf16"] = "same"  # of the teacher, while the student keeps its own
-    compile: bool = False  # compile networks and losses: pays for long steps on a GPU; needs a C++ compiler
+    compile: bool | None = None  # networks and losses; None: on a GPU the losses, and the networks in long steps
     deterministic: bool = False  # on a GPU: only algorithms that repeat to the bit, slower; a CPU always does
     non_finite: Literal["stop", "skip"] = "stop"  # gradient not finite: end the run, or skip and count iterations
     selection: Literal["last", "held-out", "test"] = "last"  # iterate to keep: last, or best for the new classes
@@ -175,7 +176,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     mixed_precision = precision.replace("fp32", "no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # one process may run recipes of several precisions
-    return Accelerator(mixed_precision=mixed_precision)
+    options = DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=True)
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[options])
 
 
 # %% ../nbs/46_recipe.ipynb #5f764fb9

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "LONG_STEP",
     "LOG_EVERY",
     "choose_rates",
     "make_optimizer",
     "has_equal_encoder",
     "run_teacher",
+    "hold_in_precision",
+    "choose_compiled",
     "compile_networks",
     "measure_gradient",
     "average_window",
@@ -29,11 +32,13 @@ __all__ = [
 ]
 
 # %% ../nbs/50_training.ipynb #70f2297a
+import copy
 import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
@@ -90,7 +95,11 @@ def make_optimizer(student: Segmenter, method: Method, recipe: Recipe, step: Ste
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr, weight_decay=recipe.weight_decay, fused=True)
     momentum = dict(momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    return torch.optim.SGD(groups, lr, weight_decay=recipe.weight_decay, fused=True, **momentum)
+    optimizer = torch.optim.SGD(groups, lr, weight_decay=recipe.weight_decay, fused=True, **momentum)
+    if recipe.momentum:  # from 0: fused SGD leaves it uninitialised when the first iteration is skipped
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 # %% ../nbs/50_training.ipynb #8480ceb5
@@ -128,17 +137,62 @@ def run_teacher(teacher: Segmenter, images: Tensor, tokens: Tensor | None = None
     return SegmenterOutput(*map(copy, output))
 
 
+# %% ../nbs/50_training.ipynb #07167019
+def hold_in_precision(network: nn.Module | None, dtype: torch.dtype | None) -> nn.Module | None:
+    "Return a copy of a frozen network whose linear layers and convolutions hold `dtype`; None: the network itself."
+    if network is None or dtype is None:
+        return network
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+    return network
+
+
 # %% ../nbs/50_training.ipynb #b402b2ca
+LONG_STEP = 2000  # iterations, from which on compiling the networks is expected to pay
+
+
+def choose_compiled(recipe: Recipe, total: int, device: torch.device) -> str:
+    "Choose what a step of `total` iterations compiles: '', 'losses' or 'networks and losses'."
+    if recipe.compile is not None:
+        return "networks and losses" if recipe.compile else ""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return ""
+    return "networks and losses" if total >= LONG_STEP else "losses"
+
+
+# %% ../nbs/50_training.ipynb #55453522
 @contextmanager
-def compile_networks(is_on: bool, *networks: nn.Module | None) -> Iterator[Sequence[nn.Module | None]]:
-    "Yield the networks to call in the block, compiled with the band losses if `is_on`; ValueError without compiler."
-    if not is_on:
-        yield networks
-        return
-    torch.compiler.reset()  # networks that an earlier step compiled have too few classes
+def _compile_in_place(modules: Iterable[nn.Module]) -> Iterator[None]:
+    "Let each of `modules` run compiled in the block."
+    modules = list(modules)
+    for module in modules:
+        module.forward = torch.compile(module.forward)
     try:
-        with compile_bands():
-            yield [torch.compile(network) if network is not None else None for network in networks]
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+# %% ../nbs/50_training.ipynb #195c6965
+@contextmanager
+def compile_networks(
+    what: str,  # see `choose_compiled`
+    *networks: nn.Module | None,  # with an encoder and a decoder; None is passed over
+    is_asked: bool = True,  # by the recipe: then a missing compiler is an error, else nothing is compiled
+) -> Iterator[None]:
+    "Compile losses and networks in the block, as `what` says; ValueError without the compiler that was asked for."
+    if not what:
+        yield
+        return
+    networks = [network for network in networks if network is not None and "networks" in what]
+    parts = [part for network in networks for part in (network.encoder, network.decoder)]
+    policy = dict(recompile_limit=1000, accumulated_recompile_limit=4000, suppress_errors=not is_asked)
+    try:
+        with torch._dynamo.config.patch(policy), compile_bands(is_asked), _compile_in_place(parts):
+            yield
     except torch._dynamo.exc.BackendCompilerFailed as e:
         reason = str(e.inner_exception).strip().splitlines()[0]
         raise ValueError(
@@ -260,7 +314,9 @@ class _TrainingState:
         self.method = method
         self.step = step
         self.recipe = recipe
+        self.held_teacher = hold_in_precision(self.teacher, self.teacher_dtype)  # that runs in every iteration
         self.total = total
+        self.compiled = choose_compiled(recipe, total, self.device)
         self.log = log
         self.validators = validators
         self.checkpoints = checkpoints
@@ -269,16 +325,32 @@ class _TrainingState:
         self.window: list[dict[str, Tensor]] = []  # loss terms since the last log record, {} for a skipped iteration
 
     @property
+    def teacher_dtype(self) -> torch.dtype | None:
+        "The number format that the teacher computes in; None: float32."
+        precision = self.recipe.teacher_precision
+        names = dict(bf16=torch.bfloat16, fp16=torch.float16)
+        return names.get(self.accelerator.mixed_precision if precision == "same" else precision)
+
+    @property
     def model(self) -> Segmenter:
         "The student without the wrapper of several processes."
         return self.accelerator.unwrap_model(self.student)
 
+    def drop_skipped(self):
+        "Empty the terms of skipped iterations in the window; all are read at once, so that a GPU waits once."
+        if self.recipe.non_finite == "skip" and any(self.window):
+            gradients = [torch.as_tensor(terms.get("gradient", math.nan), device=self.device) for terms in self.window]
+            is_used = torch.stack(gradients).isfinite().tolist()
+            self.window = [terms if used else {} for terms, used in zip(self.window, is_used)]
+
     def average_losses(self) -> dict:
         "Return the log record of the current window; ValueError when a loss or gradient is not finite."
+        self.drop_skipped()
         return average_window(self.window, self.step.number, self.iteration, self.total, self.draws)
 
     def check_finite(self):
         "Raise ValueError when a loss or gradient of the current window is not finite."
+        self.drop_skipped()
         if any(self.window):
             self.average_losses()
 
@@ -378,8 +450,9 @@ class Training(_TrainingState):
     def run(self, batches: Iterable[tuple[Tensor, Tensor]]):
         "Train on `batches` of pictures (B, 3, S, S) and labels (B, S, S); Interrupted when a signal asks to stop."
         has_shared_encoder = self.teacher is not None and has_equal_encoder(self.model, self.teacher)
-        networks = compile_networks(self.recipe.compile, self.student, self.teacher)
-        with record_signals() as signals, networks as (student, teacher):
+        teacher = self.held_teacher
+        compiled = compile_networks(self.compiled, self.model, teacher, is_asked=bool(self.recipe.compile))
+        with record_signals() as signals, compiled:
             for images, labels in batches:
                 self.set_learning_rate()
 
@@ -387,7 +460,7 @@ class Training(_TrainingState):
                     tokens = self.model.encode(images) if has_shared_encoder else None  # (B, N, D), once for both
                     with teacher_autocast(self.recipe, self.accelerator):
                         target = run_teacher(teacher, images, tokens) if teacher is not None else None
-                    output = student(images, tokens)
+                    output = self.student(images, tokens)
                     terms = self.method.loss(output, target, labels, self.step)
 
                 self.accelerator.backward(terms["loss"])
@@ -408,20 +481,20 @@ class Training(_TrainingState):
                     raise _make_interruption(self)
 
     def update_weights(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        "Step the optimiser; return the detached terms and the gradient's norm, or {} if the iteration was skipped."
-        loss = terms["loss"].detach()
-        # the scaler of fp16 skips iterations by itself
-        gradient = loss if self.accelerator.scaler else measure_gradient(self.student)
-        is_skipped = self.recipe.non_finite == "skip" and not math.isfinite(gradient)
-        if not is_skipped:
-            self.optimizer.step()
+        "Step the optimiser; return the detached terms and the gradient's norm."
+        has_scaler = self.accelerator.scaler is not None  # which skips iterations by itself
+        gradient = terms["loss"] if has_scaler else measure_gradient(self.student)
+        if self.recipe.non_finite == "skip" and not has_scaler:
+            self.optimizer.optimizer.found_inf = (~gradient.isfinite()).float()  # read by the fused optimisers
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {} if is_skipped else {k: v.detach() for k, v in terms.items()} | dict(gradient=gradient)
+        return {k: v.detach() for k, v in (terms | dict(gradient=gradient)).items()}
 
     def validate(self):
         "Let every validator score the student."
-        for validator in self.validators:
-            validator.validate(self.model)
+        with torch.compiler.set_stance("force_eager"):  # pictures of many sizes
+            for validator in self.validators:
+                validator.validate(self.model)
         self.student.train()
 
     def is_checkpoint_due(self, is_stopping: bool) -> bool:

@@ -1,5 +1,12 @@
 "Losses in bands of rows equal the reference on full-size maps, in value and gradient, for every choice of parts."
 
+import ast
+import math
+import re
+import shutil
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +17,8 @@ from hypothesis import strategies as st
 from steps import make_step
 from torch.nn import functional as F
 
-from mbs.bands import argmax_in_bands
+from mbs import bands
+from mbs.bands import argmax_in_bands, compile_bands, compute_band_loss
 from mbs.methods import ABLATIONS, METHODS, Method
 from mbs.objective import can_use_bands, step_loss
 from mbs.output_distillation import guide_targets, label_guided_targets
@@ -38,9 +46,33 @@ def networks(method, groups, step):
     return teacher, student.double()
 
 
-def by_full_maps(out):
+def give_full_maps(out):
     "The same output with full-size logits, which bands cannot use."
     return out._replace(full=out.logits)
+
+
+def keep(out):
+    return out
+
+
+@contextmanager
+def by_full_maps():
+    yield give_full_maps
+
+
+@contextmanager
+def by_bands():
+    yield keep
+
+
+@contextmanager
+def by_fused_bands():
+    "In bands, by the function that a compiler gets."
+    token = bands._BAND_FUNCTION.set(partial(bands._run_fused, bands._compute_band_fused))
+    try:
+        yield keep
+    finally:
+        bands._BAND_FUNCTION.reset(token)
 
 
 def draw_target(rng, step, height, width):
@@ -73,20 +105,24 @@ def test_value_and_gradient(name, teaches, n_old_classes, n_new, height, width, 
     own = torch.from_numpy(rng.normal(size=old.patch_logits.shape))
     old = old._replace(own_logits=own)
     thresholds, similar = rng.uniform(0, 2, step.n_old).tolist(), [[1]] * n_new
-    sides = []
-    for way in (lambda out: out, by_full_maps):
-        student.zero_grad()
-        terms = step_loss(way(student(images)), way(old), target, method.parts, step, thresholds, similar)
-        terms["loss"].backward()
-        sides.append((terms, [p.grad for p in student.parameters()]))
-    (bands, band_grads), (full, full_grads) = sides
-    assert bands.keys() == full.keys()
-    for k, value in full.items():
-        torch.testing.assert_close(bands[k], value, rtol=1e-9, atol=1e-9)
-    for a, b in zip(band_grads, full_grads):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    full, *others = [
+        measure(way, student, images, old, target, method.parts, step, thresholds, similar)
+        for way in (by_full_maps, by_bands, by_fused_bands)
+    ]
+    for found in others:
+        assert found.keys() == full.keys()
+        for k, value in full.items():
+            torch.testing.assert_close(found[k], value, rtol=1e-9, atol=1e-9)
+
+
+def measure(way, student, images, old, target, parts, step, *found):
+    "Losses, and the gradients of the student's parameters by number."
+    student.zero_grad()
+    with way() as change:
+        terms = step_loss(change(student(images)), change(old), target, parts, step, *found)
+    terms["loss"].backward()
+    gradients = enumerate(p.grad for p in student.parameters())
+    return terms | {k: gradient for k, gradient in gradients if gradient is not None}
 
 
 def test_which_methods_go_in_bands():
@@ -94,7 +130,7 @@ def test_which_methods_go_in_bands():
     out = student(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
     in_bands = {name for name in METHODS if can_use_bands(out, Method(name).parts)}
     assert in_bands == {"finetune", "joint", "kd", "dft", "select", "mbs", "mbs-analytic"}
-    assert not can_use_bands(by_full_maps(out), Method("mbs").parts)
+    assert not can_use_bands(give_full_maps(out), Method("mbs").parts)
 
 
 @settings(max_examples=40, deadline=None)
@@ -176,3 +212,38 @@ def test_patch_logits_that_are_not_finite_have_no_argmax(number):
     z[0, 1, 2, 2] = number
     with pytest.raises(ValueError, match="not finite: expected finite logits"):
         argmax_in_bands(z, (32, 32), (32, 32))
+
+
+@given(st.integers(1, 700), st.integers(0, 800))
+def test_bands_are_equal_where_a_height_is_near(rows, most):
+    "No band is higher than wanted; a picture has bands of two heights only if no divisor lies near."
+    height = bands._choose_height(rows, most)
+    assert 1 <= height <= max(1, most) and height <= rows
+    divisors = [h for h in range(1, rows + 1) if rows % h == 0 and most / 2 < h <= max(1, most)]
+    assert rows % height == 0 or not [h for h in divisors if -(-rows // h) < 2 * -(-rows // max(1, most))]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_band_moves_a_third_of_the_memory(monkeypatch):
+    "At 151 classes, of which 101 are old: bytes that the operations of value and gradient read and write."
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from full_size import Traffic
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    z, teacher_z = torch.randn(1, 151, 2, 4, requires_grad=True), torch.randn(1, 101, 2, 4)
+    given = teacher_z, torch.randint(101, 151, (1, 32, 64)), (32, 64), Method("mbs").parts
+    with Traffic() as eager:
+        sum(compute_band_loss(z, *given, height=32)[:2]).backward()
+    with compile_bands(), config.patch(force_disable_caches=True):
+        (*_, labels), (code,) = run_and_get_code(compute_band_loss, z, *given, height=32)
+    stored = [math.prod(ast.literal_eval(shape)) for shape in re.findall(r"= empty_strided_cpu\((\(.*?\)), ", code)]
+    n_pixels = labels.numel()
+    assert sorted(stored)[-2:] == [151 * n_pixels] * 2 and max(sorted(stored)[:-2]) == n_pixels
+    terms = torch.zeros(()), torch.zeros(()), *torch.empty(2, 32, 1, 151, 64), labels.transpose(0, 1)
+    monkeypatch.setattr(bands, "_BAND_FUNCTION", ContextVar("computed", default=lambda *_: terms))
+    with Traffic() as around:  # what is not compiled
+        sum(compute_band_loss(z, *given, height=32)[:2]).backward()
+    patches_read = 3 * (151 + 101) * 2 * 64  # for the largest logit, the sum of exponentials and the gradient
+    moved = 4 * (2 * 151 * n_pixels + 2 * sum(sorted(stored)[:-2]) + patches_read)
+    assert around.moved + moved < eager.moved / 3

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 from torch.profiler import ProfilerActivity, profile
 
 from mbs.evaluation import evaluate
@@ -19,7 +20,15 @@ from mbs.run import trained_run
 from mbs.run_folder import describe_difference
 from mbs.segmenter import Segmenter
 from mbs.settings import Settings, Setup
-from mbs.training import Training, make_optimizer, run_teacher, train_step
+from mbs.training import (
+    LONG_STEP,
+    Training,
+    choose_compiled,
+    hold_in_precision,
+    make_optimizer,
+    run_teacher,
+    train_step,
+)
 from mbs.weights import make_encoder
 
 TINY = dict(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
@@ -39,8 +48,19 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def eager_compiler(monkeypatch):
-    "torch.compile without a C++ compiler: trace and differentiate ahead of time; a graph break is an error."
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    """torch.compile without a C++ compiler: trace and differentiate ahead of time; a graph break is an error.
+
+    Yields the list of what was compiled."""
+    compiled = []
+
+    def compile(graph, inputs, **_):
+        operations = " ".join(str(node.target) for node in graph.graph.nodes)
+        compiled.append("encoder" if "conv" in operations else "decoder" if "attention" in operations else "loss")
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compile, fullgraph=True))
+    return compiled
 
 
 def make_networks(method, drop_path=0.0):
@@ -126,7 +146,9 @@ def test_compiled_is_the_same(name, precision, eager_compiler):
 
 
 def test_compiled_run(home, eager_compiler):
-    "All steps, each with more classes than the one before; a run that was stopped uncompiled resumes compiled."
+    """All steps, each with more classes than the one before; a run that was stopped uncompiled resumes compiled.
+
+    The encoders of student and teacher are compiled once, in the first step that has both."""
     seen = []
 
     class Counting(Method):
@@ -153,6 +175,7 @@ def test_compiled_run(home, eager_compiler):
         Experiment(settings(False), home / "o", method=Counting).run()
     stop_at = 0
     run = Experiment(settings(True), home / "o", method=Counting).run()
+    assert eager_compiler == ["encoder", "decoder", "encoder", "decoder", "loss", "decoder", "decoder", "loss"]
     assert run.finished and list(run.model().state_dict()) == list(plain.model().state_dict())
     np.testing.assert_allclose(run.iou(), plain.iou(), rtol=0, atol=1e-3)
 
@@ -172,14 +195,66 @@ def test_parameters_that_do_not_change_the_result_may_change_on_resuming():
 
 
 def test_no_compiler_is_one_sentence(monkeypatch):
-    def broken(*_):
+    "If the recipe asks for one; where it leaves the choice, nothing is compiled."
+
+    def broken(*_, **__):
         raise RuntimeError("No working C++ compiler found")
 
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     with pytest.raises(
         ValueError, match=r"training\.compile=true needs a compiler .*No working C.* expected a working C"
     ):
         train(compile=True)
+    plain, _ = train()
+    monkeypatch.setattr("mbs.training.choose_compiled", lambda *_: "networks and losses")
+    found, _ = train()
+    assert [terms["loss"] for terms in found] == [terms["loss"] for terms in plain]
+
+
+def test_what_is_compiled_without_a_choice(monkeypatch):
+    "On a GPU with a compiler: losses always, networks in long steps."
+    gpu, recipe = torch.device("cuda"), make_recipe()
+    monkeypatch.setattr("mbs.training.find_spec", lambda name: object())
+    assert [choose_compiled(recipe, n, gpu) for n in (10, LONG_STEP)] == ["losses", "networks and losses"]
+    assert choose_compiled(make_recipe(compile=False), LONG_STEP, gpu) == ""
+    monkeypatch.setattr("mbs.training.find_spec", lambda name: None)
+    assert choose_compiled(recipe, LONG_STEP, gpu) == "" == choose_compiled(recipe, LONG_STEP, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_skipped_iterations_leave_no_trace(optimizer):
+    "Also the first: fused SGD would begin with a momentum that nobody has written."
+
+    def end(bad):
+        method = Method("mbs")
+        teacher, student = make_networks(method)
+        recipe = make_recipe(lr=1e-2, lr_factor=1, non_finite="skip", optimizer=optimizer)
+        training = Training(student, teacher, method, STEP, recipe, total=1000)
+        images, labels = make_batch(training.device)
+        training.run((images * float("nan") if k in bad else images, labels) for k in range(5))
+        training.drop_skipped()
+        return training, [bool(terms) for terms in training.window]
+
+    spoiled, is_used = end({0, 3})
+    clean, _ = end(())
+    assert is_used == [False, True, True, False, True]
+    shorter = Training(*reversed(make_networks(clean.method)), clean.method, STEP, clean.recipe, total=1000)
+    shorter.run([make_batch(shorter.device)] * 3)
+    for a, b in zip(spoiled.model.parameters(), shorter.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_teacher_that_holds_its_precision_says_the_same(home):
+    "To the bit, and it is a copy: the next step begins with the network in float32."
+    teacher, _ = make_networks(Method("mbs"))
+    images = make_batch("cpu")[0]
+    held = hold_in_precision(teacher, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, found = run_teacher(teacher, images), run_teacher(held, images)
+    assert torch.equal(plain.patch_logits, found.patch_logits) and torch.equal(plain.patches, found.patches)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    assert held.encoder.vit.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
 
 
 def test_teacher_in_inference_mode():
