@@ -8,7 +8,7 @@ KIND := requirements/$(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c
 LOCK ?= $(wildcard $(KIND))  # the lock file for this Python and machine, if there is one; make LOCK= … installs the newest versions
 OLDEST := golden_model golden_parts rivals segmenter evaluation metrics protocol resume explore errors
 
-.PHONY: help demo bench test stress lint export docs readme picture trained lock oldest clean
+.PHONY: help demo bench gpu test stress lint export docs readme picture trained lock oldest clean
 .DEFAULT_GOAL := help
 
 help: ## list all commands
@@ -32,6 +32,9 @@ help: ## list all commands
 
 bench: .venv/developer ## run every benchmark and write ratios to a plain eager composition to benchmarks/RESULTS.md
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
+
+gpu: .venv/developer ## check and measure everything on a GPU, and write benchmarks/GPU.md (8 minutes); REHEARSE=1 tries the code on a CPU
+	@$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse)
 
 demo: .venv/installed ## train three methods on generated scenes and compare them
 	@$(BIN)/mbs demo

@@ -111,14 +111,17 @@ def absolute(task, incremental, batch, repeats, compile=False, **network):
     )
 
 
-def profile_table(task, batch):
-    "Where an incremental iteration's time goes on a GPU: the ten kernels that take most."
-    step = iteration(*TASKS[task], True, batch)
+def profile_table(task, batch, **network):
+    "Where an incremental iteration's time goes: the ten kernels of the GPU, or operations of a CPU, that take most."
+    step = iteration(*TASKS[task], True, batch, **network)
     step(), step()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+    has_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * has_gpu]) as record:
         step()
-        torch.cuda.synchronize()
-    return record.key_averages().table(sort_by="self_cuda_time_total", row_limit=10, max_name_column_width=60)
+        if has_gpu:
+            torch.cuda.synchronize()
+    by = "self_cuda_time_total" if has_gpu else "self_cpu_time_total"
+    return record.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=60)
 
 
 COLUMNS = ("task", "step", "batch", "compiled", "ms", "pictures/s", "of the bf16 peak", "of the memory bandwidth")

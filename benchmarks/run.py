@@ -27,7 +27,7 @@ def _name_processor():
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _describe_machine():
+def describe_machine():
     "Describe processor, threads, GPU and versions in one line."
     n_threads = torch.get_num_threads()
     parts = [
@@ -135,7 +135,7 @@ def main(words=None):
     facts = dict(
         date=datetime.date.today().isoformat(),
         commit=_read_git_commit() or "unknown",
-        machine=_describe_machine(),
+        machine=describe_machine(),
         repeats=options.repeats,
     )
     text = TEXT.format(rows="\n".join(rows), gpu=_measure_gpu(options.repeats), **facts)
