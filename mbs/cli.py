@@ -491,18 +491,55 @@ def coco(
 
 
 # %% ../nbs/80_cli.ipynb #18da9e33
-@data.command()
-def check(folder: Annotated[str, typer.Argument(help="Folder, or voc or ade.")]):
-    "List missing, unreadable and wrongly labelled pairs, and pairs of unequal size; exit code 2 if any."
-    with explain_errors():
-        from mbs.data import find_problems, locate_data
+_CHECK_FIGURE_HELP = "Also write a picture of three photos with their masks over them (.png, .pdf, .svg)."
 
-        problems = find_problems(locate_data(folder))
-    for problem in problems:
+
+@data.command()
+def check(
+    folder: Annotated[str, typer.Argument(help="Folder, or voc or ade.")],
+    figure: Annotated[Path | None, typer.Option(help=_CHECK_FIGURE_HELP)] = None,
+):
+    "Show what the masks hold of each class, and list everything that is wrong with the pairs; exit code 2 if any."
+    with explain_errors():
+        from mbs.data import check_data, locate_data
+
+        checked = check_data(locate_data(folder))
+        _print_classes(checked.rows)
+        if figure:
+            _draw_labelled(checked, figure)
+    for problem in checked.problems:
         typer.echo(problem)
-    typer.echo(f"{len(problems)} problems" if problems else "nothing wrong")
-    if problems:
+    typer.echo(f"{len(checked.problems)} problems" if checked.problems else "nothing wrong")
+    if checked.problems:
         raise typer.Exit(2)
+
+
+def _print_classes(rows: list[dict]):
+    "Print the table of a `DataCheck`; the colours of masks as a block and as numbers."
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("id", "class", "colour", *list(rows[0])[3:], box=None)
+    for row in rows:
+        i, name, colour, *counts = row.values()
+        code = "" if colour is None else "#{:02x}{:02x}{:02x}".format(*colour)
+        block = Text("■ " if code else "", style=code) + Text(code)
+        table.add_row(str(i), Text(name), block, *(f"{count:,}" for count in counts))
+    for column in (table.columns[0], *table.columns[3:]):
+        column.justify = "right"
+        column.min_width = max(len(str(cell)) for cell in column.cells)
+    Console().print(table)
+
+
+def _draw_labelled(checked, figure: Path):
+    "Write a picture of sample photos with their masks over them; ValueError where no pair can be read."
+    from mbs.viz import show_labelled
+
+    samples = list(checked.read_samples())
+    if not samples:
+        raise ValueError(f"no pair of {checked.layout.root} can be read: expected one to draw; leave --figure out")
+    show_labelled(samples, ["background", *checked.layout.classes]).savefig(figure, dpi=150, bbox_inches="tight")
 
 
 # %% ../nbs/80_cli.ipynb #32d435d4
