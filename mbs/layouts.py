@@ -22,7 +22,10 @@ __all__ = [
     "COCO_STUFF_CLASSES",
     "Part",
     "Layout",
+    "find_photos",
     "list_photos",
+    "read_lines",
+    "find_reserved_id",
     "check_class_names",
     "Description",
     "warn_of_unused",
@@ -118,6 +121,11 @@ def _find_pictures(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path
     return {i: [path for _, path in sorted(paths)] for i, paths in found.items()}
 
 
+def find_photos(folder: Path) -> list[Path]:
+    "List the photos in `folder`, by id, those of one id in the order of their endings."
+    return [path for paths in _find_pictures(folder, _PHOTO_SUFFIXES).values() for path in paths]
+
+
 def _say_no_photo(mask: Path, where: str = "") -> str:
     "Say in a sentence that a mask has no photo; `where` says in which folder."
     return f"mask {mask} has no photo: expected one of the same name{where}"
@@ -143,7 +151,7 @@ def _choose_files(found: dict[str, list[Path]], ids: Sequence[str], folder: Path
 
 
 # %% ../nbs/08_layouts.ipynb #73069e15
-def _read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     "Read the lines of a UTF-8 text file, stripped, without empty ones; ValueError when it cannot be read."
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Windows puts first
@@ -163,14 +171,19 @@ def _check_unique(ids: Sequence[str], source: Path | str) -> list[str]:
 
 
 # %% ../nbs/08_layouts.ipynb #2f084825
-_RESERVED = ("", "background", "bg", "void", "ignore", "ignored", "unlabeled", "unlabelled")
+_RESERVED = dict(background=0, bg=0) | dict.fromkeys(("void", "ignore", "ignored", "unlabeled", "unlabelled"), VOID)
+
+
+def find_reserved_id(name: str) -> int | None:
+    "Return 0 or 255 for a name of the background or of void, such as '_background_' and 'ignore'; None for classes."
+    return _RESERVED.get(name.strip(" _-").casefold())
 
 
 def check_class_names(names: Sequence[str], source: Path) -> tuple[str, ...]:
     "Return `names` as a tuple; ValueError, naming the `source`, when they cannot name the ids 1, 2, …"
     if not 0 < len(names) < VOID:
         raise ValueError(f"{source} names {len(names)} classes: expected 1 to {VOID - 1}, since {VOID} is void")
-    reserved = [name for name in names if name.strip(" _-").casefold() in _RESERVED]
+    reserved = [name for name in names if not name.strip(" _-") or find_reserved_id(name) is not None]
     if reserved:
         expected = f"names of ids 1, 2, …, without background (id 0) and void (id {VOID})"
         raise ValueError(f"{source} has a class {reserved[0]!r}: expected {expected}")
@@ -184,7 +197,7 @@ def _read_ids(path: Path) -> list[str]:
     "Read a list of ids; ValueError when the file is missing, empty, or names an id twice."
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected a list of image ids, one per line")
-    return _check_unique(_read_lines(path), path)
+    return _check_unique(read_lines(path), path)
 
 
 def _match_ids(names: Sequence[str], photos: Container[str]) -> list[str]:
@@ -211,7 +224,7 @@ def _read_voc_parts(root: Path) -> Iterator[Part]:
 def _read_voc_layout(root: Path) -> Layout:
     "Read PASCAL VOC's shape; ValueError when a list is missing, empty, or names an id twice."
     names_file = root / "classes.txt"
-    classes = check_class_names(_read_lines(names_file), names_file) if names_file.is_file() else VOC_CLASSES
+    classes = check_class_names(read_lines(names_file), names_file) if names_file.is_file() else VOC_CLASSES
     dataset = "voc" if classes == VOC_CLASSES else len(classes)
     return Layout(root, dataset, classes, *_read_voc_parts(root))
 
@@ -230,7 +243,7 @@ def _read_ade_layout(root: Path) -> Layout:
     info = root / "objectInfo150.txt"
     if not info.is_file():
         raise ValueError(f"{info} is missing: expected the list of ADE20K's classes, which is in its archive")
-    rows = _read_lines(info)[1:]  # the first line is the header
+    rows = read_lines(info)[1:]  # the first line is the header
     classes = tuple(row.split("\t")[-1].split(",")[0].strip() for row in rows)  # the first of several synonyms
     if len(classes) != N_CLASSES["ade"]:
         raise ValueError(f"{info} names {len(classes)} classes: expected {N_CLASSES['ade']}")
