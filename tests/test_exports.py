@@ -522,3 +522,19 @@ def test_the_commands(tmp_path):
         app, ["data", "labelme", str(tmp_path / "lm"), str(tmp_path / "4"), "--orientation", "x"]
     )
     assert answer.exit_code == 2 and "orientation 'x' is not known" in answer.output
+
+
+@pytest.mark.parametrize("written", ["images/p{}.jpg", "images\\p{}.jpg", "images\\1/p{}.jpg", "1/p{}.jpg", "p{}.jpg"])
+@pytest.mark.parametrize("given_folder", ["export", "export/images"])
+def test_coco_finds_photos_whatever_folder_their_names_begin_with(tmp_path, written, given_folder):
+    "Label Studio writes the folders of its server before the names."
+    for k in range(2):
+        save_photo(tmp_path / f"export/images/p{k}.jpg", k)
+    content = dict(
+        images=[dict(id=k, file_name=written.format(k), height=HEIGHT, width=WIDTH) for k in range(2)],
+        categories=[dict(id=0, name="cat")],
+        annotations=[dict(id=0, image_id=1, category_id=0, segmentation=[np.ravel(CORNERS).tolist()], iscrowd=0)],
+    )
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    said = prepare_coco(tmp_path / "result.json", tmp_path / given_folder, tmp_path / "made")
+    assert "not listed" not in said and read_made(tmp_path / "made", "p1").sum() == 120
