@@ -388,14 +388,17 @@ class CocoReport:
         if self.n_crowds:
             fate = "become void" if self.has_crowds else "are all objects of the file, and are drawn as objects"
             lines.append(f"{self.n_crowds:,} objects are marked as crowds and {fate}")
-        ids = Counter(self.class_ids[item.category_id] for item in self)
-        for i, fate in ((0, "background"), (VOID, "void")):
-            if ids[i]:
-                lines.append(f"{ids[i]:,} objects are labelled as {fate} and become {fate}")
-        used = {item.category_id for item in self}
-        names = [category.name for category in self.coco.categories if category.id in self.class_ids.keys() - used]
-        if names:
-            lines.append(f"categories without an object: {', '.join(names)}")
-        if empty := sum(not items for items in self.objects.values()):
-            lines.append(f"{empty:,} pictures have no object")
-        return lines
+        return [*lines, *_describe_labels(self)]
+
+
+def _describe_labels(report: CocoReport) -> Iterator[str]:
+    "Yield lines about labels of background and void, categories without an object, and pictures without one."
+    ids = Counter(report.class_ids[item.category_id] for item in report)
+    for i, fate in ((0, "background"), (VOID, "void")):
+        if ids[i]:
+            yield f"{ids[i]:,} objects are labelled as {fate} and become {fate}"
+    unused = report.class_ids.keys() - {item.category_id for item in report}
+    if names := [category.name for category in report.coco.categories if category.id in unused]:
+        yield f"categories without an object: {', '.join(names)}"
+    if empty := sum(not items for items in report.objects.values()):
+        yield f"{empty:,} pictures have no object"

@@ -213,21 +213,24 @@ def find_problems(root: Path | str) -> list[str]:
 class Index:
     "Facts of every pair of a part."
 
-    ARRAYS = ("counts", "sizes", "digests", "turned", "doubts")
+    ARRAYS = ("counts", "sizes", "digests", "doubts")
 
     def __init__(
         self,
         counts: np.ndarray,  # (N, n_classes + 2) pixels of every class id, and last of void
         sizes: np.ndarray,  # (N, 2) height and width
         digests: np.ndarray,  # (N,) strings
-        turned: np.ndarray,  # (N,) bool: whether a photo is read as its EXIF shows it
         doubts: np.ndarray,  # sentences about the whole part, of which opening it warns
     ):
         self.counts = counts
         self.sizes = sizes
         self.digests = digests
-        self.turned = turned
         self.doubts = doubts
+
+    @property
+    def turned(self) -> np.ndarray:  # (N,) bool
+        "Whether each photo is read as its EXIF shows it."
+        return np.char.endswith(self.digests, " shown")
 
     @classmethod
     def build(cls, layout: Layout, part: Part) -> "Index":
@@ -238,8 +241,8 @@ class Index:
             raise ValueError(f"{problems[0]}{more if len(problems) > 1 else ''}")
         pairs = list(zip(part.ids, found))
         doubts = [*_find_palettes(pairs)[1], *_find_turned_photos(layout, pairs)]
-        counts, sizes, digests, turned = zip(*((f.counts, f.size, f.digest, f.is_turned) for f in found))
-        return cls(np.stack(counts), np.array(sizes), np.array(digests), np.array(turned), np.array(doubts, str))
+        counts, sizes, digests = zip(*((facts.counts, facts.size, facts.digest) for facts in found))
+        return cls(np.stack(counts), np.array(sizes), np.array(digests), np.array(doubts, str))
 
     @classmethod
     def load(cls, file: Path, key: str) -> "Index | None":
@@ -276,10 +279,10 @@ def hash_file_stats(layout: Layout, part: Part) -> str:
 # %% ../nbs/10_data.ipynb #463f56a6
 def _is_well_formed(stored: Index, n: int, n_classes: int) -> bool:
     "Whether the arrays of an index have the shapes and types of `n` pairs, and counts that fill their pictures."
-    shapes = stored.counts.shape, stored.sizes.shape, stored.digests.shape, stored.turned.shape
-    if shapes != ((n, n_classes + 2), (n, 2), (n,), (n,)):
+    shapes = stored.counts.shape, stored.sizes.shape, stored.digests.shape
+    if shapes != ((n, n_classes + 2), (n, 2), (n,)) or stored.doubts.ndim != 1:
         return False
-    if [getattr(stored, name).dtype.kind for name in Index.ARRAYS] != ["i", "i", "U", "b", "U"]:
+    if [getattr(stored, name).dtype.kind for name in Index.ARRAYS] != ["i", "i", "U", "U"]:
         return False
     return bool((stored.counts >= 0).all() and (stored.counts.sum(1) == stored.sizes.prod(1)).all())
 
@@ -336,7 +339,7 @@ class SegmentationFolder:
         self.sizes = index.sizes  # (N, 2) height, width
         self.digests = index.digests
         self.turned = index.turned  # (N,) bool: whether a photo is read as its EXIF shows it
-        self.doubts = index.doubts.tolist()  # sentences about the whole part on disk
+        self.doubts = index.doubts.tolist()  # about the whole part on disk
         self.index = index.counts[:, :-1] > 0  # (N, n_classes + 1) bool: which ids each mask holds
 
     @property
@@ -362,11 +365,9 @@ class SegmentationFolder:
             return self.decoded[self.rows[i]]
         image, mask = read_image(self.images[i], self.turned[i]), read_mask(self.masks[i], self.colours)
         if not image.shape[:2] == mask.shape == tuple(self.sizes[i]):
-            height, width = self.sizes[i]
-            raise ValueError(
-                f"image {self.images[i]} or its mask has changed since the data set was opened: "
-                f"expected {width}×{height} pixels"
-            )
+            size = "×".join(map(str, self.sizes[i][::-1]))
+            problem = f"image {self.images[i]} or its mask has changed since the data set was opened"
+            raise ValueError(f"{problem}: expected {size} pixels")
         return image, mask
 
     def __repr__(self):
