@@ -7,11 +7,13 @@ Modules:
 - `mbs.bands`: Compute the pixel losses of a step from patch logits, in bands of rows.
 - `mbs.bounds`: Compute what the score would be without mixed-up classes, or with a perfect background.
 - `mbs.coco`: Read objects in COCO's format, draw them as masks of class ids, and count what became of each one.
+- `mbs.cvat`: Find the masks, photos, labels and colours in CVAT's export "Segmentation mask 1.1".
 - `mbs.diagnosis`: Say in plain words why a run learnt little, from what its folder holds.
 - `mbs.feature_distillation`: Hold the student's features to the teacher's, but only where the teacher can be trusted.
 - `mbs.identity`: Decide which class a foreground pixel is by a regression on frozen features, which forgets nothing.
 - `mbs.identity_learning`: Add the classes of a step to an identity, from the step's own training pictures.
 - `mbs.inspect`: Show what each step of a protocol will see, hide and cost, before anything is trained.
+- `mbs.label_studio`: Translate the JSON export of Label Studio into objects in COCO's terms.
 - `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
 - `mbs.memory`: Keep a few pictures of earlier steps to train on again, without teaching a hidden class as background.
 - `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.

@@ -18,6 +18,9 @@ __all__ = [
     "voc",
     "ade",
     "coco",
+    "labelme",
+    "label_studio",
+    "cvat",
     "check",
     "inspect",
     "orders",
@@ -472,37 +475,152 @@ def ade(to: _To = None, given: _From = None):
 _CLASSES_HELP = "Categories to use, separated by commas. Default: all."
 
 
+_ORIENTATION_HELP = "What objects were drawn on where a photo's EXIF turns it: stored, shown, or auto, as sizes tell."
+_SHOWN_HELP = "What masks were drawn on where a photo's EXIF turns it: shown, as in this program, or stored."
+_CVAT_TEST_HELP = "Share of the test pictures. Default: the lists of the export that begin with val or test, or 0.2."
+_PHOTOS_HELP = "Folder of the photos. Default: that of the export."
+_Images = Annotated[Path, typer.Argument(help="Folder of the photos.")]
+_Target = Annotated[Path, typer.Argument(help="Folder to create.")]
+_Classes = Annotated[str | None, typer.Option(help=_CLASSES_HELP)]
+_Test = Annotated[float, typer.Option(help="Share of the pictures that become test pictures.")]
+_Seed = Annotated[int, typer.Option(help="Seed of the draw of test pictures.")]
+_SkipLost = Annotated[bool, typer.Option("--skip-lost", help="Leave out objects that cannot be drawn.")]
+_Photos = Annotated[Path | None, typer.Option(help=_PHOTOS_HELP)]
+_Shown = Annotated[str, typer.Option(help=_SHOWN_HELP)]
+
+
+def _split_names(classes: str | None) -> list[str] | None:
+    "Split names at commas; None where none are given."
+    return [name.strip() for name in classes.split(",")] if classes else None
+
+
 @data.command()
 def coco(
     annotations: Annotated[Path, typer.Argument(help="JSON file in the format of COCO.")],
-    images: Annotated[Path, typer.Argument(help="Folder of the photos.")],
-    to: Annotated[Path, typer.Argument(help="Folder to create.")],
-    classes: Annotated[str | None, typer.Option(help=_CLASSES_HELP)] = None,
-    test: Annotated[float, typer.Option(help="Share of the pictures that become test pictures.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of test pictures.")] = 0,
-    skip_lost: Annotated[bool, typer.Option("--skip-lost", help="Leave out objects that cannot be drawn.")] = False,
+    images: _Images,
+    to: _Target,
+    classes: _Classes = None,
+    test: _Test = 0.2,
+    seed: _Seed = 0,
+    skip_lost: _SkipLost = False,
+    orientation: Annotated[str, typer.Option(help=_ORIENTATION_HELP)] = "auto",
 ):
     "Draw masks from polygons in the format of COCO, as a new data folder; say what became of every object."
     with explain_errors():
         from mbs.prepare import prepare_coco
 
-        names = [name.strip() for name in classes.split(",")] if classes else None
-        typer.echo(prepare_coco(annotations, images, to, names, skip_lost, test=test, seed=seed))
+        chosen = dict(test=test, seed=seed, orientation=orientation)
+        typer.echo(prepare_coco(annotations, images, to, _split_names(classes), skip_lost, **chosen))
+
+
+# %% ../nbs/80_cli.ipynb #30c3aaa0
+@data.command()
+def labelme(
+    folder: Annotated[Path, typer.Argument(help="Folder of labelme's JSON files.")],
+    to: _Target,
+    photos: _Photos = None,
+    classes: _Classes = None,
+    test: _Test = 0.2,
+    seed: _Seed = 0,
+    skip_lost: _SkipLost = False,
+    orientation: _Shown = "shown",
+):
+    "Draw masks from labelme's files, as a new data folder; say what became of every object."
+    with explain_errors():
+        from mbs.prepare import prepare_labelme
+
+        chosen = dict(test=test, seed=seed, orientation=orientation)
+        typer.echo(prepare_labelme(folder, to, photos, _split_names(classes), skip_lost, **chosen))
+
+
+@data.command("label-studio")
+def label_studio(
+    file: Annotated[Path, typer.Argument(help="Label Studio's export JSON.")],
+    images: _Images,
+    to: _Target,
+    classes: _Classes = None,
+    test: _Test = 0.2,
+    seed: _Seed = 0,
+    skip_lost: _SkipLost = False,
+    orientation: _Shown = "shown",
+):
+    "Draw masks from Label Studio's export, as a new data folder; say what became of every object."
+    with explain_errors():
+        from mbs.prepare import prepare_label_studio
+
+        chosen = dict(test=test, seed=seed, orientation=orientation)
+        typer.echo(prepare_label_studio(file, images, to, _split_names(classes), skip_lost, **chosen))
+
+
+# %% ../nbs/80_cli.ipynb #395456d4
+@data.command()
+def cvat(
+    export: Annotated[Path, typer.Argument(help="Folder or archive of CVAT's export Segmentation mask 1.1.")],
+    to: _Target,
+    photos: _Photos = None,
+    test: Annotated[float | None, typer.Option(help=_CVAT_TEST_HELP)] = None,
+    seed: _Seed = 0,
+    skip_lost: Annotated[bool, typer.Option("--skip-lost", help="Leave out masks without a photo.")] = False,
+    orientation: _Shown = "shown",
+):
+    "Turn CVAT's coloured masks into masks of class ids, as a new data folder; say what became of every mask."
+    with explain_errors():
+        from mbs.prepare import prepare_cvat
+
+        chosen = dict(seed=seed, orientation=orientation) | ({} if test is None else dict(test=test))
+        typer.echo(prepare_cvat(export, to, photos, skip_lost, **chosen))
 
 
 # %% ../nbs/80_cli.ipynb #18da9e33
-@data.command()
-def check(folder: Annotated[str, typer.Argument(help="Folder, or voc or ade.")]):
-    "List missing, unreadable and wrongly labelled pairs, and pairs of unequal size; exit code 2 if any."
-    with explain_errors():
-        from mbs.data import find_problems, locate_data
+_CHECK_FIGURE_HELP = "Also write a picture of three photos with their masks over them (.png, .pdf, .svg)."
 
-        problems = find_problems(locate_data(folder))
-    for problem in problems:
+
+@data.command()
+def check(
+    folder: Annotated[str, typer.Argument(help="Folder, or voc or ade.")],
+    figure: Annotated[Path | None, typer.Option(help=_CHECK_FIGURE_HELP)] = None,
+):
+    "Show what the masks hold of each class, and list everything that is wrong with the pairs; exit code 2 if any."
+    with explain_errors():
+        from mbs.data import check_data, locate_data
+
+        checked = check_data(locate_data(folder))
+        _print_classes(checked.rows)
+        if figure:
+            _draw_labelled(checked, figure)
+    for problem in checked.problems:
         typer.echo(problem)
-    typer.echo(f"{len(problems)} problems" if problems else "nothing wrong")
-    if problems:
+    typer.echo(f"{len(checked.problems)} problems" if checked.problems else "nothing wrong")
+    if checked.problems:
         raise typer.Exit(2)
+
+
+def _print_classes(rows: list[dict]):
+    "Print the table of a `DataCheck`; the colours of masks as a block and as numbers."
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("id", "class", "colour", *list(rows[0])[3:], box=None)
+    for row in rows:
+        i, name, colour, *counts = row.values()
+        code = "" if colour is None else "#{:02x}{:02x}{:02x}".format(*colour)
+        block = Text("■ " if code else "", style=code) + Text(code)
+        table.add_row(str(i), Text(name), block, *(f"{count:,}" for count in counts))
+    for column in (table.columns[0], *table.columns[3:]):
+        column.justify = "right"
+        column.min_width = max(len(str(cell)) for cell in column.cells)
+    Console().print(table)
+
+
+def _draw_labelled(checked, figure: Path):
+    "Write a picture of sample photos with their masks over them; ValueError where no pair can be read."
+    from mbs.viz import show_labelled
+
+    samples = list(checked.read_samples())
+    if not samples:
+        raise ValueError(f"no pair of {checked.layout.root} can be read: expected one to draw; leave --figure out")
+    show_labelled(samples, ["background", *checked.layout.classes]).savefig(figure, dpi=150, bbox_inches="tight")
 
 
 # %% ../nbs/80_cli.ipynb #32d435d4

@@ -4,6 +4,8 @@
 
 # %% auto #0
 __all__ = [
+    "DataCheck",
+    "check_data",
     "find_problems",
     "Index",
     "hash_file_stats",
@@ -20,11 +22,12 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,18 +35,23 @@ from tqdm import tqdm
 from .files import read_arrays, write_arrays
 from .folders import home
 from .layouts import Layout, Part, find_layout, warn_of_unused
-from .pictures import PairFacts, read_image, read_mask, read_orientation, read_pair_facts
+from .pictures import PairFacts, read_image, read_mask, read_pair_facts
 from .protocol import VOID, Protocol
 from .scenes import write_scenes
 
 
 # %% ../nbs/10_data.ipynb #cc6e5d5c
+def _read_facts(layout: Layout, part: Part, i: int) -> PairFacts:
+    "Read the facts of pair `i`; ValueError as from `read_pair_facts`."
+    return read_pair_facts(part.images[i], part.masks[i], len(layout.classes), layout.colours, layout.orientation)
+
+
 def _scan_pairs(layout: Layout, part: Part) -> Iterator[PairFacts | ValueError]:
     "Yield the facts of every pair of `part` in order, or the error that reading it raised."
 
     def scan(i: int) -> PairFacts | ValueError:
         try:
-            return read_pair_facts(part.images[i], part.masks[i], len(layout.classes), layout.colours)
+            return _read_facts(layout, part, i)
         except ValueError as e:
             return e
 
@@ -53,59 +61,176 @@ def _scan_pairs(layout: Layout, part: Part) -> Iterator[PairFacts | ValueError]:
 
 
 # %% ../nbs/10_data.ipynb #a38d73d3
-def _find_empty_classes(layout: Layout, scanned: list[PairFacts]) -> Iterator[str]:
-    "Yield a sentence for each class that no mask holds; parts of VOC and of ADE20K need not hold all of theirs."
-    if not scanned or isinstance(layout.dataset, str):
-        return
-    counts = np.sum([facts.counts for facts in scanned], 0)  # (n_classes + 2,)
-    hint = ""
+def _explain_empty_class(counts: np.ndarray) -> str:  # (n_classes + 2,) pixels of a part
+    "Return what is probably wrong with masks that lack classes, as the end of a sentence."
     if not counts[1:-1].any() and counts[-1]:
-        hint = f"; they hold {VOID}, which is void here: write the class as 1"
-    elif counts[1:-2].all() and not counts[-2]:
-        hint = "; if the ids begin with 0, add a background in front, since id 0 is the background here"
-    for i in np.flatnonzero(counts[1:-1] == 0) + 1:
-        yield f"no mask holds class {layout.classes[i - 1]!r} (id {i}): expected at least one{hint}"
+        return f"; they hold {VOID}, which is void here: write the class as 1"
+    if counts[1:-2].all() and not counts[-2]:
+        return "; if the ids begin with 0, add a background in front, since id 0 is the background here"
+    return ""
 
 
-def _find_turned_photos(images: list[Path]) -> Iterator[str]:
-    "Yield a sentence if photos are stored in another orientation than they are shown in."
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        orientations = list(pool.map(read_orientation, images))
-    turned = [image for image, orientation in zip(images, orientations) if orientation != 1]
-    if turned:
-        yield (
-            f"{len(turned)} photos are shown turned or mirrored by their EXIF, e.g. {turned[0]}: expected masks of the "
-            "pixels as stored; if the masks were drawn on the photos as shown, store the photos as they are shown"
-        )
+def _find_empty_classes(layout: Layout, counts: dict[str, np.ndarray]) -> Iterator[str]:
+    "Yield a sentence for each class that a part lacks; parts of the known data sets need not hold all of theirs."
+    pixels = {part: found.sum(0) for part, found in counts.items() if len(found)}  # (n_classes + 2,) each
+    if not pixels or isinstance(layout.dataset, str):
+        return
+    hint = _explain_empty_class(sum(pixels.values()))
+    for i, name in enumerate(layout.classes, 1):
+        lacking = [part for part, found in pixels.items() if found[i] == 0]
+        if len(lacking) == len(pixels):
+            yield f"no mask holds class {name!r} (id {i}): expected at least one{hint}"
+        elif lacking:
+            advice = "choose other test pictures (test, seed in dataset.yaml)"
+            yield f"no mask of the {lacking[0]} part holds class {name!r} (id {i}): expected at least one; {advice}"
 
 
-# %% ../nbs/10_data.ipynb #b0d65145
-def find_problems(root: Path | str) -> list[str]:
-    "List everything that is wrong with a data set, a sentence each; ValueError when it has no known layout."
+# %% ../nbs/10_data.ipynb #34355694
+_Colour = tuple[int, int, int]  # red, green, blue
+
+
+def _list_palette(facts: PairFacts) -> dict[int, _Colour]:
+    "Map the ids that a mask holds to their colours in its palette; nothing for a palette of greys."
+    held = np.flatnonzero(facts.counts).tolist()
+    ids = [VOID if k == len(facts.counts) - 1 else k for k in held]
+    colours = {i: tuple(facts.palette[3 * i : 3 * i + 3]) for i in ids}
+    is_grey = all(colour in ((), (i, i, i)) for i, colour in colours.items())
+    return {} if is_grey else {i: colour for i, colour in colours.items() if colour}
+
+
+def _find_palettes(
+    pairs: Sequence[tuple[str, PairFacts]],  # id and facts
+) -> tuple[dict[int, _Colour], list[str]]:  # the usual colour of each class id, and what is wrong with them
+    "Find the colours that the palettes of masks give to class ids."
+    users = {}  # class id → colour → pictures
+    for name, facts in pairs:
+        for i, colour in _list_palette(facts).items():
+            users.setdefault(i, {}).setdefault(colour, []).append(name)
+    usual = {i: max(by_colour, key=lambda colour: len(by_colour[colour])) for i, by_colour in sorted(users.items())}
+    differing = [i for i in usual if len(users[i]) > 1]
+    if not differing:
+        return usual, []
+    (first, (a, *_)), (second, (b, *_)), *_ = users[differing[0]].items()
+    shown = f"id {differing[0]} is {first} in the mask of {a!r} and {second} in that of {b!r}"
+    expected = "expected one colour for each id; if the colours are the classes, give them as colours (dataset.yaml)"
+    return usual, [f"palettes of the masks differ in the colours of {len(differing)} ids, e.g. {shown}: {expected}"]
+
+
+# %% ../nbs/10_data.ipynb #a032b6c5
+def _find_turned_photos(
+    layout: Layout,
+    pairs: Sequence[tuple[str, PairFacts]],  # id and facts
+) -> list[str]:
+    "Return a sentence if masks may belong to photos as stored or as shown, and nobody has said which; else nothing."
+    doubtful = [name for name, facts in pairs if facts.fits_both_ways] if layout.orientation == "auto" else []
+    if not doubtful:
+        return []
+    return [
+        f"{len(doubtful)} photos are shown turned or mirrored by their EXIF, e.g. {doubtful[0]!r}, and their masks fit "
+        "both ways: expected orientation 'shown' or 'stored' in dataset.yaml (describe_folder(…, orientation=…)), "
+        "whichever the masks were drawn on; until then the photos are read as stored"
+    ]
+
+
+# %% ../nbs/10_data.ipynb #45cb55a5
+class DataCheck(NamedTuple):
+    "What the files of a data set hold, and what is wrong with them."
+
+    layout: Layout
+    problems: list[str]  # a sentence each
+    pairs: dict[str, dict[int, PairFacts]]  # part → position → facts, without the pairs that cannot be read
+    colours: dict[int, _Colour]  # of class ids, where masks have colours or a palette
+
+    def count(self, part: str) -> np.ndarray:  # (pairs, n_classes + 2) pixels of every class id and, last, of void
+        "Return the counts of the readable pairs of a part."
+        counts = [facts.counts for facts in self.pairs[part].values()]
+        return np.array(counts, np.int64).reshape(-1, len(self.layout.classes) + 2)
+
+    @property
+    def rows(self) -> list[dict]:
+        "A row for background, each class and void: id, class, colour, pictures and pixels of each part."
+        names = ["background", *self.layout.classes, "void"]
+        rows = [
+            dict(id=i, name=name, colour=self.colours.get(i)) for i, name in zip([*range(len(names) - 1), VOID], names)
+        ]
+        for part in self.pairs:
+            counts = self.count(part)
+            for row, pictures, pixels in zip(rows, (counts > 0).sum(0).tolist(), counts.sum(0).tolist()):
+                row[f"{part} pictures"], row[f"{part} pixels"] = pictures, pixels
+        return rows
+
+    def choose_samples(self, n: int = 3) -> list[tuple[str, int]]:  # part and position of each
+        "Choose readable pictures that show as many classes as possible, each next one those that were not shown."
+        found = [(part, i, facts.counts[1:-1] > 0) for part, pairs in self.pairs.items() for i, facts in pairs.items()]
+        seen, chosen = np.zeros(len(self.layout.classes), bool), []
+        while found and len(chosen) < n:
+            best = max(range(len(found)), key=lambda k: ((found[k][2] & ~seen).sum(), found[k][2].sum()))
+            part, i, held = found.pop(best)
+            chosen.append((part, i))
+            seen |= held
+        return chosen
+
+    def read_samples(self, n: int = 3) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        "Yield a title, the photo (H, W, 3) and the mask (H, W) of some pictures, as a run reads them."
+        for part, i in self.choose_samples(n):
+            pairs = getattr(self.layout, part)
+            photo = read_image(pairs.images[i], self.pairs[part][i].is_turned)
+            yield f"{pairs.ids[i]} ({part})", photo, read_mask(pairs.masks[i], self.layout.colours)
+
+
+# %% ../nbs/10_data.ipynb #2c208b9f
+def _list_colours(layout: Layout, palettes: dict[int, _Colour]) -> dict[int, _Colour]:
+    "Map class ids to the colours of masks: those of a table of colours, or else those of palettes."
+    table = layout.colours or {}
+    return {i: colour for colour, i in table.items() if isinstance(colour, tuple)} or palettes
+
+
+def check_data(root: Path | str) -> DataCheck:
+    "Read every pair of a data set and look for everything that is wrong; ValueError when it has no known layout."
     layout = find_layout(root)
-    scanned = [found for part in (layout.train, layout.test) for found in _scan_pairs(layout, part)]
-    problems = [str(found) for found in scanned if isinstance(found, ValueError)]
-    read = [found for found in scanned if not isinstance(found, ValueError)]
+    problems, pairs, named = [], {}, []
+    for name in ("train", "test"):
+        part = getattr(layout, name)
+        found = dict(enumerate(_scan_pairs(layout, part)))
+        problems += [str(facts) for facts in found.values() if isinstance(facts, ValueError)]
+        pairs[name] = {i: facts for i, facts in found.items() if not isinstance(facts, ValueError)}
+        named += [(part.ids[i], facts) for i, facts in pairs[name].items()]
     shared = sorted(set(layout.train.ids) & set(layout.test.ids))
     problems += [f"image {i!r} is in the train and in the test part: expected no image in both" for i in shared]
-    problems += _find_empty_classes(layout, read)
-    problems += _find_turned_photos([*layout.train.images, *layout.test.images])
-    return [*problems, *layout.unused]
+    palettes, conflicts = _find_palettes(named)
+    check = DataCheck(layout, problems, pairs, _list_colours(layout, palettes))
+    problems += _find_empty_classes(layout, {name: check.count(name) for name in pairs})
+    problems += [*conflicts, *_find_turned_photos(layout, named), *layout.unused]
+    return check
+
+
+def find_problems(root: Path | str) -> list[str]:
+    "List everything that is wrong with a data set, a sentence each; ValueError when it has no known layout."
+    return check_data(root).problems
 
 
 # %% ../nbs/10_data.ipynb #c230c12c
 class Index:
     "Facts of every pair of a part."
 
+    ARRAYS = ("counts", "sizes", "digests", "doubts")
+
     def __init__(
         self,
         counts: np.ndarray,  # (N, n_classes + 2) pixels of every class id, and last of void
         sizes: np.ndarray,  # (N, 2) height and width
         digests: np.ndarray,  # (N,) strings
+        doubts: np.ndarray,  # sentences about the whole part, of which opening it warns
     ):
         self.counts = counts
         self.sizes = sizes
         self.digests = digests
+        self.doubts = doubts
+
+    @property
+    def turned(self) -> np.ndarray:  # (N,) bool
+        "Whether each photo is read as its EXIF shows it."
+        return np.char.endswith(self.digests, " shown")
 
     @classmethod
     def build(cls, layout: Layout, part: Part) -> "Index":
@@ -114,22 +239,24 @@ class Index:
         if problems := [facts for facts in found if isinstance(facts, ValueError)]:
             more = f" (and {len(problems) - 1} more: mbs data check {layout.root} lists them)"
             raise ValueError(f"{problems[0]}{more if len(problems) > 1 else ''}")
+        pairs = list(zip(part.ids, found))
+        doubts = [*_find_palettes(pairs)[1], *_find_turned_photos(layout, pairs)]
         counts, sizes, digests = zip(*((facts.counts, facts.size, facts.digest) for facts in found))
-        return cls(np.stack(counts), np.array(sizes), np.array(digests))
+        return cls(np.stack(counts), np.array(sizes), np.array(digests), np.array(doubts, str))
 
     @classmethod
     def load(cls, file: Path, key: str) -> "Index | None":
         "Read the index in `file`; None unless it is complete and has this `key`."
         try:
             stored = read_arrays(file)
-            return cls(stored["counts"], stored["sizes"], stored["digests"]) if stored["key"] == key else None
+            return cls(*(stored[name] for name in cls.ARRAYS)) if stored["key"] == key else None
         except (OSError, ValueError, KeyError, EOFError):
             return None
 
     def save(self, file: Path, key: str):
         "Write `file`, if the folder can be written."
         with suppress(OSError):
-            write_arrays(file, counts=self.counts, sizes=self.sizes, digests=self.digests, key=key)
+            write_arrays(file, key=key, **{name: getattr(self, name) for name in self.ARRAYS})
 
 
 # %% ../nbs/10_data.ipynb #e360ed0e
@@ -143,18 +270,19 @@ def hash_file_stats(layout: Layout, part: Part) -> str:
             return path.name, None
         return path.name, stat.st_size, stat.st_mtime_ns
 
-    colours = [] if layout.colours is None else sorted((*rgb, i) for rgb, i in layout.colours.items())
+    meaning = sorted(map(repr, (layout.colours or {}).items()))
     images, masks = ([read_stats(path) for path in paths] for paths in (part.images, part.masks))
-    return hashlib.sha256(json.dumps([len(layout.classes), colours, part.ids, images, masks]).encode()).hexdigest()
+    facts = [len(layout.classes), meaning, layout.orientation, part.ids, images, masks]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 # %% ../nbs/10_data.ipynb #463f56a6
 def _is_well_formed(stored: Index, n: int, n_classes: int) -> bool:
     "Whether the arrays of an index have the shapes and types of `n` pairs, and counts that fill their pictures."
     shapes = stored.counts.shape, stored.sizes.shape, stored.digests.shape
-    if shapes != ((n, n_classes + 2), (n, 2), (n,)):
+    if shapes != ((n, n_classes + 2), (n, 2), (n,)) or stored.doubts.ndim != 1:
         return False
-    if {stored.counts.dtype.kind, stored.sizes.dtype.kind} != {"i"}:
+    if [getattr(stored, name).dtype.kind for name in Index.ARRAYS] != ["i", "i", "U", "U"]:
         return False
     return bool((stored.counts >= 0).all() and (stored.counts.sum(1) == stored.sizes.prod(1)).all())
 
@@ -164,7 +292,7 @@ def _is_index_current(layout: Layout, part: Part, stored: Index, n_checks: int =
     "Whether `n_checks` pairs, spread over the part, are as the index says."
 
     def is_current(i: int) -> bool:
-        facts = read_pair_facts(part.images[i], part.masks[i], len(layout.classes), layout.colours)
+        facts = _read_facts(layout, part, i)
         same_picture = facts.digest == stored.digests[i] and tuple(facts.size) == tuple(stored.sizes[i])
         return same_picture and bool((facts.counts == stored.counts[i]).all())
 
@@ -210,6 +338,8 @@ class SegmentationFolder:
         self.counts = index.counts  # (N, n_classes + 2) pixels
         self.sizes = index.sizes  # (N, 2) height, width
         self.digests = index.digests
+        self.turned = index.turned  # (N,) bool: whether a photo is read as its EXIF shows it
+        self.doubts = index.doubts.tolist()  # about the whole part on disk
         self.index = index.counts[:, :-1] > 0  # (N, n_classes + 1) bool: which ids each mask holds
 
     @property
@@ -223,7 +353,7 @@ class SegmentationFolder:
         other.part = part
         for name in ("ids", "images", "masks"):
             setattr(other, name, [getattr(self, name)[i] for i in positions])
-        for name in ("rows", "counts", "sizes", "digests", "index"):
+        for name in ("rows", "counts", "sizes", "digests", "turned", "index"):
             setattr(other, name, getattr(self, name)[positions])
         return other
 
@@ -233,13 +363,11 @@ class SegmentationFolder:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if self.decoded is not None:
             return self.decoded[self.rows[i]]
-        image, mask = read_image(self.images[i]), read_mask(self.masks[i], self.colours)
+        image, mask = read_image(self.images[i], self.turned[i]), read_mask(self.masks[i], self.colours)
         if not image.shape[:2] == mask.shape == tuple(self.sizes[i]):
-            height, width = self.sizes[i]
-            raise ValueError(
-                f"image {self.images[i]} or its mask has changed since the data set was opened: "
-                f"expected {width}×{height} pixels"
-            )
+            size = "×".join(map(str, self.sizes[i][::-1]))
+            problem = f"image {self.images[i]} or its mask has changed since the data set was opened"
+            raise ValueError(f"{problem}: expected {size} pixels")
         return image, mask
 
     def __repr__(self):
@@ -319,6 +447,14 @@ def _warn_on_overlap(train: SegmentationFolder, test: SegmentationFolder):
 
 
 # %% ../nbs/10_data.ipynb #8b1154b2
+def _warn_of_doubts(*parts: SegmentationFolder):
+    "Warn of what is probably wrong with the labels of a data set."
+    for part in parts:
+        for doubt in part.doubts:
+            warnings.warn(f"{part.root}, {part.source} part: {doubt}", stacklevel=3)
+
+
+# %% ../nbs/10_data.ipynb #5e145022
 def open_data(
     name: str,  # "scenes", "voc", "ade" or a folder
     scenes: dict | None = None,  # arguments of `write_scenes` (n_train, n_test, size, seed), for "scenes"
@@ -336,8 +472,10 @@ def open_data(
     _check_separate(layout)
     train = SegmentationFolder(layout, "train")
     if tuning:
+        _warn_of_doubts(train)
         return split_for_tuning(train, tuning)
     test = SegmentationFolder(layout, "test")
+    _warn_of_doubts(train, test)
     _warn_on_overlap(train, test)
     return train, test
 

@@ -6,6 +6,10 @@ Sources of the shapes:
   https://doi.org/10.1007/s11263-014-0733-5
 - ADE20K, 150 classes: Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017,
   https://doi.org/10.1109/CVPR.2017.544
+- Cityscapes, 19 classes: Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", CVPR 2016,
+  https://doi.org/10.1109/CVPR.2016.350
+- COCO-Stuff, 171 classes: Caesar et al., "COCO-Stuff: Thing and Stuff Classes in Context", CVPR 2018,
+  https://doi.org/10.1109/CVPR.2018.00132
 
 `find_layout` reads the layout of a folder; `describe_folder` writes the description of your own folder and returns
 its layout."""
@@ -14,9 +18,14 @@ its layout."""
 
 # %% auto #0
 __all__ = [
+    "CITYSCAPES_CLASSES",
+    "COCO_STUFF_CLASSES",
     "Part",
     "Layout",
+    "find_photos",
     "list_photos",
+    "read_lines",
+    "find_reserved_id",
     "check_class_names",
     "Description",
     "warn_of_unused",
@@ -30,7 +39,7 @@ import unicodedata
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import yaml
@@ -39,7 +48,7 @@ from pydantic import Field
 from .files import write_text
 from .parameter_files import read_yaml
 from .parameters import Parameters
-from .pictures import Colours
+from .pictures import ORIENTATIONS, Colours, Meaning, Values
 from .protocol import N_CLASSES, VOC_CLASSES, VOID
 from .value_table import join_few, render_values
 
@@ -58,12 +67,20 @@ class Layout(NamedTuple):
     "The class names and files of a data set on disk."
 
     root: Path
-    dataset: str | int  # "voc", "ade", or the number of classes: the argument of `Protocol`
+    dataset: str | int  # one of `N_CLASSES`, or the number of classes: the argument of `Protocol`
     classes: tuple[str, ...]  # names in the order of ids 1, 2, …, without background
     train: Part
     test: Part
-    colours: Colours | None = None  # meaning of the masks' colours; None: masks hold ids
+    colours: Meaning = None  # of the masks' colours or values; None: masks hold ids
     unused: tuple[str, ...] = ()  # a sentence for each file that belongs to no pair
+    orientation: str = "auto"  # how photos are read that EXIF turns, one of `mbs.pictures.ORIENTATIONS`
+
+    @property
+    def mask_content(self) -> str:
+        "What the pixels of the masks are, in words."
+        if self.colours is None:
+            return "class ids"
+        return "colours" if isinstance(next(iter(self.colours)), tuple) else "values of the data set"
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train.ids):,} train and {len(self.test.ids):,} test pictures"
@@ -73,7 +90,7 @@ class Layout(NamedTuple):
         classes = join_few([f"{i} {name}" for i, name in enumerate(self.classes, 1)])
         facts = {
             "classes": classes,
-            "masks hold": "class ids" if self.colours is None else "colours",
+            "masks hold": self.mask_content,
             "train pictures": f"{len(self.train.ids):,}",
             "test pictures": f"{len(self.test.ids):,}",
         }
@@ -104,6 +121,16 @@ def _find_pictures(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path
     return {i: [path for _, path in sorted(paths)] for i, paths in found.items()}
 
 
+def find_photos(folder: Path) -> list[Path]:
+    "List the photos in `folder`, by id, those of one id in the order of their endings."
+    return [path for paths in _find_pictures(folder, _PHOTO_SUFFIXES).values() for path in paths]
+
+
+def _say_no_photo(mask: Path, where: str = "") -> str:
+    "Say in a sentence that a mask has no photo; `where` says in which folder."
+    return f"mask {mask} has no photo: expected one of the same name{where}"
+
+
 def list_photos(folder: Path) -> dict[str, Path]:
     "List the photos in `folder` by id, sorted; ValueError when two files share an id."
     photos = _find_pictures(folder, _PHOTO_SUFFIXES)
@@ -124,7 +151,7 @@ def _choose_files(found: dict[str, list[Path]], ids: Sequence[str], folder: Path
 
 
 # %% ../nbs/08_layouts.ipynb #73069e15
-def _read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     "Read the lines of a UTF-8 text file, stripped, without empty ones; ValueError when it cannot be read."
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Windows puts first
@@ -144,14 +171,19 @@ def _check_unique(ids: Sequence[str], source: Path | str) -> list[str]:
 
 
 # %% ../nbs/08_layouts.ipynb #2f084825
-_RESERVED = ("", "background", "bg", "void", "ignore", "ignored", "unlabeled", "unlabelled")
+_RESERVED = dict(background=0, bg=0) | dict.fromkeys(("void", "ignore", "ignored", "unlabeled", "unlabelled"), VOID)
+
+
+def find_reserved_id(name: str) -> int | None:
+    "Return 0 or 255 for a name of the background or of void, such as '_background_' and 'ignore'; None for classes."
+    return _RESERVED.get(name.strip(" _-").casefold())
 
 
 def check_class_names(names: Sequence[str], source: Path) -> tuple[str, ...]:
     "Return `names` as a tuple; ValueError, naming the `source`, when they cannot name the ids 1, 2, …"
     if not 0 < len(names) < VOID:
         raise ValueError(f"{source} names {len(names)} classes: expected 1 to {VOID - 1}, since {VOID} is void")
-    reserved = [name for name in names if name.strip(" _-").casefold() in _RESERVED]
+    reserved = [name for name in names if not name.strip(" _-") or find_reserved_id(name) is not None]
     if reserved:
         expected = f"names of ids 1, 2, …, without background (id 0) and void (id {VOID})"
         raise ValueError(f"{source} has a class {reserved[0]!r}: expected {expected}")
@@ -165,7 +197,7 @@ def _read_ids(path: Path) -> list[str]:
     "Read a list of ids; ValueError when the file is missing, empty, or names an id twice."
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected a list of image ids, one per line")
-    return _check_unique(_read_lines(path), path)
+    return _check_unique(read_lines(path), path)
 
 
 def _match_ids(names: Sequence[str], photos: Container[str]) -> list[str]:
@@ -192,7 +224,7 @@ def _read_voc_parts(root: Path) -> Iterator[Part]:
 def _read_voc_layout(root: Path) -> Layout:
     "Read PASCAL VOC's shape; ValueError when a list is missing, empty, or names an id twice."
     names_file = root / "classes.txt"
-    classes = check_class_names(_read_lines(names_file), names_file) if names_file.is_file() else VOC_CLASSES
+    classes = check_class_names(read_lines(names_file), names_file) if names_file.is_file() else VOC_CLASSES
     dataset = "voc" if classes == VOC_CLASSES else len(classes)
     return Layout(root, dataset, classes, *_read_voc_parts(root))
 
@@ -211,7 +243,7 @@ def _read_ade_layout(root: Path) -> Layout:
     info = root / "objectInfo150.txt"
     if not info.is_file():
         raise ValueError(f"{info} is missing: expected the list of ADE20K's classes, which is in its archive")
-    rows = _read_lines(info)[1:]  # the first line is the header
+    rows = read_lines(info)[1:]  # the first line is the header
     classes = tuple(row.split("\t")[-1].split(",")[0].strip() for row in rows)  # the first of several synonyms
     if len(classes) != N_CLASSES["ade"]:
         raise ValueError(f"{info} names {len(classes)} classes: expected {N_CLASSES['ade']}")
@@ -219,6 +251,117 @@ def _read_ade_layout(root: Path) -> Layout:
 
 
 # %% ../nbs/08_layouts.ipynb #29f75464
+def _number_values(values: Sequence[int], void: Sequence[int]) -> Values:
+    "Map `values` to the class ids 1, 2, … in their order, and those of `void` to void."
+    return {value: k for k, value in enumerate(values, 1)} | {value: VOID for value in (*void, VOID)}
+
+
+CITYSCAPES_CLASSES = tuple(
+    "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, "
+    "rider, car, truck, bus, train, motorcycle, bicycle".split(", ")
+)
+_CITYSCAPES_LABELS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of these classes
+_CITYSCAPES_KINDS = {
+    "_gtFine_labelIds": _number_values(_CITYSCAPES_LABELS, sorted({*range(34)} - {*_CITYSCAPES_LABELS})),
+    "_gtFine_labelTrainIds": _number_values(range(19), ()),
+}  # ending of a mask → meaning of its values
+
+# %% ../nbs/08_layouts.ipynb #af9e4492
+COCO_STUFF_CLASSES = tuple(
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
+    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
+    "scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, "
+    "cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, "
+    "desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, "
+    "fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal, "
+    "mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform, "
+    "playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, "
+    "snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, "
+    "wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, "
+    "window-blind, window-other, wood".split(", ")
+)
+_COCO_STUFF_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # values that no mask holds
+_COCO_STUFF_KINDS = {
+    "": _number_values([value for value in range(182) if value not in _COCO_STUFF_GAPS], ()),
+    "_labelTrainIds": _number_values(range(171), ()),
+}  # ending of a mask → meaning of its values
+
+
+# %% ../nbs/08_layouts.ipynb #d82fc6b9
+class _PartFolders(NamedTuple):
+    "The folders of a part."
+
+    images: list[Path]
+    masks: list[Path]
+
+
+def _read_numbered_layout(
+    root: Path,
+    dataset: str,
+    classes: tuple[str, ...],
+    folders: Sequence[_PartFolders],  # of the train and the test part
+    photo_ending: str,  # of the names of photos, which is no part of the id
+    kinds: dict[str, Values],  # ending of the names of masks → meaning of their values
+) -> Layout:
+    "Read photos and masks that have the same names but for their endings; ValueError when a part has no photo."
+    photos, masks = [], []
+    for part in folders:
+        listed = [(i, path) for folder in part.images for i, path in list_photos(folder).items()]
+        photos.append({i.removesuffix(photo_ending): path for i, path in listed})
+        masks.append({i: paths[0] for folder in part.masks for i, paths in _find_masks(folder).items()})
+
+    def count_missing(ending: str) -> int:
+        return sum(f"{i}{ending}" not in found for part, found in zip(photos, masks) for i in part)
+
+    ending = min(kinds, key=count_missing)
+    parts, unused = [], []
+    for part, found, (image_folders, mask_folders) in zip(photos, masks, folders):
+        ids = _check_unique(list(part), image_folders[0])
+        expected = [mask_folders[0] / f"{i}{ending}.png" for i in ids]
+        parts.append(Part(ids, list(part.values()), [found.get(path.stem, path) for path in expected]))
+        used = {f"{i}{other}" for i in ids for other in kinds}
+        others = sorted(name for name in found.keys() - used if name.endswith(tuple(kinds)))
+        unused += [_say_no_photo(found[name]) for name in others]
+    return Layout(root, dataset, classes, *parts, kinds[ending], tuple(unused))
+
+
+# %% ../nbs/08_layouts.ipynb #633e9ed1
+def _list_cities(folder: Path) -> list[Path]:
+    "List the folders of cities in `folder`, or `folder` itself where there is none."
+    cities = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+    return cities or [folder]
+
+
+def _read_cityscapes_layout(root: Path) -> Layout:
+    "Read Cityscapes' shape, 19 classes; ValueError when a part has no photo."
+    names = ("train", "val")
+    folders = [_PartFolders(*(_list_cities(root / kind / n) for kind in ("leftImg8bit", "gtFine"))) for n in names]
+    return _read_numbered_layout(root, "cityscapes", CITYSCAPES_CLASSES, folders, "_leftImg8bit", _CITYSCAPES_KINDS)
+
+
+# %% ../nbs/08_layouts.ipynb #dcec78b2
+_COCO_STUFF_MASKS = ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")
+
+
+def _find_coco_stuff(root: Path) -> list[_PartFolders]:
+    "Return the folders of COCO-Stuff's shape, none where `root` has another one."
+    mask_root = next((root / name for name in _COCO_STUFF_MASKS if (root / name / "train2017").is_dir()), None)
+    if mask_root is None:
+        return []
+    image_root = root / "images" if (root / "images").is_dir() else root
+    return [_PartFolders([image_root / name], [mask_root / name]) for name in ("train2017", "val2017")]
+
+
+def _read_coco_stuff_layout(root: Path) -> Layout:
+    "Read COCO-Stuff's shape, 171 classes; ValueError when a part has no photo."
+    return _read_numbered_layout(root, "coco-stuff", COCO_STUFF_CLASSES, _find_coco_stuff(root), "", _COCO_STUFF_KINDS)
+
+
+# %% ../nbs/08_layouts.ipynb #f1a5d54a
 _ColourValue = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -230,6 +373,8 @@ class Description(Parameters):
     colours: dict[str, tuple[_ColourValue, _ColourValue, _ColourValue]] | None = None
     test: float | list[str] = 0.2  # share of the pictures for the test part, or their ids
     seed: int = Field(0, ge=0)  # of the random draw of the test part
+    # what masks belong to where a photo's EXIF turns it; auto: to what their size fits, or else to the stored pixels
+    orientation: Literal[ORIENTATIONS] = "auto"
 
 
 # %% ../nbs/08_layouts.ipynb #06ec0503
@@ -284,7 +429,7 @@ def _list_unused(root: Path, photos: Container[str], masks: dict[str, list[Path]
             yield f"file {path} is not read: expected a photo that ends in {endings}; convert or remove it"
     for i, paths in masks.items():
         if i not in photos:
-            yield f"mask {paths[0]} has no photo: expected one of the same name in images/"
+            yield _say_no_photo(paths[0], " in images/")
         for other in paths[1:]:
             yield f"mask {other} is not read, but {paths[0].name}: expected one mask for each photo"
 
@@ -326,7 +471,8 @@ def _read_own_layout(root: Path, description: Description | None = None) -> Layo
     train = make_part([i for i in photos if i not in test_ids])
     test = make_part([i for i in photos if i in test_ids])
     unused = tuple(_list_unused(root, photos, masks))
-    return Layout(root, len(classes), classes, train, test, _map_colours(description), unused)
+    colours = _map_colours(description)
+    return Layout(root, len(classes), classes, train, test, colours, unused, description.orientation)
 
 
 # %% ../nbs/08_layouts.ipynb #c82cfd31
@@ -352,7 +498,7 @@ def _order_classes(classes: Sequence[str] | Mapping[str, int]) -> list[str]:
 def describe_folder(
     root: Path | str,  # folder with images/ and masks/
     classes: Sequence[str] | Mapping[str, int],  # names of ids 1, 2, … in this order, or names with their ids
-    **others,  # colours, test, seed of `Description`
+    **others,  # colours, test, seed, orientation of `Description`
 ) -> Layout:
     """Write `dataset.yaml` into your own folder and return its layout; warn of files that are not used.
 
@@ -367,17 +513,39 @@ def describe_folder(
 
 
 # %% ../nbs/08_layouts.ipynb #1f8fdbb1
+def _refuse_export(root: Path):
+    "Raise ValueError, naming the command that converts it, when `root` is the export of an annotation tool."
+    command = ""
+    if (root / "labelmap.txt").is_file() and not (root / "ImageSets/Segmentation/trainaug.txt").is_file():
+        command = "cvat"
+    elif any((root / "annotations").glob("*.json")) and not (root / "objectInfo150.txt").is_file():
+        command = "coco"
+    elif _find_pictures(root, _PHOTO_SUFFIXES).keys() & {_make_id(path.name) for path in root.glob("*.json")}:
+        command = "labelme"
+    if command:
+        raise ValueError(
+            f"{root} is an export of annotations, not a data set: expected masks of class ids; "
+            f"convert it with mbs data {command} (see mbs data {command} --help)"
+        )
+
+
+# %% ../nbs/08_layouts.ipynb #9cf07387
 def find_layout(root: Path | str) -> Layout:
     "Read the layout of the data set in `root`; ValueError when its shape is unknown or a file is missing or wrong."
     root = Path(root).expanduser()
     if (root / "dataset.yaml").is_file():  # first: exports of annotation tools may have the other folders beside it
         return _read_own_layout(root)
+    if _find_coco_stuff(root):
+        return _read_coco_stuff_layout(root)
+    _refuse_export(root)
     if (root / "ImageSets").is_dir():
         return _read_voc_layout(root)
+    if (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir():
+        return _read_cityscapes_layout(root)
     if (root / "annotations").is_dir():
         return _read_ade_layout(root)
     if (root / "masks").is_dir():
         return _read_own_layout(root)
-    own = "images/ and masks/ with a dataset.yaml"
-    expected = f"the folders of VOC (ImageSets/ …), of ADE20K (images/, annotations/), or {own}"
+    others = "of VOC (ImageSets/ …), ADE20K (images/, annotations/), Cityscapes (leftImg8bit/, gtFine/) or COCO-Stuff"
+    expected = f"the folders {others}, or images/ and masks/ with a dataset.yaml"
     raise ValueError(f"{root} is no data set: expected {expected}")

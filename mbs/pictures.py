@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = [
     "Colours",
+    "Values",
+    "Meaning",
+    "ORIENTATIONS",
     "read_image",
     "read_photo",
+    "PhotoFacts",
+    "hash_content",
+    "read_photo_facts",
     "read_image_size",
     "read_mask",
     "count_classes",
-    "read_orientation",
     "PairFacts",
     "read_pair_facts",
 ]
 
 # %% ../nbs/07_pictures.ipynb #7085e0b8
 import hashlib
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +37,9 @@ _MASK_FORMATS = ("PNG", "BMP")  # formats that keep every id exactly
 _MAX_PIXELS = 89_478_485  # Pillow's own limit, here an error instead of a warning
 
 
-def _open_picture(path: Path, formats: tuple[str, ...] = _PHOTO_FORMATS) -> Image.Image:
+def _open_picture(source: Path | BytesIO, formats: tuple[str, ...] = _PHOTO_FORMATS) -> Image.Image:
     "Open a picture without decoding it; ValueError when it has more than `_MAX_PIXELS` pixels."
-    image = Image.open(path, formats=formats)
+    image = Image.open(source, formats=formats)
     if image.width * image.height > _MAX_PIXELS:
         image.close()
         raise ValueError(f"{image.width}×{image.height} pixels, more than {_MAX_PIXELS:,}")
@@ -41,37 +47,70 @@ def _open_picture(path: Path, formats: tuple[str, ...] = _PHOTO_FORMATS) -> Imag
 
 
 # %% ../nbs/07_pictures.ipynb #8dd1a874
-def _open_photo(path: Path) -> Image.Image:
+def _open_photo(source: Path | BytesIO) -> Image.Image:
     "Open a photo without decoding it; ValueError when it has more than 8 bits per channel."
-    image = _open_picture(path)
+    image = _open_picture(source)
     if image.mode[0] in "IF":  # Pillow would clip such values to white
         image.close()
         raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
     return image
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read a photo as (H, W, 3) uint8, with its pixels in stored order (EXIF orientation is not applied).
+# %% ../nbs/07_pictures.ipynb #7d0bdde0
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation → how stored pixels become what is shown
 
-    ValueError when the file is missing or cannot be decoded."""
+
+def _find_orientation(
+    image: Image.Image,  # decoded, because Pillow turns a TIFF while decoding it
+) -> int:
+    "Return the EXIF orientation that the pixels of `image` still need, 1 … 8; 1 if it cannot be read."
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises errors of many types for damaged files
+        return 1
+    return orientation if orientation in _TURNS else 1  # some cameras write 0
+
+
+def _to_pixels(image: Image.Image, shown: bool) -> np.ndarray:
+    "Decode a picture as (H, W, 3) uint8, as stored or as `shown`."
+    rgb = image.convert("RGB")
+    turn = _TURNS.get(_find_orientation(image)) if shown else None
+    return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+# %% ../nbs/07_pictures.ipynb #8082f7ba
+def read_image(
+    path: Path,
+    shown: bool = False,  # turn the pixels as EXIF says; False: as stored
+) -> np.ndarray:  # (H, W, 3) uint8
+    "Read a photo; ValueError when the file is missing or cannot be decoded."
     try:
         with _open_photo(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return _to_pixels(image, shown)
     except FileNotFoundError:
         raise ValueError(f"image {path} is missing: expected a photo for every id of the list") from None
     except Exception as e:  # Pillow's decoders raise errors of many types for damaged files
         raise ValueError(f"image {path} cannot be read ({e}): expected a JPEG or PNG picture") from None
 
 
-# %% ../nbs/07_pictures.ipynb #7d0bdde0
+# %% ../nbs/07_pictures.ipynb #7c924bec
 def read_photo(
     item: Any,  # a file, a PIL picture, or (H, W, 3) uint8
+    shown: bool = True,  # turn the pixels of a file or a PIL picture as EXIF says; False: as stored
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Read a photo that is given in one of several forms; ValueError for anything else."
     if isinstance(item, (str, Path)):
-        return read_image(Path(item))
+        return read_image(Path(item), shown)
     if isinstance(item, Image.Image) and item.mode[0] not in "IF":
-        return np.asarray(item.convert("RGB"))
+        return _to_pixels(item, shown)
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3 and item.size:
         return item
     facts = [str(getattr(item, name)) for name in ("dtype", "shape", "mode") if hasattr(item, name)]
@@ -81,22 +120,48 @@ def read_photo(
     )
 
 
-# %% ../nbs/07_pictures.ipynb #7c924bec
-def read_image_size(path: Path) -> tuple[int, int]:
-    "Return (H, W) of a photo after decoding it to the end; ValueError as from `read_image`."
+# %% ../nbs/07_pictures.ipynb #b6c82504
+class PhotoFacts(NamedTuple):
+    "Facts of the file of a photo."
+
+    size: tuple[int, int]  # height, width as stored
+    orientation: int  # of EXIF, 1 … 8
+    digest: str  # of the bytes of the file
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        "Height and width of the photo as EXIF says that it is shown."
+        return self.size[::-1] if self.orientation > 4 else self.size
+
+
+def hash_content(content: bytes) -> str:
+    "Return 32 hex digits of the SHA-256 of `content`."
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def read_photo_facts(path: Path) -> PhotoFacts:
+    "Read a photo and decode it to the end; ValueError as from `read_image`."
     try:
-        with _open_photo(path) as image:
+        content = path.read_bytes()
+        with _open_photo(BytesIO(content)) as image:
             width, height = image.size
             image.draft("L", (1, 1))
             image.load()
-        return height, width
+            orientation = _find_orientation(image)
+        return PhotoFacts((height, width), orientation, hash_content(content))
     except Exception:
         read_image(path)  # raises a ValueError that explains the problem
         raise
 
 
+def read_image_size(path: Path) -> tuple[int, int]:
+    "Return (H, W) of a photo as stored after decoding it to the end; ValueError as from `read_image`."
+    return read_photo_facts(path).size
+
+
 # %% ../nbs/07_pictures.ipynb #3639b05a
 Colours = dict[tuple[int, int, int], int]  # red, green, blue → class id
+Values = dict[int, int]  # stored value → class id
 
 
 def _decode_colours(
@@ -118,24 +183,60 @@ def _decode_colours(
 
 
 # %% ../nbs/07_pictures.ipynb #aa3dcecd
-def read_mask(
+def _decode_values(
+    stored: np.ndarray,  # (H, W) uint8
+    values: Values,
+    path: Path,  # named in errors
+) -> np.ndarray:  # (H, W) uint8
+    "Replace stored values by class ids; ValueError for a value that is not in the table."
+    table = np.full(256, -1, np.int16)
+    table[list(values)] = list(values.values())
+    unknown = np.flatnonzero((np.bincount(stored.ravel(), minlength=256) > 0) & (table < 0))
+    if unknown.size:
+        known = ", ".join(map(str, sorted(values)[:8]))
+        problem = f"mask {path} holds {unknown[:8].tolist()}, which stand for no class"
+        raise ValueError(f"{problem}: expected values of its data set, {known}, …")
+    return table.astype(np.uint8)[stored]
+
+
+# %% ../nbs/07_pictures.ipynb #8da4dc48
+Meaning = Colours | Values | None  # of the colours or the values of a mask; None: the file holds class ids
+
+
+def _holds_colours(meaning: Meaning) -> bool:
+    "Whether a table gives the meaning of colours."
+    return bool(meaning) and isinstance(next(iter(meaning)), tuple)
+
+
+def _read_mask(
     path: Path,
-    colours: Colours | None = None,  # meaning of the colours; None: the file holds ids
-) -> np.ndarray:  # (H, W) uint8 class ids
-    "Read a mask; ValueError when the file is missing, damaged, or holds neither ids nor the given `colours`."
+    meaning: Meaning,
+) -> tuple[np.ndarray, bytes]:  # (H, W) uint8 class ids, and red, green, blue of every index of a palette
+    "Read a mask and its palette; ValueError as from `read_mask`."
+    has_colours = _holds_colours(meaning)
     try:
-        with _open_picture(path, _MASK_FORMATS) as mask:
+        content = path.read_bytes()
+        with _open_picture(BytesIO(content), _MASK_FORMATS) as mask:
             mask.verify()  # checksums of a PNG, which decoding ignores: a flipped bit would be another class
-        with _open_picture(path, _MASK_FORMATS) as mask:
+        with _open_picture(BytesIO(content), _MASK_FORMATS) as mask:
             if mask.tile[0][3] in ("L;2", "L;4"):
                 raise ValueError("grey of fewer than 8 bits, which Pillow spreads over 0 … 255")
             mode = mask.mode
-            pixels = np.asarray(mask.convert("RGB") if colours else mask)
+            pixels = np.asarray(mask.convert("RGB") if has_colours else mask)
+            palette = bytes(mask.getpalette("RGB")) if mode == "P" and not meaning else b""
     except FileNotFoundError:
         raise ValueError(f"mask {path} is missing: expected a mask for every id of the list") from None
     except Exception as e:
         raise ValueError(f"mask {path} cannot be read ({e}): expected a PNG of class ids") from None
-    return _decode_colours(pixels, colours, path) if colours else _check_ids(pixels, mode, path)
+    if has_colours:
+        return _decode_colours(pixels, meaning, path), palette
+    ids = _check_ids(pixels, mode, path)
+    return (_decode_values(ids, meaning, path) if meaning else ids), palette
+
+
+def read_mask(path: Path, meaning: Meaning = None) -> np.ndarray:  # (H, W) uint8 class ids
+    "Read a mask; ValueError when the file is missing, damaged, or holds neither ids nor what `meaning` names."
+    return _read_mask(path, meaning)[0]
 
 
 # %% ../nbs/07_pictures.ipynb #462f1a69
@@ -165,46 +266,60 @@ def count_classes(
 
 
 # %% ../nbs/07_pictures.ipynb #47677cc2
-def read_orientation(image: Path) -> int:
-    "Return the EXIF orientation of a photo: 1 for as stored, also if it cannot be read; above 4 rows are columns."
-    try:
-        with _open_picture(image) as opened:
-            orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises errors of many types for damaged files
-        return 1
-    return orientation if orientation in range(1, 9) else 1  # some cameras write 0
+ORIENTATIONS = ("auto", "stored", "shown")
 
 
-def _check_sizes(image: Path, mask: Path, image_size: tuple[int, int], mask_size: tuple[int, int]):
+def _is_turned(photo: PhotoFacts, mask_size: tuple[int, int], orientation: str) -> bool:
+    "Whether the pixels of a photo are turned as EXIF says; `orientation` is one of `ORIENTATIONS`."
+    if photo.orientation == 1 or orientation == "stored":
+        return False
+    return orientation == "shown" or mask_size == photo.shown_size != photo.size
+
+
+def _check_sizes(image: Path, mask: Path, photo: PhotoFacts, is_turned: bool, mask_size: tuple[int, int]):
     "Raise ValueError unless photo and mask have the same (H, W)."
-    if image_size == mask_size:
+    size, other = (photo.shown_size, photo.size) if is_turned else (photo.size, photo.shown_size)
+    if size == mask_size:
         return
-    shown = " and ".join(f"{width}×{height}" for height, width in (image_size, mask_size))
+    shown = " and ".join(f"{width}×{height}" for height, width in (size, mask_size))
     expected = "the same"
-    if image_size == mask_size[::-1] and read_orientation(image) > 4:
-        expected += " as stored; the photo's EXIF says that it is shown turned, so turn its pixels or the mask"
+    if other == mask_size:
+        used, fits = ("shown", "stored") if is_turned else ("stored", "shown")
+        expected += f" for photos as {used}; this mask fits the photo as {fits}, so use orientation 'auto' or {fits!r}"
     raise ValueError(f"image {image} and mask {mask} differ in size, {shown} pixels: expected {expected}")
 
 
-# %% ../nbs/07_pictures.ipynb #f89358af
+# %% ../nbs/07_pictures.ipynb #f15d12b0
 class PairFacts(NamedTuple):
     "Facts of a photo and its mask."
 
     counts: np.ndarray  # (n_classes + 2,) int64 pixels of every class id and, last, of void
     size: tuple[int, int]  # height, width
-    digest: str  # of the bytes of the photo's file and of the mask's ids, with a space between
+    # of the bytes of the photo's file and of the mask's ids, with a space between, and ' shown' for a turned photo
+    digest: str
+    orientation: int = 1  # of the photo's EXIF
+    is_turned: bool = False  # whether the photo is read as its EXIF shows it
+    palette: bytes = b""  # red, green, blue of every index of a mask with a palette
+
+    @property
+    def fits_both_ways(self) -> bool:
+        "Whether the mask fits the photo as stored and as shown, and the two differ."
+        height, width = self.size
+        return self.orientation > 1 and (self.orientation < 5 or height == width)
 
 
 def read_pair_facts(
     image: Path,
     mask: Path,
     n_classes: int,
-    colours: Colours | None = None,  # as for `read_mask`
+    meaning: Meaning = None,  # as for `read_mask`
+    orientation: str = "auto",  # of photos, one of `ORIENTATIONS`
 ) -> PairFacts:
     "Read a photo and its mask; ValueError when their sizes differ or the mask holds other ids than classes."
-    ids = read_mask(mask, colours)
-    size = read_image_size(image)
-    _check_sizes(image, mask, size, ids.shape)
+    ids, palette = _read_mask(mask, meaning)
+    photo = read_photo_facts(image)
+    is_turned = _is_turned(photo, ids.shape, orientation)
+    _check_sizes(image, mask, photo, is_turned, ids.shape)
     counts = count_classes(ids, n_classes, mask)
-    digests = (hashlib.sha256(content).hexdigest()[:32] for content in (image.read_bytes(), ids.tobytes()))
-    return PairFacts(counts, size, " ".join(digests))
+    digest = " ".join([photo.digest, hash_content(ids.tobytes()), *["shown"] * is_turned])
+    return PairFacts(counts, ids.shape, digest, photo.orientation, is_turned, palette)

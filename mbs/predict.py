@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .inference import choose_window, segment
 from .layouts import list_photos
-from .pictures import read_image
+from .pictures import read_photo
 from .run import Run
 from .viz import draw_class_legend, label_colours, make_grid, overlay
 
@@ -80,7 +80,7 @@ def predict_files(
     _write_legend(run.names[: model.n_channels], out / "legend.png")
     for path in tqdm(images, "pictures", delay=2, leave=False):
         try:
-            image = read_image(path)
+            image = read_photo(path)
         except ValueError as e:
             yield str(e)
             continue

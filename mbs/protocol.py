@@ -26,7 +26,7 @@ import numpy as np
 
 # %% ../nbs/00_protocol.ipynb #b36e0a8f
 VOID = 255  # pixels that neither train nor test anything: object borders, classes not yet seen, ignored pseudo-labels
-N_CLASSES = {"voc": 20, "ade": 150}
+N_CLASSES = {"voc": 20, "ade": 150, "cityscapes": 19, "coco-stuff": 171}
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
     "pottedplant sheep sofa train tvmonitor".split()
@@ -145,7 +145,7 @@ class Protocol:
     def __init__(
         self,
         name: str | Sequence[int],  # split, e.g. "15-1", "15-1_b", "10-5-5" or [10, 5, 5], see `name_split`
-        dataset: str | int = "voc",  # "voc", "ade" or a number of classes (background not counted)
+        dataset: str | int = "voc",  # one of `N_CLASSES`, or a number of classes (background not counted)
         setting: str = "overlapped",  # one of `SETTINGS`, or "joint"
         order: Sequence[int] | None = None,  # class ids in order of arrival; None: the split's own, or 1, 2, 3 …
     ):
@@ -161,7 +161,8 @@ class Protocol:
         sizes = parse_split(name.split("_")[0] if is_named else name, len(self.order))
         self.n_base = 1 + sizes[0]  # channels that results call old, background included
         self.sizes = [len(self.order)] if setting == "joint" else sizes  # classes of each step
-        self.background_tested = dataset != "ade"  # ADE20K's test leaves unlabelled pixels out
+        # all pixels of these data sets belong to a class or are void: unlabelled ones are not tested
+        self.background_tested = dataset not in ("ade", "cityscapes", "coco-stuff")
 
     @property
     def steps(self) -> list[list[int]]:
@@ -274,7 +275,7 @@ def _map_channels(step: Step, part: str) -> np.ndarray:
             raise ValueError(f"part {part!r} is not known: expected 'train', 'test' or 'truth'")
     if part == "test" and not protocol.background_tested:
         table[0] = VOID
-    trains_on_void = part == "train" and not protocol.background_tested  # ADE20K trains on unlabelled pixels
+    trains_on_void = part == "train" and protocol.dataset == "ade"  # ADE20K trains on unlabelled pixels
     table[VOID] = 0 if trains_on_void else VOID
     return table
 

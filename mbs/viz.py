@@ -35,6 +35,7 @@ __all__ = [
     "show_picture",
     "draw_class_legend",
     "show_step_view",
+    "show_labelled",
     "classify_fate",
     "measure_fates",
     "show_pseudo_labels",
@@ -213,6 +214,20 @@ def show_step_view(
     for ax, title in zip(axes[:, 0], ("photo", "truth", "step's labels")):
         ax.set_ylabel(title, fontsize=8)
     draw_class_legend(fig, [*truths, *views], names)
+    return fig
+
+
+# %% ../nbs/60_viz.ipynb #73d55e86
+def show_labelled(
+    samples: Sequence[tuple[str, np.ndarray, np.ndarray]],  # title, (H, W, 3) photo and (H, W) labels of each
+    names: Sequence[str],  # of all labels
+) -> Figure:
+    "Show photos, and below each its labels over it, with a legend of the classes."
+    fig, axes = make_grid(2, len(samples), 2.6, 2)
+    for column, (title, photo, labels) in zip(axes.T, samples):
+        show_picture(column[0], photo, title)
+        show_picture(column[1], overlay(photo, labels))
+    draw_class_legend(fig, [labels for _, _, labels in samples], names)
     return fig
 
 

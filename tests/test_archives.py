@@ -337,7 +337,7 @@ def test_check_lists_every_problem(home, server):
     server("good")
     run_data_command("voc")
     root = home / "data" / "voc"
-    assert run_data_command("check", "voc") == "nothing wrong\n"
+    assert run_data_command("check", "voc").endswith("nothing wrong\n")
     (root / "JPEGImages" / "p0.jpg").write_bytes(encode_picture(0)[:200])
     Image.fromarray(np.full((24, 18), 77, np.uint8)).save(root / "SegmentationClassAug" / "p1.png")
     Image.fromarray(np.full((24, 17), 1, np.uint8)).save(root / "SegmentationClassAug" / "p3.png")

@@ -18,7 +18,7 @@ from mbs.folders import home as home_folder
 from mbs.inference import segment
 from mbs.layouts import check_class_names, describe_folder, find_layout
 from mbs.parameter_files import read_yaml
-from mbs.pictures import read_orientation, read_photo
+from mbs.pictures import read_photo, read_photo_facts
 from mbs.prepare import prepare_coco
 from mbs.run import trained_run
 
@@ -165,8 +165,12 @@ def test_photos_that_exif_turns_are_named(tmp_path, orientation):
     save(tmp_path / "images/b.jpg", np.zeros((16, 16, 3), np.uint8), exif=exif)
     describe_folder(tmp_path, ["x"], test=0.34)
     problems = find_problems(tmp_path)
-    assert read_orientation(tmp_path / "images/b.jpg") == (orientation if 1 <= orientation <= 8 else 1)
+    facts = read_photo_facts(tmp_path / "images/b.jpg")
+    assert facts.orientation == (orientation if 1 <= orientation <= 8 else 1)
     assert len(problems) == (2 <= orientation <= 8) and all("1 photos are shown turned" in p for p in problems)
+    for chosen in ("stored", "shown"):
+        describe_folder(tmp_path, ["x"], test=0.34, orientation=chosen)
+        assert find_problems(tmp_path) == []
 
 
 def test_photos_are_known_by_their_content(tmp_path, monkeypatch):

@@ -405,16 +405,17 @@ def test_descriptions_that_would_give_wrong_labels_are_refused(home, change, say
     assert (root / "dataset.yaml").read_bytes() == before
 
 
-def test_a_photo_turned_by_its_exif_is_refused(home):
-    "Masks belong to the pixels as stored; the error names the EXIF orientation of the photo."
+def test_a_photo_turned_by_its_exif_is_read_as_its_mask_fits(home):
+    "A mask of the size that the photo is shown in turns the photo; another size is refused."
     root = voc(home / "data")
     photo, mask = root / "JPEGImages/train_00000.png", root / "SegmentationClassAug/train_00000.png"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(photo, exif=exif)
     Image.fromarray(np.zeros((24, 16), np.uint8)).save(mask)
-    message = "differ in size, 24×16 and 16×24 pixels: expected the same as stored; the photo's EXIF says"
-    with pytest.raises(ValueError, match=message):
+    assert SegmentationFolder(root)[0][0].shape == (24, 16, 3)
+    Image.fromarray(np.zeros((24, 17), np.uint8)).save(mask)
+    with pytest.raises(ValueError, match=r"differ in size, 24×16 and 17×24 pixels: expected the same$"):
         SegmentationFolder(root)
 
 

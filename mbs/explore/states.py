@@ -86,10 +86,16 @@ def _check_truth(truth: Any, photo: np.ndarray, n_channels: int) -> np.ndarray:
 
 # %% ../../nbs/61b_states.ipynb #92bdcaef
 def read_sample(item: Any, n_channels: int) -> Sample:  # truth None where it is not given; no predictions
-    "Read a picture given as a file, a PIL picture, an array, or a pair of one of these and its truth."
-    photo, truth = item if isinstance(item, tuple) else (item, None)
-    photo = read_photo(photo)
-    return Sample(photo, None if truth is None else _check_truth(truth, photo, n_channels), [])
+    """Read a picture given as a file, a PIL picture, an array, or a pair of one of these and its truth.
+
+    A photo that its EXIF turns is read as shown, unless its truth has only the size of the stored one."""
+    given, truth = item if isinstance(item, tuple) else (item, None)
+    photo = read_photo(given)
+    if truth is None:
+        return Sample(photo, None, [])
+    if np.shape(truth) != photo.shape[:2]:
+        photo = read_photo(given, shown=False)
+    return Sample(photo, _check_truth(truth, photo, n_channels), [])
 
 
 # %% ../../nbs/61b_states.ipynb #7f58b43c
