@@ -168,7 +168,7 @@ def _compile_in_place(modules: Iterable[nn.Module]) -> Iterator[None]:
     "Let each of `modules` run compiled in the block."
     modules = list(modules)
     for module in modules:
-        module.forward = torch.compile(module.forward)
+        module.forward = torch.compile(module.forward, dynamic=False)  # all crops have one size
     try:
         yield
     finally:
