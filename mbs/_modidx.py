@@ -888,6 +888,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.lifeline._handle_signals': ('lifeline.html#_handle_signals', 'mbs/lifeline.py'),
                               'mbs.lifeline.exit_with_parent': ('lifeline.html#exit_with_parent', 'mbs/lifeline.py'),
                               'mbs.lifeline.interrupt_on_signals': ('lifeline.html#interrupt_on_signals', 'mbs/lifeline.py'),
+                              'mbs.lifeline.make_module_command': ('lifeline.html#make_module_command', 'mbs/lifeline.py'),
+                              'mbs.lifeline.make_safe_environment': ('lifeline.html#make_safe_environment', 'mbs/lifeline.py'),
                               'mbs.lifeline.record_signals': ('lifeline.html#record_signals', 'mbs/lifeline.py'),
                               'mbs.lifeline.start_child': ('lifeline.html#start_child', 'mbs/lifeline.py'),
                               'mbs.lifeline.stop_child': ('lifeline.html#stop_child', 'mbs/lifeline.py')},
