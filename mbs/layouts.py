@@ -305,7 +305,7 @@ def _read_description(path: Path) -> Description:
     if not path.is_file():
         call = f"mbs.describe_folder({str(path.parent)!r}, classes=[…])"
         raise ValueError(f"{path} is missing: expected the class names; write it with {call}")
-    return Description.checked(**read_yaml(path))
+    return Description.checked(**read_yaml(path, Description))
 
 
 def _read_own_layout(root: Path, description: Description | None = None) -> Layout:
