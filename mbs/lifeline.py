@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "SAFE_PATH",
     "EXIT_RESUME",
     "STOP_SIGNALS",
     "make_safe_environment",
@@ -27,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 # %% ../nbs/04_lifeline.ipynb #28f762b7
+SAFE_PATH = dict(PYTHONSAFEPATH="1")  # environment in which Python takes no code from the current folder
 _RUN_MODULE = """import sys
 sys.path = [path for path in sys.path if path]  # without the current folder
 import runpy
@@ -35,7 +37,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
 
 def make_safe_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
     "Return the environment of this process with `changes`, for a Python that takes no code from the current folder."
-    return os.environ | dict(PYTHONSAFEPATH="1") | (changes or {})
+    return os.environ | SAFE_PATH | (changes or {})
 
 
 def make_module_command(
