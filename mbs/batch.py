@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .executors import Local, OnRay, Stopped
 from .experiment import Experiment
-from .folders import find_runs_folder, home
+from .folders import expand_tilde, find_runs_folder, home
 from .grid import Grid, expand_grid, read_grid
 from .inspect import time_iteration
 from .lifeline import Interrupted, interrupt_on_signals, record_signals
@@ -299,7 +299,7 @@ def _collect_seconds(outputs: Path) -> dict[str, float]:
 # %% ../nbs/70_batch.ipynb #41422f87
 def _find_notebook(grid: Grid) -> Path:
     "Find the notebook that the runs of `grid` execute; ValueError if it does not exist."
-    notebook = Path(grid.notebook or find_runs_folder() / "train.ipynb").absolute()
+    notebook = expand_tilde(grid.notebook or find_runs_folder() / "train.ipynb").absolute()
     if not notebook.is_file():
         raise ValueError(f"notebook {notebook} does not exist: expected one with the parameters of train.ipynb")
     return notebook

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from .folders import home
+from .folders import expand_tilde, home
 from .orders import list_order_names, list_order_parameters, make_orders
 from .parameter_files import find_parameter_file, flatten_parameters, read_parameters, register_model
 from .parameters import NamesOf, Parameters
@@ -119,7 +119,8 @@ def _clean_text(value: Any) -> str:
 # %% ../nbs/65_grid.ipynb #11509a29
 def find_features_run(name: str) -> Run:
     "Open the run that `features` names: its folder, or its name under outputs/."
-    return load_run(name if Path(name).is_dir() else home("outputs", name))
+    folder = expand_tilde(name)
+    return load_run(folder if folder.is_dir() else home("outputs", name))
 
 
 def _make_order_chooser(grid: Grid) -> Callable[[list[dict]], dict[str, dict]]:

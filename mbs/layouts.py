@@ -37,6 +37,7 @@ import yaml
 from pydantic import Field
 
 from .files import write_text
+from .folders import expand_tilde
 from .parameter_files import read_yaml
 from .parameters import Parameters
 from .pictures import Colours
@@ -357,7 +358,7 @@ def describe_folder(
     """Write `dataset.yaml` into your own folder and return its layout; warn of files that are not used.
 
     ValueError when the description does not fit."""
-    root = Path(root).expanduser()
+    root = expand_tilde(root)
     description = Description.checked(classes=_order_classes(classes), **others)
     layout = _read_own_layout(root, description)
     text = yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -369,7 +370,7 @@ def describe_folder(
 # %% ../nbs/08_layouts.ipynb #1f8fdbb1
 def find_layout(root: Path | str) -> Layout:
     "Read the layout of the data set in `root`; ValueError when its shape is unknown or a file is missing or wrong."
-    root = Path(root).expanduser()
+    root = expand_tilde(root)
     if (root / "dataset.yaml").is_file():  # first: exports of annotation tools may have the other folders beside it
         return _read_own_layout(root)
     if (root / "ImageSets").is_dir():

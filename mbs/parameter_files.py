@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from .folders import find_runs_folder
+from .folders import expand_tilde, find_runs_folder
 from .parameters import find_entry_type, find_item_type, takes_none, takes_text
 
 # %% ../nbs/03b_parameter_files.ipynb #af19fb35
@@ -162,7 +162,7 @@ def list_built_in(kind: str = "protocols") -> list[str]:
 # %% ../nbs/03b_parameter_files.ipynb #b249deb6
 def find_parameter_file(path: Path | str, kind: str = "protocols") -> Path:
     "Find the file `path`, or the built-in file of that name; ValueError if neither exists."
-    candidates = (Path(path), find_runs_folder() / kind / f"{path}.yaml")
+    candidates = (expand_tilde(path), find_runs_folder() / kind / f"{path}.yaml")
     try:
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
     except (OSError, ValueError):

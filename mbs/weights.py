@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .folders import hash_file
+from .folders import expand_tilde, hash_file
 from .segmenter import StageEncoder, ViTEncoder
 
 # %% ../nbs/21_weights.ipynb #71ac4d28
@@ -258,7 +258,7 @@ def _fill_encoder(network: nn.Module, name: str, weights: str) -> dict:  # recei
         state = _fetch_hub_state(name)
         source = timm.get_pretrained_cfg(name).hf_hub_id
         return load_weights(network, state, source) | dict(tensors_sha256=_hash_state(state))
-    file = _find_installed_weights(name) if weights == "pretrained" else Path(weights)
+    file = _find_installed_weights(name) if weights == "pretrained" else expand_tilde(weights)
     state, left_out = read_state(file)
     if weights == "pretrained":
         state = _rename_in_order(state, name)
@@ -308,7 +308,7 @@ def make_encoder(
     network = _create_network(name, **kwargs)
     is_file = weights not in ("none", "pretrained")
     if is_file and isinstance(network, VisionTransformer) and "img_size" not in kwargs:
-        if image_size_of_file := _find_image_size(network, Path(weights)):
+        if image_size_of_file := _find_image_size(network, expand_tilde(weights)):
             network = _create_network(name, img_size=image_size_of_file, **kwargs)
     receipt = _fill_encoder(network, name, weights)
     encoder = _wrap_encoder(network, name, frozen_norm=weights != "none")
