@@ -29,6 +29,10 @@ class Parameters(BaseModel):
         except ValidationError as e:
             raise ValueError(_explain_refusal(cls, e)) from None
 
+    def __getitem__(self, name: str) -> Any:
+        "Return the value of a field by its name, as in the files that hold it; KeyError for an unknown name."
+        return dict(self)[name]
+
     def __repr_args__(self):
         "Show only the fields that differ from their defaults."
         fields = type(self).model_fields

@@ -21,16 +21,25 @@ from .run_folder import explain_write_errors
 from .segmenter import Segmenter
 from .settings import Setup
 
-
 # %% ../nbs/53a_rehearsal.ipynb #08f2ea0c
-@torch.no_grad()
-def _pass_zeros(network: Segmenter, *shape: int):
-    "Pass a picture batch of a `shape` (B, 3, H, W) through `network`; raise what the network raises."
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            network(torch.zeros(shape))
-    except Exception:  # also what only fake tensors cannot do
+_FEW_PIXELS = 2 * 128**2  # of a batch that is computed faster than it is followed
+
+
+def _follow_zeros(network: Segmenter, *shape: int):
+    "Follow the shapes of a batch of pictures (B, 3, H, W) through `network`; raise what the network raises."
+    with FakeTensorMode(allow_non_fake_inputs=True):
         network(torch.zeros(shape))
+
+
+@torch.no_grad()
+def _pass_zeros(network: Segmenter, n: int, height: int, width: int):
+    "Pass `n` pictures through `network`, without computing if they are large; raise what the network raises."
+    if n * height * width > _FEW_PIXELS:
+        try:
+            return _follow_zeros(network, n, 3, height, width)
+        except Exception:  # also what only fake tensors cannot do
+            pass
+    network(torch.zeros(n, 3, height, width))
 
 
 def _count_pictures(setup: Setup) -> int:
@@ -52,7 +61,7 @@ def pass_network(setup: Setup, network: Segmenter):
         passes.append(("whole test pictures", False, 1, height, width))
     for what, is_training, n, *size in passes:
         try:
-            _pass_zeros(network.train(is_training), n, 3, *size)
+            _pass_zeros(network.train(is_training), n, *size)
         except Exception as e:  # timm and PyTorch raise all kinds
             reason = (str(e) or type(e).__name__).splitlines()[0].rstrip(".")
             raise ValueError(
