@@ -38,11 +38,23 @@ from .segmenter import StageEncoder, ViTEncoder
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "state_dict_ema", "ema")
 
 
+def _find_wrapper(content: dict) -> str | None:
+    "Return the key of the dictionary that holds the tensors; None if `content` itself does, or several could."
+    if known := [key for key in _WRAPPERS if isinstance(content.get(key), dict)]:
+        return known[0]
+    holders = [key for key, value in content.items() if isinstance(value, dict) and _holds_tensors(value)]
+    return holders[0] if len(holders) == 1 and not _holds_tensors(content) else None
+
+
+def _holds_tensors(content: dict) -> bool:
+    return any(isinstance(value, Tensor) for value in content.values())
+
+
 def _unwrap(content: Any) -> tuple[dict[str, Tensor], list[str]]:
     "Return the tensors of a file's content by name, and the names of what is left out; no tensors for other content."
     left_out = []
     while isinstance(content, dict):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+        wrapper = _find_wrapper(content)
         if wrapper is None:
             break
         left_out += [str(key) for key in content if key != wrapper]
