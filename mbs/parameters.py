@@ -103,7 +103,9 @@ def takes_none(kind: Any) -> bool:
 
 # %% ../nbs/01_parameters.ipynb #3395fe9b
 def find_item_type(kind: Any) -> Any:
-    "Return the type of the items of a list of a type; Any if it is not known."
+    "Return the type of the items of a list of a type; Any if it is not known, or a validator in front wants values."
+    if _find_annotation(kind, BeforeValidator):
+        return Any
     items = [get_args(one)[0] for one in _list_alternatives(kind) if get_origin(one) in (list, tuple)]
     return items[0] if items else Any
 

@@ -162,6 +162,8 @@ grid: {data: [2024, 2024-01-15], training.optimizer: [on], seed: [010], training
         "seed": [10],
         "training.lr": [0.001],
     }
+    (tmp_path / "orders.yaml").write_text("orders: [similar-last, 2]")
+    assert read_grid("orders.yaml").orders == ["similar-last", "order1", "order2"]
     chosen = expand_grid(Grid(name="on", runs=[dict(name="1e3"), dict(name="012")], grid=dict(seed=[0, 1])))
     assert [one.name for one in chosen] == ["on/1e3-s0", "on/1e3-s1", "on/012-s0", "on/012-s1"]
 
