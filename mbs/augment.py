@@ -59,6 +59,21 @@ def normalise(
 Pair = tuple[np.ndarray, np.ndarray]  # picture (H, W, 3) and labels (H, W), both uint8
 
 
+def _check_pair(image: np.ndarray, labels: np.ndarray):
+    "Raise ValueError unless a picture and its labels are what every transform needs, see `Pair`."
+    shapes = getattr(image, "shape", ()), getattr(labels, "shape", ())
+    is_fit = len(shapes[1]) == 2 and shapes[0] == (*shapes[1], 3) and 0 not in shapes[0]
+    if not is_fit or {image.dtype, labels.dtype} != {np.dtype(np.uint8)}:
+        kinds = [
+            f"{type(item).__name__} {getattr(item, 'dtype', '')} {shape}"
+            for item, shape in zip((image, labels), shapes)
+        ]
+        raise ValueError(
+            f"{' and '.join(kinds)} are no picture and labels: expected arrays of uint8, (H, W, 3) and (H, W)"
+        )
+
+
+# %% ../nbs/11_augment.ipynb #624dd2a7
 def _fit_short_side(height: int, width: int, size: float) -> tuple[int, int]:
     "Return (H', W') with the short side at `size` pixels and the aspect kept, rounded down."
     scale = size / min(height, width)
@@ -163,6 +178,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, labels: np.ndarray) -> Pair:
         "(H, W, 3) and (H, W) → (S, S, 3) and (S, S), all uint8."
+        _check_pair(image, labels)
         factor = random.uniform(*self.scale)
         resized = [max(1, int(s * factor)) for s in _fit_short_side(*labels.shape, self.crop)]
         corner = [random.randint(0, max(0, s - self.crop)) for s in resized]
@@ -179,6 +195,7 @@ class ReleasedTransform(TrainTransform):
     "Scale, crop and flip as the released program does, to the byte; outside the picture the crop is black background."
 
     def __call__(self, image: np.ndarray, labels: np.ndarray) -> Pair:
+        _check_pair(image, labels)
         short = _fit_short_side(*labels.shape, self.crop)
         factor = random.uniform(*self.scale)
         height, width = resized = [max(1, int(s * factor)) for s in short]
@@ -199,6 +216,7 @@ class TestTransform:
         self.crop = crop
 
     def __call__(self, image: np.ndarray, labels: np.ndarray) -> Pair:
+        _check_pair(image, labels)
         if self.crop is None:
             return np.require(image, requirements="W"), labels  # PyTorch warns of arrays that cannot be written
         short = _fit_short_side(*labels.shape, self.crop)

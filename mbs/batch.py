@@ -21,14 +21,15 @@ from tqdm import tqdm
 
 from .executors import Local, OnRay, Stopped
 from .experiment import Experiment
-from .folders import find_runs_folder, home
+from .folders import expand_tilde, find_runs_folder, home
 from .grid import Grid, expand_grid, read_grid
 from .inspect import time_iteration
 from .lifeline import Interrupted, interrupt_on_signals, record_signals
 from .live import STATES, show_live
 from .notebooks import RunFailed, execute_notebook, lock_worker, read_failure, read_worker
+from .rehearsal import Rehearsal, probe_folder
 from .run import Card, Run, load_run, make_card
-from .run_folder import explain_unwritable, refuse_other_run
+from .run_folder import refuse_other_run
 from .settings import Settings, Setup
 from .tables import Table, format_duration
 
@@ -37,7 +38,10 @@ from .tables import Table, format_duration
 def prepare_experiment(settings: Settings) -> Experiment:
     "Build the experiment of `settings` and write nothing; ValueError for everything that would stop it at the start."
     experiment = Experiment(settings)
-    refuse_other_run(experiment.folder, experiment.setup, experiment.setup.model())
+    network = experiment.setup.model()
+    is_known = refuse_other_run(experiment.folder, experiment.setup, network)
+    if not (is_known and load_run(experiment.folder).finished):
+        Rehearsal().try_out(experiment.setup, network)
     return experiment
 
 
@@ -78,10 +82,7 @@ def run_notebook(
     folder = experiment.folder
     if (folder / "run.json").is_file() and load_run(folder).finished:
         return load_run(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise explain_unwritable(folder, e) from None
+    probe_folder(folder)
     total = sum(experiment.setup.iterations())
     parameters = experiment.settings.model_dump(mode="json")
     with _report_progress(folder, total, progress) if progress else nullcontext():
@@ -160,7 +161,7 @@ _ENDED = ("done", "failed", "stopped")  # states of a run that no process works 
 class Job:
     "A run of a batch: its settings, its status, and the process that executes it."
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, rehearsal: Rehearsal):
         experiment = Experiment(settings)
         model = experiment.setup.model()
         refuse_other_run(experiment.folder, experiment.setup, model)
@@ -174,6 +175,8 @@ class Job:
         self.status = _read_status(self.folder)
         self.state = "done" if self.finished else "queued"
         self.reason = ""  # why it failed or stopped
+        if not self.finished:
+            rehearsal.try_out(experiment.setup, model)
         self.earlier_error = "" if self.finished else read_failure(self.notebook)
         self.speed = _Speed()
         self.future: Future | None = None
@@ -299,7 +302,7 @@ def _collect_seconds(outputs: Path) -> dict[str, float]:
 # %% ../nbs/70_batch.ipynb #41422f87
 def _find_notebook(grid: Grid) -> Path:
     "Find the notebook that the runs of `grid` execute; ValueError if it does not exist."
-    notebook = Path(grid.notebook or find_runs_folder() / "train.ipynb").absolute()
+    notebook = expand_tilde(grid.notebook or find_runs_folder() / "train.ipynb").absolute()
     if not notebook.is_file():
         raise ValueError(f"notebook {notebook} does not exist: expected one with the parameters of train.ipynb")
     return notebook
@@ -313,7 +316,8 @@ class Batch:
         self.grid = read_grid(grid)
         self.notebook = _find_notebook(self.grid)
         settings = expand_grid(self.grid)
-        self.jobs = [Job(one) for one in tqdm(settings, "checking runs", leave=False, disable=None)]
+        rehearsal = Rehearsal()
+        self.jobs = [Job(one, rehearsal) for one in tqdm(settings, "checking runs", leave=False, disable=None)]
         self.processes = max(one.processes for one in settings)
 
     def trainer(self, job: Job) -> Job:
@@ -377,6 +381,8 @@ def _run_jobs(
 ):
     "Submit each job of `batch` as soon as it is ready, until all have ended; Interrupted once `asked` is not empty."
     waiting = [job for job in batch.jobs if not job.finished]
+    if waiting:
+        probe_folder(waiting[0].folder.parent)
     while not asked:
         for job in batch.jobs:
             job.update()

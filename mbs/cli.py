@@ -41,9 +41,12 @@ from typing import Annotated
 
 import typer
 
+from .folders import expand_tilde
 from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
 from .parameter_files import parse_value, parse_words, read_parameters
 
+_PATH = dict(parser=expand_tilde)  # of every argument that is a path
+_PATH_OPTION = _PATH | dict(metavar="PATH")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -76,7 +79,7 @@ _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, o
 
 @app.callback()
 def main(
-    home: Annotated[Path | None, typer.Option(help=_HOME_HELP)] = None,
+    home: Annotated[Path | None, typer.Option(help=_HOME_HELP, **_PATH_OPTION)] = None,
 ):
     "Class-incremental semantic segmentation: train, inspect and compare."
     from mbs.notebooks import replace_unprintable
@@ -334,8 +337,8 @@ _APP_HELP = "Open a page without code instead of JupyterLab; needs pip install '
 
 @app.command()
 def explore(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    other: Annotated[Path | None, typer.Argument(help=_OTHER_HELP)] = None,
+    run: Annotated[Path, typer.Argument(help="Run folder.", **_PATH)],
+    other: Annotated[Path | None, typer.Argument(help=_OTHER_HELP, **_PATH)] = None,
     as_app: Annotated[bool, typer.Option("--app", help=_APP_HELP)] = False,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ):
@@ -370,8 +373,10 @@ _PATHS_HELP = "Run folders, or folders of run folders. Default: outputs/."
 
 @app.command()
 def report(
-    paths: Annotated[list[Path] | None, typer.Argument(metavar="[FOLDER]...", help=_PATHS_HELP)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: outputs/report.")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="[FOLDER]...", help=_PATHS_HELP, **_PATH)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report. Default: outputs/report.", **_PATH_OPTION)
+    ] = None,
 ):
     "Compare runs: an executed notebook, an HTML page, CSV, LaTeX and Markdown tables, with published numbers."
     with explain_errors():
@@ -393,10 +398,10 @@ def report(
 # %% ../nbs/80_cli.ipynb #3a2efdd7
 @app.command()
 def curves(
-    paths: Annotated[list[Path] | None, typer.Argument(metavar="[FOLDER]...", help=_PATHS_HELP)] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="[FOLDER]...", help=_PATHS_HELP, **_PATH)] = None,
     port: Annotated[int, typer.Option(help="Port of TensorBoard, on this machine only.")] = 6006,
     write_only: Annotated[
-        Path | None, typer.Option(help="Write event files into this folder instead of showing them.")
+        Path | None, typer.Option(help="Write event files into this folder instead of showing them.", **_PATH_OPTION)
     ] = None,
 ):
     "Show losses and scores in TensorBoard, updated until Ctrl-C."
@@ -418,9 +423,11 @@ def curves(
 # %% ../nbs/80_cli.ipynb #9db48744
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder, or its name under outputs/.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    out: Annotated[Path, typer.Option(help="Folder for <name>-labels.png, <name>-overlay.png and legend.png.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, or its name under outputs/.", **_PATH)],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", **_PATH)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for <name>-labels.png, <name>-overlay.png and legend.png.", **_PATH_OPTION)
+    ],
     step: Annotated[int, typer.Option(help="Use the model after this step; -1 is the last.")] = -1,
 ):
     "Segment pictures of any size."
@@ -444,8 +451,8 @@ app.add_typer(data, name="data")
 
 _TO_HELP = "Folder to create. Default: data/<name> in the home folder."
 _FROM_HELP = "Archive that you already have, or a folder that holds it; may be repeated."
-_To = Annotated[Path | None, typer.Option("--to", help=_TO_HELP)]
-_From = Annotated[list[Path] | None, typer.Option("--from", help=_FROM_HELP)]
+_To = Annotated[Path | None, typer.Option("--to", help=_TO_HELP, **_PATH_OPTION)]
+_From = Annotated[list[Path] | None, typer.Option("--from", help=_FROM_HELP, **_PATH_OPTION)]
 
 
 def _prepare_data(name: str, to: Path | None, archives: list[Path] | None):
@@ -479,13 +486,13 @@ _ORIENTATION_HELP = "What objects were drawn on where a photo's EXIF turns it: s
 _SHOWN_HELP = "What masks were drawn on where a photo's EXIF turns it: shown, as in this program, or stored."
 _CVAT_TEST_HELP = "Share of the test pictures. Default: the lists of the export that begin with val or test, or 0.2."
 _PHOTOS_HELP = "Folder of the photos. Default: that of the export."
-_Images = Annotated[Path, typer.Argument(help="Folder of the photos.")]
-_Target = Annotated[Path, typer.Argument(help="Folder to create.")]
+_Images = Annotated[Path, typer.Argument(help="Folder of the photos.", **_PATH)]
+_Target = Annotated[Path, typer.Argument(help="Folder to create.", **_PATH)]
 _Classes = Annotated[str | None, typer.Option(help=_CLASSES_HELP)]
 _Test = Annotated[float, typer.Option(help="Share of the pictures that become test pictures.")]
 _Seed = Annotated[int, typer.Option(help="Seed of the draw of test pictures.")]
 _SkipLost = Annotated[bool, typer.Option("--skip-lost", help="Leave out objects that cannot be drawn.")]
-_Photos = Annotated[Path | None, typer.Option(help=_PHOTOS_HELP)]
+_Photos = Annotated[Path | None, typer.Option(help=_PHOTOS_HELP, **_PATH_OPTION)]
 _Shown = Annotated[str, typer.Option(help=_SHOWN_HELP)]
 
 
@@ -496,7 +503,7 @@ def _split_names(classes: str | None) -> list[str] | None:
 
 @data.command()
 def coco(
-    annotations: Annotated[Path, typer.Argument(help="JSON file in the format of COCO.")],
+    annotations: Annotated[Path, typer.Argument(help="JSON file in the format of COCO.", **_PATH)],
     images: _Images,
     to: _Target,
     classes: _Classes = None,
@@ -516,7 +523,7 @@ def coco(
 # %% ../nbs/80_cli.ipynb #30c3aaa0
 @data.command()
 def labelme(
-    folder: Annotated[Path, typer.Argument(help="Folder of labelme's JSON files.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of labelme's JSON files.", **_PATH)],
     to: _Target,
     photos: _Photos = None,
     classes: _Classes = None,
@@ -535,7 +542,7 @@ def labelme(
 
 @data.command("label-studio")
 def label_studio(
-    file: Annotated[Path, typer.Argument(help="Label Studio's export JSON.")],
+    file: Annotated[Path, typer.Argument(help="Label Studio's export JSON.", **_PATH)],
     images: _Images,
     to: _Target,
     classes: _Classes = None,
@@ -555,7 +562,7 @@ def label_studio(
 # %% ../nbs/80_cli.ipynb #395456d4
 @data.command()
 def cvat(
-    export: Annotated[Path, typer.Argument(help="Folder or archive of CVAT's export Segmentation mask 1.1.")],
+    export: Annotated[Path, typer.Argument(help="Folder or archive of CVAT's export Segmentation mask 1.1.", **_PATH)],
     to: _Target,
     photos: _Photos = None,
     test: Annotated[float | None, typer.Option(help=_CVAT_TEST_HELP)] = None,
@@ -578,7 +585,7 @@ _CHECK_FIGURE_HELP = "Also write a picture of three photos with their masks over
 @data.command()
 def check(
     folder: Annotated[str, typer.Argument(help="Folder, or voc or ade.")],
-    figure: Annotated[Path | None, typer.Option(help=_CHECK_FIGURE_HELP)] = None,
+    figure: Annotated[Path | None, typer.Option(help=_CHECK_FIGURE_HELP, **_PATH_OPTION)] = None,
 ):
     "Show what the masks hold of each class, and list everything that is wrong with the pairs; exit code 2 if any."
     with explain_errors():
@@ -636,7 +643,9 @@ def inspect(
     ] = None,
     setting: Annotated[str, typer.Option(help="overlapped, disjoint, sequential or partitioned.")] = "overlapped",
     measure: Annotated[bool, typer.Option("--measure", help=_MEASURE_STEPS_HELP)] = False,
-    figure: Annotated[Path | None, typer.Option(help="Also write the table as a picture (.png, .pdf, .svg).")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also write the table as a picture (.png, .pdf, .svg).", **_PATH_OPTION)
+    ] = None,
 ):
     "Show what each step of a protocol sees, hides in the background and costs, by default with the published recipe."
     with explain_errors():
@@ -751,7 +760,7 @@ def orders(
     words: _Words = None,
     names: Annotated[str, typer.Option("--orders", help=_ORDERS_HELP)] = "similar-last,similar-first,similar-spread,3",
     features: Annotated[str | None, typer.Option(help=_FEATURES_HELP)] = None,
-    figure: Annotated[Path | None, typer.Option(help=_ORDERS_FIGURE_HELP)] = None,
+    figure: Annotated[Path | None, typer.Option(help=_ORDERS_FIGURE_HELP, **_PATH_OPTION)] = None,
 ):
     "Print class orders for a data set and a protocol; a batch file makes runs of them, see docs/protocols.md."
     with explain_errors():

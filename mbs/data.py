@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .files import read_arrays, write_arrays
-from .folders import home
+from .folders import expand_tilde, home
 from .layouts import Layout, Part, find_layout, warn_of_unused
 from .pictures import PairFacts, read_image, read_mask, read_pair_facts
 from .protocol import VOID, Protocol
@@ -414,11 +414,11 @@ def locate_data(name: str) -> Path:
                 f"run `mbs data {name}`, or give its folder"
             )
         return home("data", name)
-    if not Path(name).expanduser().is_dir():
+    if not expand_tilde(name).is_dir():
         raise ValueError(
             f"data set {name!r} is not known: expected 'scenes', 'voc', 'ade' or a folder with pictures and masks"
         )
-    return Path(name).expanduser()
+    return expand_tilde(name)
 
 
 # %% ../nbs/10_data.ipynb #8d4b835d

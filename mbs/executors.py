@@ -9,13 +9,13 @@ __all__ = ["Stopped", "Local", "OnRay"]
 import json
 import os
 import subprocess
-import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import Queue
 
-from .lifeline import EXIT_RESUME, start_child, stop_child
+from .lifeline import EXIT_RESUME, make_module_command, start_child, stop_child
 
 
 # %% ../nbs/66_executors.ipynb #96bf78ac
@@ -27,7 +27,7 @@ def _start_run(
     folder: str = ".",  # working directory
 ) -> subprocess.Popen:
     "Start the process of a run; it ends together with this process."
-    command = [sys.executable, "-m", "mbs.notebooks", notebook, output, json.dumps(parameters)]
+    command = make_module_command("mbs.notebooks", notebook, output, json.dumps(parameters))
     return start_child(command, environment, folder)
 
 
@@ -166,6 +166,18 @@ def _run_on_node(notebook: str, output: str, parameters: dict, environment: dict
 
 
 # %% ../nbs/66_executors.ipynb #ca86267a
+@contextmanager
+def _leave_current_folder() -> Iterator[None]:
+    "Be in the root folder during the block."
+    folder = os.getcwd()
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+
+
+# %% ../nbs/66_executors.ipynb #3cb1319e
 def _connect_to_ray(address: str | None):
     "Connect to the Ray cluster at `address`, or start Ray here; return the module ray. ValueError if that fails."
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray would drop lines that several runs print alike
@@ -176,7 +188,8 @@ def _connect_to_ray(address: str | None):
             "executor 'ray' needs Ray, which is not installed: expected pip install 'mbs[cluster]'"
         ) from None
     try:
-        ray.init(address=address or "local", include_dashboard=None if address else False, logging_level="warning")
+        with _leave_current_folder():
+            ray.init(address=address or "local", include_dashboard=None if address else False, logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(

@@ -18,10 +18,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from .folders import home
+from .folders import expand_tilde, home
 from .orders import list_order_names, list_order_parameters, make_orders
-from .parameter_files import find_parameter_file, flatten_parameters, read_parameters
-from .parameters import Parameters
+from .parameter_files import find_parameter_file, flatten_parameters, read_parameters, register_model
+from .parameters import NamesOf, Parameters
 from .protocol import name_split
 from .run import Run, load_run
 from .settings import Settings
@@ -30,14 +30,23 @@ from .settings import Settings
 MOST_RUNS = 10_000  # in a batch
 
 
-class Grid(Parameters):
+class _Base(Parameters):
+    "What a run of a batch may have besides its settings."
+
+    base: str | None = None  # parameter file of all runs
+
+
+_NAMES = (Settings, _Base)
+
+
+@register_model("grids")
+class Grid(_Base):
     "A batch of runs: each entry of `runs` with every combination of `grid`, in every order of `orders`."
 
-    name: str = Field(pattern=r"^[\w+=-][\w.+=-]*$")  # of the batch's folder under outputs/
-    base: str | None = None  # parameter file of all runs
-    parameters: dict[str, Any] = {}  # of all runs
-    runs: list[dict[str, Any]] = [{}]  # parameters of one run each
-    grid: dict[str, list[Any]] = {}  # values that each parameter takes
+    name: str = Field(pattern=r"^[\w+=][\w.:+=-]*$")  # of the batch's folder under outputs/
+    parameters: Annotated[dict[str, Any], NamesOf(_NAMES)] = {}  # of all runs
+    runs: list[Annotated[dict[str, Any], NamesOf(_NAMES)]] = [{}]  # parameters of one run each
+    grid: Annotated[dict[str, list[Any]], NamesOf(_NAMES, in_lists=True)] = {}  # values that each parameter takes
     orders: Annotated[list[str], BeforeValidator(list_order_names)] = []  # of the classes, see `mbs.orders`
     features: str | None = None  # run whose encoder measures similarity for `orders`; None: the encoder of each run
     notebook: str | None = None  # executed instead of the built-in train.ipynb, with the same parameters
@@ -110,7 +119,8 @@ def _clean_text(value: Any) -> str:
 # %% ../nbs/65_grid.ipynb #11509a29
 def find_features_run(name: str) -> Run:
     "Open the run that `features` names: its folder, or its name under outputs/."
-    return load_run(name if Path(name).is_dir() else home("outputs", name))
+    folder = expand_tilde(name)
+    return load_run(folder if folder.is_dir() else home("outputs", name))
 
 
 def _make_order_chooser(grid: Grid) -> Callable[[list[dict]], dict[str, dict]]:

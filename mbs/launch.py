@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .experiment import Experiment
 from .folders import home
-from .lifeline import exit_with_parent, record_signals, start_child
+from .lifeline import SAFE_PATH, exit_with_parent, make_module_command, record_signals, start_child
 from .methods import Method
 from .run import Run, load_run
 from .settings import Settings
@@ -81,13 +81,21 @@ def _print_output(group: subprocess.Popen):
 
 
 # %% ../nbs/54_launch.ipynb #c48b0abe
-_LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+_LAUNCHER = make_module_command("torch.distributed.run", "--standalone", "--no-python")
+
+
+def _make_program(words: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    "Return the command of each process and its environment; only a user's program may take code from its own folder."
+    environment = dict(PYTHONUNBUFFERED="1")
+    if words is None:
+        return make_module_command("mbs.launch"), environment
+    return [sys.executable, *words], environment | dict.fromkeys(SAFE_PATH, "")
 
 
 def launch(
     settings: Settings,
     outputs: Path | str | None = None,  # folder of run folders; None: outputs/ in the home folder
-    program: Sequence[str] = ("-m", "mbs.launch"),  # calls `train_in_process` with its two arguments
+    program: Sequence[str] | None = None,  # words after `python`, see `train_in_process`; None: the program above
 ) -> Run:
     "Train the run of `settings` in `settings.processes` processes; ChildProcessError names the first that failed."
     outputs = Path(outputs) if outputs else home("outputs")
@@ -95,7 +103,8 @@ def launch(
         parameters = Path(folder, "parameters.yaml")
         parameters.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         options = [f"--nproc-per-node={settings.processes}", f"--log-dir={folder}"]
-        group = start_child([*_LAUNCHER, *options, *program, str(parameters), str(outputs)])
+        command, environment = _make_program(program)
+        group = start_child([*_LAUNCHER, *options, *command, str(parameters), str(outputs)], environment)
         _print_output(group)  # the launcher passes its standard input, and so the lifeline, to all
         if group.wait():
             cause = _read_cause(Path(folder))

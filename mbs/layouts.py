@@ -46,6 +46,7 @@ import yaml
 from pydantic import Field
 
 from .files import write_text
+from .folders import expand_tilde
 from .parameter_files import read_yaml
 from .parameters import Parameters
 from .pictures import ORIENTATIONS, Colours, Meaning, Values
@@ -450,7 +451,7 @@ def _read_description(path: Path) -> Description:
     if not path.is_file():
         call = f"mbs.describe_folder({str(path.parent)!r}, classes=[…])"
         raise ValueError(f"{path} is missing: expected the class names; write it with {call}")
-    return Description.checked(**read_yaml(path))
+    return Description.checked(**read_yaml(path, Description))
 
 
 def _read_own_layout(root: Path, description: Description | None = None) -> Layout:
@@ -503,7 +504,7 @@ def describe_folder(
     """Write `dataset.yaml` into your own folder and return its layout; warn of files that are not used.
 
     ValueError when the description does not fit."""
-    root = Path(root).expanduser()
+    root = expand_tilde(root)
     description = Description.checked(classes=_order_classes(classes), **others)
     layout = _read_own_layout(root, description)
     text = yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -532,7 +533,7 @@ def _refuse_export(root: Path):
 # %% ../nbs/08_layouts.ipynb #9cf07387
 def find_layout(root: Path | str) -> Layout:
     "Read the layout of the data set in `root`; ValueError when its shape is unknown or a file is missing or wrong."
-    root = Path(root).expanduser()
+    root = expand_tilde(root)
     if (root / "dataset.yaml").is_file():  # first: exports of annotation tools may have the other folders beside it
         return _read_own_layout(root)
     if _find_coco_stuff(root):

@@ -4,8 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "SAFE_PATH",
     "EXIT_RESUME",
     "STOP_SIGNALS",
+    "make_safe_environment",
+    "make_module_command",
     "start_child",
     "exit_with_parent",
     "stop_child",
@@ -19,9 +22,32 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+# %% ../nbs/04_lifeline.ipynb #28f762b7
+SAFE_PATH = dict(PYTHONSAFEPATH="1")  # environment in which Python takes no code from the current folder
+_RUN_MODULE = """import sys
+sys.path = [path for path in sys.path if path]  # without the current folder
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
+
+
+def make_safe_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
+    "Return the environment of this process with `changes`, for a Python that takes no code from the current folder."
+    return os.environ | SAFE_PATH | (changes or {})
+
+
+def make_module_command(
+    module: str,
+    *arguments: str,
+    has_safe_path: bool = sys.version_info >= (3, 11),  # whether Python has the option -P
+) -> list[str]:
+    "Return a command that runs an installed `module` in this Python and takes no code from the current folder."
+    options = ["-P", "-m"] if has_safe_path else ["-c", _RUN_MODULE]
+    return [sys.executable, *options, module, *arguments]
 
 
 # %% ../nbs/04_lifeline.ipynb #d826a4bc
@@ -38,7 +64,7 @@ def start_child(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=os.environ | (environment or {}) | dict(MBS_TIED="stdin"),
+        env=make_safe_environment((environment or {}) | dict(MBS_TIED="stdin")),
         cwd=folder,
         start_new_session=True,
     )

@@ -20,7 +20,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from .lifeline import EXIT_RESUME, Interrupted, exit_with_parent, interrupt_on_signals, record_signals
+from .folders import find_runs_folder
+from mbs.lifeline import (
+    EXIT_RESUME,
+    SAFE_PATH,
+    Interrupted,
+    exit_with_parent,
+    interrupt_on_signals,
+    make_module_command,
+    record_signals,
+)
 
 # %% ../nbs/64_notebooks.ipynb #54c6a2c3
 _RESUME = "rerun the same command to resume"
@@ -60,16 +69,19 @@ def _interrupt_kernels(kernels: list):
 
 
 @contextmanager
-def _forward_signals(asked: list[int], folder: str, every: float = 5) -> Iterator[type]:
-    """Yield a class of kernels; once `asked` is not empty, interrupt them `every` few seconds until the block ends.
-
-    They run this Python, whatever kernels are installed, with the empty `folder` as the place of IPython's settings."""
+def _forward_signals(
+    asked: list[int],
+    command: list[str],  # that starts a kernel
+    folder: str,  # for IPython's settings, empty
+    every: float = 5,
+) -> Iterator[type]:
+    "Yield a class of kernels; once `asked` is not empty, interrupt them `every` few seconds until the block ends."
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
     kernels = []
     done = threading.Event()
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    environment = SAFE_PATH | dict(IPYTHONDIR=folder)
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **options):
@@ -78,7 +90,7 @@ def _forward_signals(asked: list[int], folder: str, every: float = 5) -> Iterato
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(argv=command, display_name="python3", language="python", env=dict(IPYTHONDIR=folder))
+            return KernelSpec(argv=command, display_name="python3", language="python", env=environment)
 
     def watch():
         while not done.wait(0.1):
@@ -93,6 +105,16 @@ def _forward_signals(asked: list[int], folder: str, every: float = 5) -> Iterato
     finally:
         done.set()
         watcher.join()
+
+
+# %% ../nbs/64_notebooks.ipynb #e6569786
+def _make_kernel_command(notebook: Path) -> list[str]:
+    "Return the command that starts the kernel of `notebook`, with the current folder last on the path of a user's own."
+    options = ["--InteractiveShellApp.ignore_cwd=True"]
+    if not notebook.resolve().is_relative_to(find_runs_folder().resolve()):
+        look_here = "__import__('mbs'), __import__('sys').path.append('')"  # an editable package is found last
+        options.append(f"--InteractiveShellApp.exec_lines={look_here}")
+    return make_module_command("ipykernel_launcher", "-f", "{connection_file}", *options)
 
 
 # %% ../nbs/64_notebooks.ipynb #dfa95772
@@ -134,7 +156,7 @@ def execute_notebook(
     with (
         record_signals() as asked,
         tempfile.TemporaryDirectory(prefix="mbs-", dir=_choose_socket_folder()) as folder,
-        _forward_signals(asked, folder) as kernel,
+        _forward_signals(asked, _make_kernel_command(notebook), folder) as kernel,
     ):
         try:
             papermill.execute_notebook(

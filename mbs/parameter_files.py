@@ -9,6 +9,7 @@ __all__ = [
     "read_yaml",
     "list_built_in",
     "find_parameter_file",
+    "register_model",
     "read_parameters",
     "nest_parameters",
     "merge_parameters",
@@ -23,12 +24,15 @@ __all__ = [
 # %% ../nbs/03b_parameter_files.ipynb #03b00003
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from .folders import find_runs_folder
+from .folders import expand_tilde, find_runs_folder
+from .parameters import find_entry_type, find_item_type, takes_none, takes_text
 
 # %% ../nbs/03b_parameter_files.ipynb #af19fb35
 _MAX_VALUES = 100_000
@@ -51,9 +55,69 @@ def is_within_limits(value: Any) -> bool:
 
 
 # %% ../nbs/03b_parameter_files.ipynb #243a5495
+_INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "str"))
+_NUMBERS = {
+    _INT: re.compile(r"[-+]?(\d[\d_]*|0x[\da-fA-F_]+|0o[0-7_]+|0b[01_]+)$"),
+    _FLOAT: re.compile(r"[-+]?((\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\.inf)$|\.nan$", re.I),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    "Safe YAML in which 1e-3 is a number, 010 is ten, and times and dates are text."
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _make_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    "Make the integer that a node holds: decimal without a prefix, even if it begins with 0."
+    text = node.value.replace("_", "")
+    return int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10)
+
+
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
+_Loader.add_constructor(_INT, _make_integer)
+
+
+# %% ../nbs/03b_parameter_files.ipynb #cf98a1eb
+def _mark_text(node: yaml.Node, kind: Any, seen: set[int]):
+    "Mark the unquoted words below `node`, a value of type `kind`, as text where the type says so."
+    if id(node) in seen:
+        return  # a reference
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            is_name = isinstance(key, yaml.ScalarNode) and key.value != "<<"
+            if is_name and kind is not Any:
+                key.tag = _TEXT
+            _mark_text(value, find_entry_type(kind, key.value) if is_name else kind, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _mark_text(item, find_item_type(kind), seen)
+    elif takes_text(kind) and not (node.tag.endswith(":null") and takes_none(kind)):
+        node.tag = _TEXT
+
+
+def _parse_yaml(text: str, kind: Any) -> Any:
+    "Parse YAML as a value of type `kind`; it may raise any of `_YAML_ERRORS`."
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _mark_text(node, kind, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+# %% ../nbs/03b_parameter_files.ipynb #8d5ae966
 _YAML_ERRORS = (
     yaml.YAMLError,
-    ValueError,  # the date 2001-99-99
+    ValueError,  # a number of more digits than Python converts
     TypeError,  # a list as a name
     RecursionError,
     OverflowError,
@@ -63,14 +127,17 @@ _YAML_ERRORS = (
 )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(
+    path: Path,
+    model: Any = Any,  # whose fields the names are: their types say what is text
+) -> dict[str, Any]:
     "Read the lines 'name: value' of a YAML file; ValueError when it cannot be read or holds anything else."
 
     def refuse(why: str) -> ValueError:
         return ValueError(f"parameter file {path} {why}: expected lines 'name: value'")
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = _parse_yaml(path.read_text(encoding="utf-8-sig"), model)
     except OSError as e:
         raise refuse(f"cannot be read ({e.strerror})") from None
     except _YAML_ERRORS as e:
@@ -95,7 +162,7 @@ def list_built_in(kind: str = "protocols") -> list[str]:
 # %% ../nbs/03b_parameter_files.ipynb #b249deb6
 def find_parameter_file(path: Path | str, kind: str = "protocols") -> Path:
     "Find the file `path`, or the built-in file of that name; ValueError if neither exists."
-    candidates = (Path(path), find_runs_folder() / kind / f"{path}.yaml")
+    candidates = (expand_tilde(path), find_runs_folder() / kind / f"{path}.yaml")
     try:
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
     except (OSError, ValueError):
@@ -106,9 +173,23 @@ def find_parameter_file(path: Path | str, kind: str = "protocols") -> Path:
     return found
 
 
+# %% ../nbs/03b_parameter_files.ipynb #f8a41931
+_MODELS: dict[str, type[BaseModel]] = {}  # of the files of a kind; the words of a command are those of "protocols"
+
+
+def register_model(kind: str) -> Callable[[type[BaseModel]], type[BaseModel]]:
+    "Return a decorator of the model whose fields the files of a `kind` name; their types say what is text."
+
+    def register(model: type[BaseModel]) -> type[BaseModel]:
+        _MODELS[kind] = model
+        return model
+
+    return register
+
+
 def read_parameters(path: Path | str, kind: str = "protocols") -> dict:
     "Read the parameters of a file found by `find_parameter_file`; ValueError if it holds none."
-    return read_yaml(find_parameter_file(path, kind))
+    return read_yaml(find_parameter_file(path, kind), _MODELS.get(kind, Any))
 
 
 # %% ../nbs/03b_parameter_files.ipynb #3b96f2cc
@@ -173,22 +254,14 @@ def mark_complete(values: dict) -> dict:
 
 # %% ../nbs/03b_parameter_files.ipynb #3a4e71f4
 def flatten_parameters(values: dict, prefix: str = "") -> dict:
-    "Replace dictionaries in `values` by names with dots, and numbers written as text by numbers."
+    "Replace dictionaries in `values` by names with dots."
     flat = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
             flat |= flatten_parameters(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = _parse_number(value)
+            flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _parse_number(value: Any) -> Any:
-    "Turn text such as 1e-3, which YAML does not read as a number, into a number; return other values unchanged."
-    if isinstance(value, list):
-        return [_parse_number(v) for v in value]
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if is_number else value
 
 
 # %% ../nbs/03b_parameter_files.ipynb #12eef43c
@@ -203,29 +276,43 @@ def find_sources(layers: dict[str, dict]) -> dict[str, str]:
 
 
 # %% ../nbs/03b_parameter_files.ipynb #b13efddb
-def parse_value(text: str) -> Any:
-    "Parse the YAML value of a word; text such as 1e-3 becomes a number. ValueError beyond the limits."
+def _read_text(text: str) -> str | None:
+    "Return a word without the quotes around it; None for an empty one."
     try:
-        value = yaml.safe_load(text)
+        node = yaml.compose(text, _Loader)
     except _YAML_ERRORS:
-        return text  # for example a date that does not exist
+        return text
+    is_quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"') and text[-1] == node.style
+    return node.value if is_quoted else text or None
+
+
+def parse_value(
+    text: str,
+    kind: Any = Any,  # type of the value
+) -> Any:
+    "Parse a word: text if its type is text, else YAML. ValueError beyond the limits."
+    if takes_text(kind):
+        return _read_text(text)
+    try:
+        value = _parse_yaml(text, kind)
+    except _YAML_ERRORS:
+        return text
     if not is_within_limits(value):
         raise ValueError(f"{text[:40]!r} holds too many values: expected a plain value, or a short list or dictionary")
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
     return value
 
 
 # %% ../nbs/03b_parameter_files.ipynb #f5cd7360
-def parse_words(words: list[str]) -> dict:
+def parse_words(
+    words: list[str],
+    model: Any = None,  # whose fields the words set; None: the registered one of a run
+) -> dict:
     "Parse the words 'name=value' or 'group.name=value' into parameters; ValueError for any other word."
+    model = model or _MODELS.get("protocols", Any)
     changes = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not name or not equals:
             raise ValueError(f"{word!r} is not a parameter: expected name=value")
-        changes[name] = parse_value(text)
+        changes[name] = parse_value(text, find_entry_type(model, name))
     return nest_parameters(changes)

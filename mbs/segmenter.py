@@ -37,13 +37,15 @@ __all__ = [
 # %% ../nbs/20_segmenter.ipynb #92bcfd5f
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import mbs
 
 
 # %% ../nbs/20_segmenter.ipynb #1b538e86
@@ -416,3 +418,11 @@ class WrappedSegmenter(nn.Module):
     def encode(self, images: Tensor) -> Tensor:  # (B, 3, H, W) → (B, N, D)
         "Return the tokens of the network's encoder."
         return self.network.encode(images)
+
+
+# %% ../nbs/20_segmenter.ipynb #9b3b0501
+def __getattr__(name: str) -> Callable:
+    "Return `mbs.make_encoder` under its name."
+    if name != "make_encoder":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return mbs.make_encoder

@@ -38,11 +38,19 @@ from .fingerprint import hash_class, hash_code
 from .layouts import find_layout
 from .memory import Memory
 from .methods import Method, list_part_layers
-from .parameter_files import REPLACE, find_sources, mark_complete, merge_parameters, nest_parameters, remove_replace
-from .parameters import Parameters
+from mbs.parameter_files import (
+    REPLACE,
+    find_sources,
+    mark_complete,
+    merge_parameters,
+    nest_parameters,
+    register_model,
+    remove_replace,
+)
+from .parameters import NamesOf, Parameters
 from .parts import Parts
 from .protocol import Protocol, Step, name_split
-from .recipe import count_iterations, fit_recipe, list_recipe_layers, make_accelerator, make_recipe
+from .recipe import Recipe, count_iterations, fit_recipe, list_recipe_layers, make_accelerator, make_recipe
 from .scenes import write_scenes
 from .segmenter import MaskTransformer, Segmenter
 from .value_table import render_values
@@ -119,9 +127,10 @@ class _Layered(Parameters):
 
 
 # %% ../nbs/48_settings.ipynb #8b5c324d
-_NAME = r"^[\w+=-][\w.+=-]*(/[\w+=-][\w.+=-]*)?$"
+_NAME = r"^[\w+=][\w.:+=-]*(/[\w+=][\w.:+=-]*)?$"  # a name that begins with - would be an option of a command
 
 
+@register_model("protocols")
 class Settings(_Layered):
     "Parameters of one run; the parameters of `nbs/runs/train.ipynb` have the same names."
 
@@ -133,14 +142,16 @@ class Settings(_Layered):
     shots: int | None = Field(None, ge=1)  # pictures of each new class in a later step, at most; None: all
     classes: list[str] | None = None  # names in order of arrival; None: all, in the order of the data set
     method: str = "mbs"  # one of `METHODS`
-    parts: dict[str, Any] = {}  # overrides of the parts of the method, see `Parts`
-    memory: dict[str, Any] = {}  # size, selection and share of the exemplars of earlier steps, see `Memory`
+    parts: Annotated[dict[str, Any], NamesOf((Parts,))] = {}  # overrides of the parts of the method, see `Parts`
+    memory: Annotated[dict[str, Any], NamesOf((Memory,))] = {}  # exemplars of earlier steps, see `Memory`
     encoder: str = "vit_tiny_patch16_224"  # timm name
     encoder_options: dict[str, Any] = dict(patch_size=8, embed_dim=64, depth=2, num_heads=2)  # passed on to timm
     weights: str = "none"  # "none", "pretrained" or a file
     decoder: dict[str, Any] = {}  # dim, depth, heads, mlp_ratio, drop_path of the mask transformer
     recipe: str | None = None  # one of `RECIPES`; None: own for a folder of pictures, else clean
-    training: dict[str, Any] = dict(crop=48, batch=8, iterations=20, optimizer="adamw")  # overrides of `Recipe`
+    training: Annotated[dict[str, Any], NamesOf((Recipe,))] = dict(
+        crop=48, batch=8, iterations=20, optimizer="adamw"
+    )  # overrides of `Recipe`
     seed: int = Field(0, ge=0, lt=2**31)  # of initial weights, draws and held-out images
     samples: int = Field(8, ge=0)  # test pictures kept with the run
     workers: int | None = Field(None, ge=0)  # dataloader workers; None: by the size of the crop
@@ -185,7 +196,7 @@ def _make_name(settings: Settings) -> str:
     choices += [f"shots={settings.shots}"] if settings.shots else []
     choices += _name_memory(settings.memory)
     words = [Path(settings.data).name, settings.protocol, settings.setting, settings.method, *choices]
-    return re.sub(r"[^\w.+=-]", "_", "-".join([*words, f"s{settings.seed}"])).lstrip(".")
+    return re.sub(r"[^\w.+=-]", "_", "-".join([*words, f"s{settings.seed}"])).lstrip(".-")
 
 
 # %% ../nbs/48_settings.ipynb #3386f771

@@ -31,18 +31,30 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .folders import hash_file
+from .folders import expand_tilde, hash_file
 from .segmenter import StageEncoder, ViTEncoder
 
 # %% ../nbs/21_weights.ipynb #71ac4d28
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "state_dict_ema", "ema")
 
 
+def _find_wrapper(content: dict) -> str | None:
+    "Return the key of the dictionary that holds the tensors; None if `content` itself does, or several could."
+    if known := [key for key in _WRAPPERS if isinstance(content.get(key), dict)]:
+        return known[0]
+    holders = [key for key, value in content.items() if isinstance(value, dict) and _holds_tensors(value)]
+    return holders[0] if len(holders) == 1 and not _holds_tensors(content) else None
+
+
+def _holds_tensors(content: dict) -> bool:
+    return any(isinstance(value, Tensor) for value in content.values())
+
+
 def _unwrap(content: Any) -> tuple[dict[str, Tensor], list[str]]:
     "Return the tensors of a file's content by name, and the names of what is left out; no tensors for other content."
     left_out = []
     while isinstance(content, dict):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+        wrapper = _find_wrapper(content)
         if wrapper is None:
             break
         left_out += [str(key) for key in content if key != wrapper]
@@ -258,7 +270,7 @@ def _fill_encoder(network: nn.Module, name: str, weights: str) -> dict:  # recei
         state = _fetch_hub_state(name)
         source = timm.get_pretrained_cfg(name).hf_hub_id
         return load_weights(network, state, source) | dict(tensors_sha256=_hash_state(state))
-    file = _find_installed_weights(name) if weights == "pretrained" else Path(weights)
+    file = _find_installed_weights(name) if weights == "pretrained" else expand_tilde(weights)
     state, left_out = read_state(file)
     if weights == "pretrained":
         state = _rename_in_order(state, name)
@@ -308,7 +320,7 @@ def make_encoder(
     network = _create_network(name, **kwargs)
     is_file = weights not in ("none", "pretrained")
     if is_file and isinstance(network, VisionTransformer) and "img_size" not in kwargs:
-        if image_size_of_file := _find_image_size(network, Path(weights)):
+        if image_size_of_file := _find_image_size(network, expand_tilde(weights)):
             network = _create_network(name, img_size=image_size_of_file, **kwargs)
     receipt = _fill_encoder(network, name, weights)
     encoder = _wrap_encoder(network, name, frozen_norm=weights != "none")

@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
+def put_namesakes():
+    "A function that puts files called like libraries into a folder; each ends the process that takes it for one."
+
+    def put(folder):
+        for name in ("mbs", "random", "torch", "numpy", "ipykernel", "runpy"):
+            (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the current folder was run')\n")
+
+    return put
+
+
+@pytest.fixture(scope="session")
 def train_briefly(tmp_path_factory):
     "A function that trains a run for seconds, in one folder: enough to predict more than background."
     from mbs.experiment import Experiment

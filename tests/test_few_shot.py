@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,12 +125,15 @@ def test_few_shot_runs_share_the_base_step_and_are_reported(tmp_path):
     assert "at most 2 pictures of each new class" in text and f"| 2 | {images} |" in text
 
 
-def test_the_command_runs_a_list_with_shots_on_two_processes(tmp_path):
-    "The notebook receives the list as text; both processes draw the same pictures as one."
+def test_the_command_runs_a_list_with_shots_on_two_processes(tmp_path, put_namesakes):
+    "The notebook receives the list as text; both processes draw the same pictures as one, in a folder of bad names."
+    (tmp_path / "here").mkdir()
+    put_namesakes(tmp_path / "here")
     words = ["encoder_options={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 1}", "decoder.depth=1", "samples=1"]
     words += ["scenes={n_train: 60, n_test: 8, size: 32}", "training={crop: 32, batch: 2, iterations: 2}", "shots=2"]
-    command = [sys.executable, "-m", "mbs", "--home", str(tmp_path), "run", "protocol=[6,2]", "name=two", "processes=2"]
-    subprocess.run([*command, *words], check=True, capture_output=True, timeout=600)
+    command = [Path(sys.executable).with_name("mbs"), "--home", tmp_path, "run", "protocol=[6,2]", "name=two"]
+    here = dict(cwd=tmp_path / "here", timeout=600)
+    subprocess.run([*command, "processes=2", *words], check=True, capture_output=True, **here)
     two = load_run(tmp_path / "outputs" / "two")
     one = Experiment(Settings.checked(**parse_words(words), protocol=[6, 2], share_base=False)).run()
     assert two.finished and two.settings.protocol == "6+2" and two.card.images == one.card.images

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mbs.augment import IMAGENET, ReleasedTransform, TestTransform, TrainTransform
 from mbs.data import SegmentationFolder, find_problems, open_data
 from mbs.folders import home as home_folder
 from mbs.inference import segment
@@ -329,6 +330,34 @@ def test_what_is_no_picture_is_refused(wrong):
     for call in calls:
         with pytest.raises(ValueError, match="is not a picture: expected a file, a PIL picture"):
             call(wrong)
+
+
+LABELS = PHOTO[..., 0] % 3
+
+
+@pytest.mark.parametrize("transform", [TrainTransform(32, IMAGENET), ReleasedTransform(32, IMAGENET), TestTransform()])
+@pytest.mark.parametrize(
+    "image, labels",
+    [
+        ((PHOTO / 255).astype(np.float32), LABELS),
+        (PHOTO.astype(np.uint16), LABELS),
+        (PHOTO[..., 0], LABELS),
+        (PHOTO.transpose(2, 0, 1), LABELS),
+        (np.dstack([PHOTO, LABELS]), LABELS),
+        (PHOTO, LABELS.astype(np.int64)),
+        (PHOTO, LABELS[:30]),
+        (PHOTO[:0], LABELS[:0]),
+        (PHOTO, PHOTO),
+        (PHOTO.tolist(), LABELS),
+        (Image.fromarray(PHOTO), LABELS),
+        (torch.from_numpy(PHOTO), LABELS),
+    ],
+    ids=range(12),
+)
+def test_transforms_refuse_what_is_no_pair(transform, image, labels):
+    transform(PHOTO, LABELS)
+    with pytest.raises(ValueError, match=r"no picture and labels: expected arrays of uint8, \(H, W, 3\) and \(H, W\)"):
+        transform(image, labels)
 
 
 def test_all_forms_of_a_picture_give_one_prediction(tmp_path):

@@ -62,3 +62,19 @@ def test_values_are_short_tables_in_a_notebook(values):
 
 def test_settings_show_what_differs_from_the_defaults():
     assert "kd" in repr(mbs.Settings(method="kd")) and "iterations" not in repr(mbs.Settings(method="kd"))
+
+
+def test_facts_of_a_run_have_the_names_of_its_files():
+    from mbs.run import trained_run
+
+    card = trained_run("mbs").card
+    assert card["data"]["train"] == card.data.train and card["settings"]["method"] == "mbs"
+    with pytest.raises(KeyError, match="nosuch"):
+        card["nosuch"]
+
+
+def test_encoders_can_be_imported_beside_segmenters():
+    from mbs import segmenter, weights
+
+    assert segmenter.make_encoder is weights.make_encoder
+    assert not hasattr(segmenter, "nosuch")

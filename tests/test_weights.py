@@ -152,7 +152,9 @@ def save_weights(folder, content):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder.", "model.encoder.", "teacher.backbone."])
-@pytest.mark.parametrize("wrapper", [(), ("state_dict",), ("model", "state_dict"), ("ema",)])
+@pytest.mark.parametrize(
+    "wrapper", [(), ("state_dict",), ("model", "state_dict"), ("ema",), ("params_ema",), ("model", "x")]
+)
 def test_names_and_wrappers_of_other_programs(tmp_path, prefix, wrapper):
     "What stands before the names and around the tensors is taken off, and the receipt says so."
     state = {prefix + k: v for k, v in RESNET.items()} | ({"decode_head.w": torch.zeros(3)} if prefix else {})
@@ -196,3 +198,8 @@ def test_the_model_of_a_run_is_an_encoder(tmp_path):
     expected = run.model(0, identity=False).encoder.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
     assert encoder.receipt["prefix"] == "encoder.vit." and encoder.receipt["unused"] == ["decoder"]
+
+
+def test_two_wrapped_networks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        read_state(save_weights(tmp_path, dict(student=RESNET, teacher=RESNET)))
