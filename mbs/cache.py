@@ -149,7 +149,7 @@ def _make_cache(file: Path, data: SegmentationFolder) -> DecodedPictures:
     "Write the decoded pictures of a part to `file`, unless another process just did; ValueError when that fails."
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with hold_lock(file.with_name(f"{file.name}.lock"), lambda holder: None):
+        with hold_lock(file.with_name(".lock"), lambda holder: None):
             if (decoded := _open_cache(file, data)) is not None:
                 return decoded
             for unfinished in file.parent.glob(f".{file.name}.*"):
