@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .experiment import Experiment
 from .folders import home
-from .lifeline import exit_with_parent, record_signals, start_child
+from .lifeline import exit_with_parent, interrupt_on_signals, record_signals, start_child
 from .methods import Method
 from .run import Run, load_run
 from .settings import Settings
@@ -77,10 +77,11 @@ def _stop_group(group: subprocess.Popen, patience: float = 60):  # seconds for t
 
 
 def _print_output(group: subprocess.Popen):
-    "Print the output of `group` as it arrives; stop the group on an interrupt."
+    "Print the output of `group` as it arrives; stop the group on an interrupt or a stop signal."
     try:
-        for line in group.stdout:
-            print(line, end="", flush=True)
+        with interrupt_on_signals():
+            for line in group.stdout:
+                print(line, end="", flush=True)
     except BaseException:
         _stop_group(group)
         raise

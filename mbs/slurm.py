@@ -6,6 +6,7 @@
 __all__ = ["Outcome", "make_parameters", "OnSlurm"]
 
 # %% ../nbs/66a_slurm.ipynb #397ad294
+import io
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -271,7 +272,8 @@ def _explain_refusal(name: str, logs: Path) -> Iterator[None]:
     "Turn the error of a refused submission into a ValueError of one sentence, and remove its files."
     submitit = _import_submitit()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # submitit prints the message that becomes our sentence
+            yield
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
         for path in logs.glob("*.pkl"):
             if "_" not in path.name:  # submitit renames it when it knows the number of the job
