@@ -36,8 +36,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 KillWait=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=4 Weight=2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={last} CPUs=4 Weight=1 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs={cpus} Weight=2 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={last} CPUs={cpus} Weight=1 State=UNKNOWN
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -65,13 +65,13 @@ def wait_until(what, seconds: float = 120):
 
 
 class Cluster:
-    "Two nodes, n1 and n2, with processors for four small jobs each."
+    "Two nodes, n1 and n2, with processors for a few small jobs each, whether the machine has as many or not."
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, cpus: int = 4):
         self.folder = folder
         (folder / "state").mkdir()
         host, port = socket.gethostname().split(".")[0], 20_000 + os.getpid() % 10_000
-        text = CONFIGURATION.format(folder=folder, host=host, port=port, first=port + 1, last=port + 2)
+        text = CONFIGURATION.format(folder=folder, cpus=cpus, host=host, port=port, first=port + 1, last=port + 2)
         (folder / "slurm.conf").write_text(text)
         self.environment = dict(SLURM_CONF=str(folder / "slurm.conf"))
         os.environ |= self.environment

@@ -94,7 +94,7 @@ def finish(batch: Batch, **options) -> list[Run]:
 
 def read_log(folder: Path) -> str:
     "Return what the jobs of a run printed."
-    return "".join(path.read_text() for path in sorted((folder / "slurm").glob("*.out")))
+    return "".join(path.read_text() for path in sorted((folder / "slurm").glob("*.log")))
 
 
 def assert_undisturbed(run: Run, home: Path):
@@ -257,7 +257,7 @@ def test_a_job_that_dies_is_one_sentence(cluster, home):
             job = json.loads((folder / "slurm/job.json").read_text())["job"]
             assert worker and ask("scancel", "--signal=KILL", job) == ""
 
-    with pytest.raises(RunFailed, match=r"its job ended without an outcome \(FAILED\); its log is .*_0_log.out"):
+    with pytest.raises(RunFailed, match=r"its job ended without an outcome \(FAILED\); its log is .*/slurm/\d+.log"):
         batch.run(OnSlurm(every=0.3), show=kill, every=0.2)
 
 
@@ -277,7 +277,7 @@ def test_a_run_over_its_time_limit_is_requeued(disturbed, home):
     said = read_log(run.folder)
     attempts = said.count("Starting with JobEnvironment")
     assert attempts > 1 and said.count("requeueing the job: its run has saved") == attempts - 1, said
-    assert len(list((run.folder / "slurm").glob("*_submission.sh"))) == 1
+    assert len(list((run.folder / "slurm").glob("*.log"))) == 1
     assert_undisturbed(run, home)
 
 
