@@ -108,14 +108,16 @@ def _is_alive(flag: Path) -> bool:
 
 
 # %% ../nbs/02a_locks.ipynb #8c7d85a1
-def _find_rival(flag: _Flag, has_flock: bool) -> Path | None:
-    "Return a flag of another living process that holds the lock or wants it; remove those of dead ones."
+def _find_rival(flag: _Flag, has_flock: bool, tell: Callable[[], None]) -> Path | None:
+    "Return a flag of another living process, watching one after calling `tell`; remove those of dead processes."
     for other in flag.lock.parent.glob(f"{flag.lock.name}-*"):
         if other == flag.path:
             continue
         is_same_machine = other.name.split("-")[-2] == _name_machine()
-        if not (has_flock and is_same_machine) and _is_alive(other):
-            return other
+        if not (has_flock and is_same_machine):
+            tell()
+            if _is_alive(other):
+                return other
         other.unlink(missing_ok=True)
     return None
 
@@ -125,42 +127,48 @@ class LockHeld(Exception):
     "Another process holds a lock; the message is what it wrote into the file of the lock."
 
 
+def _read_holder(file: TextIO) -> str:
+    "Read what the holder of a lock wrote into its file."
+    file.seek(0)
+    return file.read().strip()
+
+
 def _take_flock(file: TextIO, tell: Callable[[str], None] | None) -> bool:
     "Lock an open file on this machine; False on file systems without locks. See `hold_lock`."
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        _tell_or_refuse(file, tell)
+        if tell is None:
+            raise LockHeld(_read_holder(file)) from None
+        tell(_read_holder(file))
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
     return True
 
 
-def _tell_or_refuse(file: TextIO, tell: Callable[[str], None] | None):
-    "Call `tell` with the text of `file`; without it raise LockHeld."
-    file.seek(0)
-    text = file.read().strip()
-    if tell is None:
-        raise LockHeld(text)
-    tell(text)
-
-
 # %% ../nbs/02a_locks.ipynb #9f75462c
 def _take_flag(lock: Path, file: TextIO, has_flock: bool, tell: Callable[[str], None] | None) -> _Flag:
     "Raise a flag once no other living process has one. See `hold_lock`."
+    told = []
+
+    def tell_once():
+        if tell and not told:
+            tell(_read_holder(file))
+            told.append(True)
+
     while True:
         flag = _Flag(lock)
         try:
-            rival = _find_rival(flag, has_flock)
+            rival = _find_rival(flag, has_flock, tell_once)
         except BaseException:
             flag.lower()
             raise
         if rival is None:
             return flag
         flag.lower()
-        _tell_or_refuse(file, tell)
-        tell = tell and (lambda text: None)  # once
+        if tell is None:
+            raise LockHeld(_read_holder(file))
         while _is_alive(rival):
             pass
         time.sleep(random.uniform(0, 1))  # of several that wait, one is first
