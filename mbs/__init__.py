@@ -15,6 +15,7 @@ Modules:
 - `mbs.inspect`: Show what each step of a protocol will see, hide and cost, before anything is trained.
 - `mbs.label_studio`: Translate the JSON export of Label Studio into objects in COCO's terms.
 - `mbs.layouts`: Find the photos, masks, lists and class names of a data set on disk.
+- `mbs.locks`: Let one process at a time work on a folder, on any machine that sees it.
 - `mbs.memory`: Keep a few pictures of earlier steps to train on again, without teaching a hidden class as background.
 - `mbs.methods`: A method is a choice of parts: MBS, its ablations and its rivals, all through one harness.
 - `mbs.metrics`: Derive every number of the field from one confusion matrix a step: counts first, convention second.
@@ -28,6 +29,7 @@ Modules:
 - `mbs.recipe`: Describe how a step is trained and tested: crops, learning rate, precision, selection, test.
 - `mbs.scenes`: Draw seeded pictures of eight kinds of objects on cluttered ground, a data set made in seconds.
 - `mbs.segmenter`: An encoder from timm and a mask transformer whose class tokens grow with the classes.
+- `mbs.slurm`: Execute the runs of a batch as jobs of a Slurm cluster, which outlive the terminal that submitted them.
 - `mbs.studies`: Find out what a batch varies – memory, class order, encoder – and show what it changes.
 - `mbs.viz`: Draw static figures: labels over photos, pseudo-labels, the background shift, forgetting.
 - `mbs.weights`: Load weights of any origin into an encoder from timm, with their normalisation and a receipt."""

@@ -46,6 +46,7 @@ from .segmenter import MaskTransformer as MaskTransformer
 from .segmenter import Segmenter as Segmenter
 from .segmenter import SegmenterOutput as SegmenterOutput
 from .settings import Settings as Settings
+from .slurm import OnSlurm as OnSlurm
 from .views import StepView as StepView
 from .weights import make_encoder as make_encoder
 

@@ -7,13 +7,11 @@ __all__ = ["DecodedPictures", "cache_pictures"]
 
 # %% ../nbs/13_cache.ipynb #1180abfb
 import copy
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from .data import SegmentationFolder
 from .files import replace_atomically
 from .folders import home
 from .layouts import Layout
+from .locks import hold_lock
 
 # %% ../nbs/13_cache.ipynb #1929f014
 _KEY_BYTES = 64
@@ -106,22 +105,6 @@ def _open_cache(
     return decoded if all(_has_same_pixels(decoded, data, i) for i in spread) else None
 
 
-# %% ../nbs/13_cache.ipynb #14c6266d
-@contextmanager
-def _hold_lock(folder: Path) -> Iterator[bool]:
-    "Wait for the lock of `folder` and hold it; yield False on a file system without locks, True otherwise."
-    handle = os.open(folder, os.O_RDONLY)
-    is_locked = True
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            is_locked = False
-        yield is_locked
-    finally:
-        os.close(handle)
-
-
 # %% ../nbs/13_cache.ipynb #1313c703
 def _format_bytes(n: int) -> str:
     "Format a number of bytes in MiB or GiB."
@@ -166,12 +149,11 @@ def _make_cache(file: Path, data: SegmentationFolder) -> DecodedPictures:
     "Write the decoded pictures of a part to `file`, unless another process just did; ValueError when that fails."
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _hold_lock(file.parent) as is_locked:
+        with hold_lock(file.with_name(".lock"), lambda holder: None):
             if (decoded := _open_cache(file, data)) is not None:
                 return decoded
-            if is_locked:  # without a lock, an unfinished file may belong to a running process
-                for unfinished in file.parent.glob(f".{file.name}.*"):
-                    unfinished.unlink(missing_ok=True)
+            for unfinished in file.parent.glob(f".{file.name}.*"):
+                unfinished.unlink(missing_ok=True)
             _write_cache(file, data)
     except OSError as e:
         problem = f"decoded pictures of {data.root.name} cannot be written to {file.parent} ({e.strerror or e})"

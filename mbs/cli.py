@@ -33,6 +33,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import groupby
@@ -241,7 +242,14 @@ def _print_origins(rows: list):
 
 # %% ../nbs/80_cli.ipynb #f90ee458
 _DRY_RUN_HELP = "Show existing runs, remaining work and estimated cost; run nothing."
+_EXECUTOR_HELP = "local: processes of this machine; slurm: jobs of a Slurm cluster; ray: a Ray cluster."
 _GPUS_HELP = "For each run. Default: one for each of its processes, if there are any."
+_CPUS_HELP = "slurm, ray: for each run. Default: one for each of its processes."
+_TIME_HELP = "slurm: time limit of a job, e.g. 12:00:00; a run that reaches it saves and is queued again."
+_SIGNAL_HELP = "slurm: seconds before the time limit at which a run is asked to save. Default: 120."
+_NODES_HELP = "slurm: nodes over which the processes of each run are spread. Default: 1."
+_SBATCH_HELP = "slurm: any other option of sbatch; may be repeated."
+_DETACH_HELP = "slurm: submit all jobs and return; the same command without it watches them later."
 _MEASURE_HELP = "With --dry-run: time an iteration on this machine where no finished run tells."
 
 
@@ -250,7 +258,7 @@ def batch(
     grid: Annotated[str, typer.Argument(metavar="GRID.yaml", help="File or built-in name, e.g. voc-methods.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN_HELP)] = False,
     measure: Annotated[bool, typer.Option(help=_MEASURE_HELP)] = True,
-    executor: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
+    executor: Annotated[str, typer.Option(help=_EXECUTOR_HELP)] = "local",
     workers: Annotated[
         int | None, typer.Option(min=1, help="local: runs at a time. Default: one for each GPU, or for four cores.")
     ] = None,
@@ -258,10 +266,16 @@ def batch(
         str | None, typer.Option(help="ray: host:port of the cluster, or auto. Default: start Ray on this machine.")
     ] = None,
     gpus: Annotated[float | None, typer.Option(min=0, help=_GPUS_HELP)] = None,
-    cpus: Annotated[
-        float | None, typer.Option(min=0, help="ray: for each run. Default: one for each of its processes.")
-    ] = None,
-    memory: Annotated[float | None, typer.Option(min=0, help="ray: GiB for each run.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=0, help=_CPUS_HELP)] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="slurm, ray: GiB for each run.")] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: as for sbatch.")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm: as for sbatch.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="slurm: as for sbatch.")] = None,
+    time: Annotated[str | None, typer.Option(help=_TIME_HELP)] = None,
+    signal: Annotated[int | None, typer.Option(min=0, help=_SIGNAL_HELP)] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help=_NODES_HELP)] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help=_SBATCH_HELP)] = None,
+    detach: Annotated[bool, typer.Option("--detach", help=_DETACH_HELP)] = False,
 ):
     "Train many runs, each an executed notebook and a folder in outputs/NAME; rerun the same command to resume."
     with explain_errors(), interrupt_on_signals():
@@ -271,32 +285,69 @@ def batch(
         if dry_run:
             _print_plan(chosen.plan(measure))
             return
-        runs = chosen.run(_make_executor(executor, workers, address, gpus, cpus, memory, chosen.processes))
+        resources = dict(gpus=gpus, cpus=cpus, memory=memory, workers=workers)
+        places = dict(address=address, partition=partition, account=account, constraint=constraint, nodes=nodes)
+        others = dict(time=time, signal=signal, sbatch=sbatch, detach=detach or None)
+        chosen_executor = _make_executor(executor, resources | places | others, chosen.processes)
+        if detach:
+            _detach(chosen, chosen_executor)
+            return
+        runs = chosen.run(chosen_executor)
         _print_summary(runs)
         _count_findings(runs)
         typer.echo(f"Compare all runs: mbs report {runs[0].folder.parent}")
 
 
 # %% ../nbs/80_cli.ipynb #66e6502f
+_JOB_OPTIONS = ("partition", "account", "constraint", "nodes", "time", "signal", "sbatch", "detach")
+_EXECUTOR_OPTIONS = dict(
+    local=("workers", "gpus"),
+    slurm=("gpus", "cpus", "memory", *_JOB_OPTIONS),
+    ray=("address", "gpus", "cpus", "memory"),
+)
+
+
+def _check_executor(kind: str, given: Iterable[str]):
+    "Raise ValueError for an unknown executor or an option that it does not have."
+    if kind not in _EXECUTOR_OPTIONS:
+        raise ValueError(f"executor {kind!r} is not known: expected local, slurm or ray")
+    for name in given:
+        if name not in _EXECUTOR_OPTIONS[kind]:
+            kinds = " or ".join(k for k, names in _EXECUTOR_OPTIONS.items() if name in names)
+            raise ValueError(f"--{name} is no option of executor {kind}: expected it with --executor {kinds}")
+
+
 def _make_executor(
     kind: str,
-    workers: int | None,
-    address: str | None,
-    gpus: float | None,
-    cpus: float | None,
-    memory: float | None,  # GiB
+    options: dict,  # of all kinds; None for those that were not given
     processes: int,  # of each run
 ):
-    "Make the executor of a batch; ValueError for an unknown `kind`."
+    "Make the executor of a batch; ValueError for an unknown `kind` or an option that it does not have."
     from mbs.executors import Local, OnRay
+    from mbs.slurm import OnSlurm
 
-    if kind == "local":
-        return Local(workers, None if gpus is None else int(gpus), processes)
-    if kind == "ray":
-        return OnRay(address, cpus, gpus, memory, processes)
-    raise ValueError(f"executor {kind!r} is not known: expected local or ray")
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    _check_executor(kind, given)
+    given.pop("detach", None)
+    if "sbatch" in given:
+        words = [word.partition("=") for word in given["sbatch"]]
+        given["sbatch"] = {name: value or True for name, _, value in words}
+    if kind == "local" and "gpus" in given:
+        given["gpus"] = int(given["gpus"])
+    return dict(local=Local, ray=OnRay, slurm=OnSlurm)[kind](processes=processes, **given)
 
 
+def _detach(batch, executor):
+    "Submit the unfinished runs of a batch as jobs, and print their numbers."
+    jobs = batch.detach(executor)
+    if not jobs:
+        typer.echo("nothing to do: all runs are finished")
+        return
+    typer.echo(f"{len(jobs)} jobs are in Slurm's queue: {', '.join(jobs)}")
+    typer.echo("Watch them with the same command without --detach; squeue --me lists them.")
+
+
+# %% ../nbs/80_cli.ipynb #855809e4
 def _print_plan(plan):
     "Print the plan of a batch, as wide as the terminal or else 160 columns."
     from rich.console import Console

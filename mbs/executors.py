@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from queue import Queue
 
 from .lifeline import EXIT_RESUME, make_module_command, start_child, stop_child
@@ -148,8 +149,12 @@ class Local:
         finally:
             self.free.put(place)
 
-    def stop(self):
-        "Ask all runs to stop, and wait until they have ended."
+    def attach(self, run_folders: Sequence[Path]) -> dict[Path, Future]:
+        "Return the futures of runs that another process submitted: none outlives it."
+        return {}
+
+    def stop(self) -> bool:
+        "Ask all runs to stop, and wait until they have ended: False, because none goes on."
         self.stopping.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in self.processes:
@@ -157,6 +162,7 @@ class Local:
         for process in self.processes:
             stop_child(process)
         self.pool.shutdown()
+        return False
 
 
 # %% ../nbs/66_executors.ipynb #8d47bd5c
@@ -248,10 +254,15 @@ class OnRay:
         self.refs.append(self.task.remote(notebook, output, parameters, environment | self.environment, folder))
         return self.refs[-1].future()
 
-    def stop(self, patience: float = 60):  # seconds for the runs to save
-        "Ask all runs to stop, wait until they have ended, and leave the cluster."
+    def attach(self, run_folders: Sequence[Path]) -> dict[Path, Future]:
+        "Return the futures of runs that another process submitted: none outlives it."
+        return {}
+
+    def stop(self, patience: float = 60) -> bool:  # seconds for the runs to save
+        "Ask all runs to stop, wait until they have ended, and leave the cluster: False, because none goes on."
         for ref in self.refs:
             self.ray.cancel(ref)
         if self.refs:
             self.ray.wait(self.refs, num_returns=len(self.refs), timeout=patience)
         self.ray.shutdown()
+        return False

@@ -15,17 +15,19 @@ __all__ = [
 ]
 
 # %% ../nbs/03_files.ipynb #51b4a682
-import fcntl
 import json
 import os
 import platform
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .locks import LockHeld, hold_lock
 
 
 # %% ../nbs/03_files.ipynb #3a5fd0ef
@@ -41,7 +43,7 @@ def _flush_to_disk(path: Path):
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     "Yield a temporary sibling of `path`; replace `path` by it on success, remove it on failure."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # machines may share the folder
     try:
         yield temporary
         _flush_to_disk(temporary)
@@ -69,29 +71,17 @@ def replace_folder_atomically(path: Path) -> Iterator[Path]:
 
 
 # %% ../nbs/03_files.ipynb #ede5f941
-def _try_lock(file) -> bool:
-    "Lock an open file; False if another process holds the lock, True on file systems without locks."
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-# %% ../nbs/03_files.ipynb #79d63932
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     "Be the only writer of `folder` during the block, and remove half-written files; ValueError names another writer."
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        if not _try_lock(file):
-            file.seek(0)
-            other = file.read().strip() or "another process"
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(hold_lock(folder / ".lock"))
+        except LockHeld as e:
+            other = str(e) or "another process"
             raise ValueError(
                 f"{folder} is being written by {other}: expected one writer at a time; wait for it or stop it"
-            )
-        file.truncate(0)
+            ) from None
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         leftovers = (*folder.rglob(".*.*"), *folder.rglob(".tmp*"))  # the second: names that safetensors chooses

@@ -6,7 +6,6 @@
 __all__ = ["RunFailed", "execute_notebook", "read_failure", "lock_worker", "read_worker", "replace_unprintable", "main"]
 
 # %% ../nbs/64_notebooks.ipynb #53e27348
-import fcntl
 import json
 import os
 import signal
@@ -30,6 +29,7 @@ from mbs.lifeline import (
     make_module_command,
     record_signals,
 )
+from .locks import hold_lock
 
 # %% ../nbs/64_notebooks.ipynb #54c6a2c3
 _RESUME = "rerun the same command to resume"
@@ -194,13 +194,7 @@ def read_failure(notebook: Path) -> str:
 @contextmanager
 def lock_worker(folder: Path) -> Iterator[None]:
     "Be the only process that works on the run in `folder` during the block; wait for any other to end."
-    with open(folder / ".worker", "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for {read_worker(folder)}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
+    with hold_lock(folder / ".worker", lambda holder: print(f"waiting for {holder}", flush=True)) as file:
         json.dump(dict(host=socket.gethostname(), pid=os.getpid(), since=time.time()), file)
         file.flush()
         yield

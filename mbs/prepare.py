@@ -19,7 +19,7 @@ __all__ = ["prepare_voc", "prepare_ade", "prepare_coco", "prepare_labelme", "pre
 
 # %% ../nbs/09_prepare.ipynb #50d72c74
 import io
-import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,13 +48,13 @@ def _build_folder(target: Path) -> Iterator[Path]:
     ValueError when `target` already has content or the disk does not accept it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} already exists: expected a new or empty folder; remove it to make it again")
-    work = target.with_name(f".{target.name}.{os.getpid()}")
+    work = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         _make_work_folder(work)
         yield work
         if target.exists():
             target.rmdir()
-        os.replace(work, target)
+        work.replace(target)
     except OSError as e:
         problem = f"{target} could not be written ({e.strerror or e})"
         raise ValueError(f"{problem}: expected room and permission to write; nothing was changed there") from None

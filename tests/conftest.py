@@ -10,8 +10,9 @@ GROUPS = dict(
     test_report="reports",
     test_protocol_files="protocols",
     test_lists="lists",
+    test_slurm="slurm",
 )
-LONG = ("test_batch", "test_runs", "test_notebooks", "test_long_runs", "test_stopping")  # start first
+LONG = ("test_slurm", "test_batch", "test_runs", "test_notebooks", "test_long_runs", "test_stopping")  # start first
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks

