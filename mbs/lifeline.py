@@ -29,6 +29,7 @@ from contextlib import contextmanager
 
 # %% ../nbs/04_lifeline.ipynb #28f762b7
 SAFE_PATH = dict(PYTHONSAFEPATH="1")  # environment in which Python takes no code from the current folder
+_HAS_SAFE_PATH = sys.version_info >= (3, 11)
 _RUN_MODULE = """import sys
 sys.path = [path for path in sys.path if path]  # without the current folder
 import runpy
@@ -43,7 +44,7 @@ def make_safe_environment(changes: dict[str, str] | None = None) -> dict[str, st
 def make_module_command(
     module: str,
     *arguments: str,
-    has_safe_path: bool = sys.version_info >= (3, 11),  # whether Python has the option -P
+    has_safe_path: bool = _HAS_SAFE_PATH,  # whether Python has the option -P
 ) -> list[str]:
     "Return a command that runs an installed `module` in this Python and takes no code from the current folder."
     options = ["-P", "-m"] if has_safe_path else ["-c", _RUN_MODULE]
