@@ -1171,6 +1171,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mbs.parameter_files._mark_text': ('parameter_files.html#_mark_text', 'mbs/parameter_files.py'),
                                      'mbs.parameter_files._merge_dictionaries': ( 'parameter_files.html#_merge_dictionaries',
                                                                                   'mbs/parameter_files.py'),
+                                     'mbs.parameter_files._parse_number': ('parameter_files.html#_parse_number', 'mbs/parameter_files.py'),
                                      'mbs.parameter_files._parse_yaml': ('parameter_files.html#_parse_yaml', 'mbs/parameter_files.py'),
                                      'mbs.parameter_files._read_text': ('parameter_files.html#_read_text', 'mbs/parameter_files.py'),
                                      'mbs.parameter_files.find_parameter_file': ( 'parameter_files.html#find_parameter_file',

@@ -37,6 +37,7 @@ class _Base(Parameters):
 
 
 _NAMES = (Settings, _Base)
+_Run = Annotated[dict[str, Any], NamesOf(_NAMES)]  # parameters of one run or of several
 
 
 @register_model("grids")
@@ -44,8 +45,8 @@ class Grid(_Base):
     "A batch of runs: each entry of `runs` with every combination of `grid`, in every order of `orders`."
 
     name: str = Field(pattern=r"^[\w+=][\w.:+=-]*$")  # of the batch's folder under outputs/
-    parameters: Annotated[dict[str, Any], NamesOf(_NAMES)] = {}  # of all runs
-    runs: list[Annotated[dict[str, Any], NamesOf(_NAMES)]] = [{}]  # parameters of one run each
+    parameters: _Run = {}  # of all runs
+    runs: list[_Run] = [{}]  # parameters of one run each
     grid: Annotated[dict[str, list[Any]], NamesOf(_NAMES, in_lists=True)] = {}  # values that each parameter takes
     orders: Annotated[list[str], BeforeValidator(list_order_names)] = []  # of the classes, see `mbs.orders`
     features: str | None = None  # run whose encoder measures similarity for `orders`; None: the encoder of each run
@@ -55,8 +56,8 @@ class Grid(_Base):
         "List for each run its entry of `runs` and its point of `grid`, flattened; ValueError if there are no runs."
         _check_grid(self)
         combinations = product(*self.grid.values())
-        points = [flatten_parameters(dict(zip(self.grid, values))) for values in combinations]
-        return [(flatten_parameters(entry), point) for entry in self.runs for point in points]
+        points = [flatten_parameters(dict(zip(self.grid, values)), kind=_Run) for values in combinations]
+        return [(flatten_parameters(entry, kind=_Run), point) for entry in self.runs for point in points]
 
 
 # %% ../nbs/65_grid.ipynb #21679f42
@@ -153,7 +154,7 @@ def _stack_run(grid: Grid, entry: dict, point: dict) -> list[dict]:
     twice = entry.keys() & point.keys()
     if twice:
         raise ValueError(f"parameter {min(twice)!r} is in runs and in grid: expected it in one of them")
-    common, own = flatten_parameters(grid.parameters), entry | point
+    common, own = flatten_parameters(grid.parameters, kind=_Run), entry | point
     base = own.pop("base", common.pop("base", grid.base))
     below = [read_parameters(base)] if base else []
     return [*below, common, own]

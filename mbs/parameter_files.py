@@ -253,15 +253,27 @@ def mark_complete(values: dict) -> dict:
 
 
 # %% ../nbs/03b_parameter_files.ipynb #3a4e71f4
-def flatten_parameters(values: dict, prefix: str = "") -> dict:
-    "Replace dictionaries in `values` by names with dots."
+def flatten_parameters(
+    values: dict,
+    prefix: str = "",  # of all names
+    kind: Any = Any,  # type of the dictionary that the names, with the prefix, belong to
+) -> dict:
+    "Replace dictionaries in `values` by names with dots, and numbers written as text by numbers where text is not due."
     flat = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= flatten_parameters(value, f"{prefix}{name}.")
+            flat |= flatten_parameters(value, f"{prefix}{name}.", kind)
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[f"{prefix}{name}"] = _parse_number(value, find_entry_type(kind, f"{prefix}{name}"))
     return flat
+
+
+def _parse_number(value: Any, kind: Any) -> Any:
+    "Turn text such as 1e-3 into a number unless `kind` is text; return other values unchanged."
+    if isinstance(value, list):
+        return [_parse_number(v, find_item_type(kind)) for v in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_number and not takes_text(kind) else value
 
 
 # %% ../nbs/03b_parameter_files.ipynb #12eef43c

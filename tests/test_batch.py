@@ -178,6 +178,7 @@ def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch, put_namesakes):
     assert len(here) == 12 and all(len(steps) == 2 for _, steps in here.values())
     assert len({json.dumps(log) for log, _ in here.values()}) > 6  # they are different runs
     (home / "cluster").mkdir()
+    put_namesakes(home / "cluster")
     monkeypatch.setenv("MBS_HOME", str(home / "cluster"))
     monkeypatch.chdir(home / "cluster")
     assert on_two_nodes(home / "cluster") == here

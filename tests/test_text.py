@@ -165,6 +165,11 @@ grid: {data: [2024, 2024-01-15], training.optimizer: [on], seed: [010], training
     (tmp_path / "orders.yaml").write_text("orders: [similar-last, 2]")
     assert read_grid("orders.yaml").orders == ["similar-last", "order1", "order2"]
     chosen = expand_grid(Grid(name="on", runs=[dict(name="1e3"), dict(name="012")], grid=dict(seed=[0, 1])))
+    written = Grid(
+        name="on", runs=[dict(classes=["1e3", "on"])], grid={"training.lr": ["1e-3"], "memory.size": ["1e1"]}
+    )
+    ((entry, point),) = written.points()  # from Python
+    assert entry == dict(classes=["1e3", "on"]) and point == {"training.lr": 0.001, "memory.size": 10}
     assert [one.name for one in chosen] == ["on/1e3-s0", "on/1e3-s1", "on/012-s0", "on/012-s1"]
 
 
