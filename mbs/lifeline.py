@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "SAFE_PATH",
+    "NODES",
     "EXIT_RESUME",
     "STOP_SIGNALS",
     "make_safe_environment",
@@ -96,6 +97,7 @@ def stop_child(process: subprocess.Popen, patience: float = 60):  # seconds for 
 
 
 # %% ../nbs/04_lifeline.ipynb #73c70363
+NODES = "MBS_NODES"  # environment variable: nodes over which a run is spread, set for its job and read by `mbs.launch`
 EXIT_RESUME = 75  # exit code: stopped on request, rerun the same command to resume (EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 

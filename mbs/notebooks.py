@@ -223,11 +223,11 @@ def main(
     parameters: str,  # JSON
 ):
     "Execute a notebook and print its output; exit with 1 and a sentence if it fails, with `EXIT_RESUME` after a stop."
-    exit_with_parent()
     replace_unprintable()
     folder = Path(output).parent
     try:
         with interrupt_on_signals():
+            exit_with_parent()
             folder.mkdir(parents=True, exist_ok=True)
             with lock_worker(folder):
                 execute_notebook(Path(notebook), Path(output), json.loads(parameters), sys.stdout)

@@ -22,6 +22,7 @@ __all__ = ["Outcome", "make_parameters", "OnSlurm"]
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from pathlib import Path
 
 from .executors import Stopped, _follow, _limit_threads, _start_run
 from .files import read_json, write_json
-from .launch import NODES
+from .lifeline import NODES
 
 # %% ../nbs/66a_slurm.ipynb #0e3d046a
 _WARNING = signal.SIGUSR2  # submitit asks Slurm for it
@@ -81,6 +82,15 @@ class Outcome:
 
 
 # %% ../nbs/66a_slurm.ipynb #04fda73f
+_BLOCK = (
+    f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{{int(_WARNING)}}}); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+_BLOCKED_PYTHON = shlex.join(
+    [sys.executable, "-ISc", _BLOCK]
+)  # this Python, in which the warning waits until unblocked
+
+
 def _list_saved(run_folder: Path) -> set[str]:
     "List the names of complete steps and saved states of a run."
     return {path.name for path in (*run_folder.glob("step-*"), *run_folder.glob("resume/*"))}
@@ -114,7 +124,9 @@ def _run_in_job(notebook: str, output: str, parameters: dict, environment: dict,
         for number in (_WARNING, signal.SIGTERM):
             signal.signal(number, ask_to_save)
     reason = _follow(process, parameters["name"])
-    if _WARNING in received and isinstance(reason, Stopped):
+    if reason and received:
+        reason = Stopped(reason)  # also when it was asked before it could save anything
+    if reason and _WARNING in received:
         n_idle = 0 if _list_saved(run_folder) - saved else n_idle + 1
         _requeue(run_folder, job, n_idle)
     else:
@@ -343,7 +355,7 @@ class OnSlurm:
         run_folder, name = Path(output).parent, parameters["name"]
         log = _locate(run_folder, "%j.log")  # Slurm puts in the number of the job
         log.parent.mkdir(parents=True, exist_ok=True)
-        executor = self.submitit.SlurmExecutor(run_folder.parent / ".slurm")
+        executor = self.submitit.SlurmExecutor(run_folder.parent / ".slurm", python=_BLOCKED_PYTHON)
         options = dict(job_name=name, dependency=f"afterany:{self.jobs[after][0]}" if after else None)
         with _explain_refusal(name, log, executor.folder):
             executor.update_parameters(**_write_log(self.parameters | options, log))

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import torch
 import yaml
@@ -25,7 +26,7 @@ from mbs.executors import Stopped
 from mbs.experiment import Experiment
 from mbs.folders import find_runs_folder
 from mbs.lifeline import Interrupted
-from mbs.notebooks import RunFailed
+from mbs.notebooks import RunFailed, read_worker
 from mbs.run import Run
 from mbs.settings import Settings
 from mbs.slurm import OnSlurm, Outcome, make_parameters
@@ -262,8 +263,8 @@ def test_a_job_that_dies_is_one_sentence(cluster, home):
 
     def kill(table):
         if count_records(folder) and not killed:
-            killed.append(json.loads((folder / "slurm/job.json").read_text())["job"])
-            ask("scancel", "--signal=KILL", *killed)
+            killed.append(psutil.Process(read_worker(folder)["pid"]).parent())
+            killed[0].kill()
 
     with pytest.raises(RunFailed, match=r"its job ended without an outcome \(FAILED\); its log is .*/slurm/\d+.log"):
         batch.run(OnSlurm(every=0.3), show=kill, every=0.2)
