@@ -86,9 +86,7 @@ _BLOCK = (
     f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{{int(_WARNING)}}}); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
-_BLOCKED_PYTHON = shlex.join(
-    [sys.executable, "-ISc", _BLOCK]
-)  # this Python, in which the warning waits until unblocked
+_BLOCKED_PYTHON = shlex.join([sys.executable, "-ISc", _BLOCK])  # the warning waits in it
 
 
 def _list_saved(run_folder: Path) -> set[str]:
@@ -142,7 +140,7 @@ def _requeue(run_folder: Path, job: str, n_idle: int):
         Outcome(True, reason).write(run_folder, job)
         return
     Outcome(n_idle=n_idle).write(run_folder, job)
-    print("requeueing the job: its run has saved", flush=True)
+    print(f"putting job {job} back into the queue", flush=True)
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
         reason = f"its run has saved, but Slurm did not requeue job {job} ({_last_line(done.stderr)})"

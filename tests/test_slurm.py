@@ -112,7 +112,7 @@ def assert_undisturbed(run: Run, home: Path):
 def disturbed(cluster, home) -> dict[str, Batch]:
     "Start a run that will reach its time limit, and one whose node dies; n2 comes back afterwards."
     batches = dict(
-        limit=make_batch(home, "limit", "slow", iterations=700),
+        limit=make_batch(home, "limit", "slow", iterations=1000),
         node=make_batch(home, "node", "slow", iterations=150, save_minutes=0),
     )
     (long_job,) = batches["limit"].detach(OnSlurm(time="30", signal=30, sbatch=dict(nodelist="n1")))
@@ -127,7 +127,7 @@ def disturbed(cluster, home) -> dict[str, Batch]:
     wait_until(lambda: "idle" in ask("sinfo", "-h", "-n", "n2", "-o", "%T"))
     wait_until(lambda: count_records(batches["limit"].jobs[0].folder) >= 5)
     minutes = ask("squeue", "-h", "-j", long_job, "-o", "%M").split(":")[-2]
-    ask("scontrol", "update", f"jobid={long_job}", f"timelimit={int(minutes) + 1}")
+    ask("scontrol", "update", f"jobid={long_job}", f"timelimit={int(minutes) + 2}")  # Slurm may warn a minute early
     return batches
 
 
@@ -285,7 +285,7 @@ def test_a_run_over_its_time_limit_is_requeued(disturbed, home):
     (run,) = finish(Batch(home / "limit.yaml"))
     said = read_log(run.folder)
     attempts = said.count("Starting with JobEnvironment")
-    assert attempts > 1 and said.count("requeueing the job: its run has saved") == attempts - 1, said
+    assert attempts > 1 and said.count("back into the queue") == attempts - 1, said
     assert len(list((run.folder / "slurm").glob("*.log"))) == 1
     assert_undisturbed(run, home)
 
