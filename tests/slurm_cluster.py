@@ -110,11 +110,15 @@ class Cluster:
 
     def is_on_node(self, process: psutil.Process, name: str) -> bool:
         "Whether a process belongs to a job of this cluster on node `name`."
+        return self.is_ours(process, SLURMD_NODENAME=name)
+
+    def is_ours(self, process: psutil.Process, **variables: str) -> bool:
+        "Whether another process was started with the environment of this cluster, and `variables`."
         try:
-            variables = process.environ()
+            found = process.environ()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
-        return variables.get("SLURMD_NODENAME") == name and variables.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+        return process.pid != os.getpid() and (self.environment | variables).items() <= found.items()
 
     def stop(self):
         "Cancel all jobs and end the daemons that this object started."
@@ -124,5 +128,9 @@ class Cluster:
         for path in self.folder.glob("*.pid"):
             with suppress(ProcessLookupError):
                 os.kill(int(path.read_text()), signal.SIGTERM)
+        _, left = psutil.wait_procs([p for p in psutil.process_iter() if self.is_ours(p)], 5)
+        for process in left:  # a daemon waits for its jobs, and a job for its minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         for name in self.environment:
             os.environ.pop(name, None)
