@@ -28,9 +28,8 @@ import json
 import os
 import secrets
 import shlex
-import subprocess
-import sys
-from contextlib import contextmanager
+import tempfile
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -38,7 +37,7 @@ from typing import Annotated
 
 import typer
 
-from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
+from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals, run_server
 from .parameter_files import parse_value, parse_words, read_parameters
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -346,19 +345,28 @@ def explore(
             check_comparable(*runs, None)
         if as_app and find_spec("voila") is None:
             raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
-        raise typer.Exit(_serve_notebook(write_tour(*runs), as_app, browser))
+        code = 0
+        with (
+            suppress(KeyboardInterrupt),
+            interrupt_on_signals(),
+            tempfile.TemporaryDirectory(prefix="mbs-app-") as folder,
+        ):
+            tour = write_tour(*runs, folder=Path(folder) if as_app else None)  # an app executes all its cells
+            code = _serve_notebook(tour, as_app, browser)
+        raise typer.Exit(code)
 
 
 # %% ../nbs/80_cli.ipynb #13546a7f
 def _serve_notebook(notebook: Path, as_app: bool, browser: bool) -> int:
-    "Serve `notebook` on this machine only, protected by a token, until Ctrl-C; return the exit code of the server."
+    "Serve `notebook` on this machine only, protected by a token, until a stop signal; return the server's exit code."
     server = ["jupyterlab", "--ServerApp.ip=127.0.0.1"]
     if as_app:
         server = ["voila", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True"]  # voila's default is no token
     options = [] if browser else ["--no-browser"]
     token = os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24)
-    command = [sys.executable, "-m", *server, str(notebook), *options]
-    return subprocess.call(command, env=os.environ | dict(JUPYTER_TOKEN=token))
+    environment = dict(JUPYTER_TOKEN=token)  # arguments can be read by every user of the machine
+    with run_server(*server, str(notebook), *options, environment=environment, folder=notebook.parent) as process:
+        return process.wait()
 
 
 # %% ../nbs/80_cli.ipynb #509c3106
@@ -406,10 +414,8 @@ def curves(
             n_runs = len(CurveWriter(paths, write_only).written)
             typer.echo(f"wrote the curves of {n_runs} runs to {write_only}")
             return
-        try:
+        with suppress(KeyboardInterrupt), interrupt_on_signals():
             serve_curves(paths, port)
-        except KeyboardInterrupt:
-            pass
 
 
 # %% ../nbs/80_cli.ipynb #9db48744

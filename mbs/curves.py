@@ -8,12 +8,12 @@ __all__ = ["collect_scalars", "find_run_folders", "CurveWriter", "start_tensorbo
 # %% ../nbs/72_curves.ipynb #3b56971e
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .lifeline import run_server
 from .run import Run, load_run
 
 # %% ../nbs/72_curves.ipynb #6464f6f3
@@ -91,14 +91,9 @@ class CurveWriter:
 @contextmanager
 def start_tensorboard(folder: Path, port: int = 6006) -> Iterator[subprocess.Popen]:
     "Run TensorBoard on `folder` at 127.0.0.1 until the context ends; yield its process."
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
-    process = subprocess.Popen(command)
-    try:
+    options = ["--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
+    with run_server("tensorboard.main", "--logdir", str(folder.absolute()), *options, folder=folder) as process:
         yield process
-    finally:
-        process.terminate()
-        process.wait()
 
 
 # %% ../nbs/72_curves.ipynb #5b053787
