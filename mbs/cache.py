@@ -171,7 +171,8 @@ def _make_cache(file: Path, data: SegmentationFolder) -> DecodedPictures:
                 return decoded
             if is_locked:  # without a lock, an unfinished file may belong to a running process
                 for unfinished in file.parent.glob(f".{file.name}.*"):
-                    unfinished.unlink(missing_ok=True)
+                    if unfinished.suffix[1:].isdigit():  # as `replace_atomically` names it
+                        unfinished.unlink(missing_ok=True)
             _write_cache(file, data)
     except OSError as e:
         problem = f"decoded pictures of {data.root.name} cannot be written to {file.parent} ({e.strerror or e})"

@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import replace_atomically
+from .files import refuse_links, replace_atomically
 from .processes import broadcast_from_main, get_processes
 from .segmenter import Segmenter
 from .weights import view_as_bytes
@@ -179,6 +180,9 @@ def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 # %% ../nbs/45_checkpoint.ipynb #d23ac1f4
+_STATE = re.compile(r"step-\d{2,}-\d{8}\.safetensors")  # names of saved states
+
+
 class StepCheckpoints:
     "The saved states of a running step in `folder`."
 
@@ -190,7 +194,14 @@ class StepCheckpoints:
 
     def list_files(self) -> list[Path]:
         "List the saved states of this step, newest first."
-        return sorted(self.folder.glob(f"step-{self.step:02d}-*.safetensors"), reverse=True)
+        return [path for path in self._list_states() if path.name.startswith(f"step-{self.step:02d}-")]
+
+    def _list_states(self) -> list[Path]:
+        "List the saved states of all steps, newest first; other files and links are none."
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return []
+        states = [path for path in self.folder.iterdir() if _STATE.fullmatch(path.name)]
+        return sorted((path for path in states if not path.is_symlink()), reverse=True)
 
     def is_due(self) -> bool:
         "Whether it is time to save, by the clock of the main process."
@@ -202,6 +213,7 @@ class StepCheckpoints:
             tensors = tensors | {f"random.{rank}.{name}": stream for name, stream in streams.items()}
         if get_processes().is_main_process:
             self.folder.mkdir(exist_ok=True)
+            refuse_links(self.folder.parent)
             path = self.folder / f"step-{self.step:02d}-{iteration:08d}.safetensors"
             save_tensors(path, tensors, dict(facts, iteration=iteration))
             self._replace_others(path, tensors)
@@ -215,7 +227,7 @@ class StepCheckpoints:
                 f"the state in {path} was not read back as it was written: "
                 "expected a disk without errors; the previous state is kept"
             )
-        for old in self.folder.glob("*.safetensors"):
+        for old in self._list_states():
             if old != path:
                 old.unlink()
 

@@ -309,6 +309,7 @@ def demo(
 ):
     "Show what forgetting is and what MBS does about it, on generated scenes; takes minutes on two cores."
     with explain_errors(), interrupt_on_signals():
+        from mbs.files import remove_link
         from mbs.folders import home
         from mbs.report import write_report
         from mbs.settings import Settings
@@ -317,7 +318,7 @@ def demo(
         pairs = [(seed, name) for seed in range(seeds) for name in names]
         chosen = [dict(name=f"demo-{name}-s{seed}", method=name, seed=seed) for seed, name in pairs]
         runs = _run_with_progress([Settings.from_layers(read_parameters("demo"), values) for values in chosen])
-        folder = write_report(runs, home("outputs", "demo"))
+        folder = write_report(runs, remove_link(home("outputs", "demo")))
         _print_summary(runs)
         typer.echo(f"\nThe comparison as a picture: {folder / 'comparison.png'}")
         typer.echo(f"Each run as a notebook with pictures: {home('outputs')}/demo-*/train.ipynb")
@@ -381,11 +382,12 @@ def report(
     "Compare runs: an executed notebook, an HTML page, CSV, LaTeX and Markdown tables, with published numbers."
     with explain_errors():
         from mbs.comparison import find_runs
+        from mbs.files import remove_link
         from mbs.folders import home
         from mbs.report import report_notebook
 
         runs, left_out = find_runs(paths or [home("outputs")])
-        folder = report_notebook(runs, out or home("outputs", "report"))
+        folder = report_notebook(runs, out or remove_link(home("outputs", "report")))
         _print_summary(runs)
         for path, why in left_out.items():
             typer.echo(f"left out: {path}, {why}")

@@ -6,7 +6,6 @@
 __all__ = ["collect_scalars", "find_run_folders", "CurveWriter", "start_tensorboard", "serve_curves"]
 
 # %% ../nbs/72_curves.ipynb #3b56971e
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -57,6 +56,15 @@ def _name_run(folder: Path, path: Path, is_one_of_many: bool) -> str:
 
 
 # %% ../nbs/72_curves.ipynb #26a8da87
+def _remove_event_files(folder: Path):
+    "Remove the event files in `folder`, and nothing else, since a user chose it; ValueError if it is a link."
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a symbolic link: expected a folder of event files; choose another folder")
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()
+
+
+# %% ../nbs/72_curves.ipynb #980feaa9
 class CurveWriter:
     "Writes event files into `folder` for the runs in `paths`: once when created, and at each `update`."
 
@@ -76,7 +84,7 @@ class CurveWriter:
 
         values, before = collect_scalars(run), set(self.written.get(name, []))
         if name not in self.written or not before <= set(values):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            _remove_event_files(self.folder / name)
             before = set()
         new = [value for value in values if value not in before]
         if new:

@@ -24,7 +24,7 @@ from .cache import cache_pictures
 from .checkpoint import load_model
 from .diagnosis import diagnose_step
 from .evaluation import evaluate, evaluate_identity, score_new_classes
-from .files import lock_folder
+from .files import lock_folder, refuse_links
 from .folders import home
 from .identity import Predictor, measure_coverage, split_predictor
 from .identity_learning import Identification
@@ -116,7 +116,9 @@ class Experiment:
         self.settings = settings
         with get_processes().main_process_first():  # one process makes the index of the data, the others read it
             self.setup = Setup(settings, method)
-        self.folder = (Path(outputs) if outputs else home("outputs")) / settings.name
+        outputs = Path(outputs) if outputs else home("outputs")
+        self.folder = outputs / settings.name
+        refuse_links(self.folder, outputs)
         self.writer = RunWriter(self.folder, self.setup)
         has_identity = self.setup.method.parts.has_identity
         self.identification = Identification(self.setup.method.parts, self.setup.recipe) if has_identity else None

@@ -4,8 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "remove_link",
     "replace_atomically",
     "replace_folder_atomically",
+    "refuse_links",
+    "open_own",
     "lock_folder",
     "write_text",
     "write_json",
@@ -15,15 +18,18 @@ __all__ = [
 ]
 
 # %% ../nbs/03_files.ipynb #51b4a682
+import errno
 import fcntl
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -38,10 +44,18 @@ def _flush_to_disk(path: Path):
         os.close(handle)
 
 
+def remove_link(path: Path) -> Path:
+    "Remove `path` if it is a symbolic link, so that what is written there does not reach its target; return `path`."
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     "Yield a temporary sibling of `path`; replace `path` by it on success, remove it on failure."
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    remove_link(temporary)
     try:
         yield temporary
         _flush_to_disk(temporary)
@@ -56,6 +70,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 def replace_folder_atomically(path: Path) -> Iterator[Path]:
     "Yield an empty temporary folder beside `path`; rename it to `path` on success, remove earlier leftovers."
     temporary = path.with_name(f".{path.name}")
+    remove_link(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -81,10 +96,57 @@ def _try_lock(file) -> bool:
 
 
 # %% ../nbs/03_files.ipynb #79d63932
+_STEP_FOLDER = re.compile(r"resume|\.?step-\d{2,}")  # folders in a run folder that mbs writes
+_TEMPORARY = re.compile(r"\..+\.\d+|\.tmp\w{6}")  # names of `replace_atomically`, and those that safetensors chooses
+
+
+def _list_entries(folder: Path) -> Iterator[os.DirEntry]:
+    "List what is in a run folder, and in the folders in it that mbs writes; links are not followed."
+    for entry in os.scandir(folder):
+        yield entry
+        if entry.is_dir(follow_symlinks=False) and _STEP_FOLDER.fullmatch(entry.name):
+            yield from os.scandir(entry)
+
+
+def refuse_links(folder: Path, root: Path | None = None):
+    """Raise ValueError if a run folder holds symbolic links where mbs writes.
+
+    With `root`, the folder of all runs, `folder` itself and those between the two may be no links either."""
+    above = [folder, *folder.parents][: len(folder.relative_to(root).parts)] if root else []
+    links = [str(path) for path in above if path.is_symlink()]
+    if not links and folder.is_dir():
+        links = [entry.path for entry in _list_entries(folder) if entry.is_symlink()]
+    if links:
+        raise ValueError(f"{links[0]} is a symbolic link: expected a file or folder of the run; replace or remove it")
+
+
+# %% ../nbs/03_files.ipynb #b4d09161
+def open_own(path: Path, mode: str) -> TextIO:
+    "Open a text file for writing; ValueError if it is a link or no regular file."
+
+    def open_unlinked(path: str, flags: int) -> int:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.ELOOP, "another file", path)
+        return handle
+
+    try:
+        return open(path, mode, encoding="utf-8", opener=open_unlinked)
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
+            raise
+        raise ValueError(
+            f"{path} is a link or no regular file: expected a file that mbs has written; remove it"
+        ) from None
+
+
+# %% ../nbs/03_files.ipynb #15499a0a
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    "Be the only writer of `folder` during the block, and remove half-written files; ValueError names another writer."
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    "Be the only writer of a run folder during the block, and remove half-written files; ValueError for another writer."
+    refuse_links(folder)
+    with open_own(folder / ".lock", "a+") as file:
         if not _try_lock(file):
             file.seek(0)
             other = file.read().strip() or "another process"
@@ -94,10 +156,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        leftovers = (*folder.rglob(".*.*"), *folder.rglob(".tmp*"))  # the second: names that safetensors chooses
-        for path in leftovers:
-            if path.is_file():
-                path.unlink()
+        for entry in list(_list_entries(folder)):
+            if entry.is_file(follow_symlinks=False) and _TEMPORARY.fullmatch(entry.name):
+                os.unlink(entry)
         yield
 
 

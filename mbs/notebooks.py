@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from .files import open_own, refuse_links
 from .lifeline import EXIT_RESUME, Interrupted, exit_with_parent, interrupt_on_signals, record_signals
 
 # %% ../nbs/64_notebooks.ipynb #54c6a2c3
@@ -172,7 +173,8 @@ def read_failure(notebook: Path) -> str:
 @contextmanager
 def lock_worker(folder: Path) -> Iterator[None]:
     "Be the only process that works on the run in `folder` during the block; wait for any other to end."
-    with open(folder / ".worker", "a", encoding="utf-8") as file:
+    refuse_links(folder)
+    with open_own(folder / ".worker", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

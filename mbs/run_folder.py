@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from .checkpoint import StepCheckpoints, save_model, save_tensors
 from .data import choose_samples
-from .files import replace_folder_atomically, write_arrays, write_json, write_text
+from .files import open_own, replace_folder_atomically, write_arrays, write_json, write_text
 from .identity import Predictor, split_predictor
 from .identity_learning import save_identity
 from .inference import segment
@@ -147,7 +147,7 @@ class RunLog:
         "Append records."
         if not get_processes().is_main_process:
             return
-        with open(self.path, "a", encoding="utf-8") as f:
+        with open_own(self.path, "a") as f:
             f.write("".join(json.dumps(record) + "\n" for record in records))
             f.flush()
             os.fsync(f.fileno())  # before a saved state that relies on it
