@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from .files import remove_link
+from .files import check_regular, remove_link
 from .folders import hash_file
 
 
@@ -229,6 +229,7 @@ class _Member(NamedTuple):
 
 def _list_members(archive: Path) -> Iterator[_Member]:
     "Yield the members of a .tar, .tgz or .zip file, without folders."
+    check_regular(archive)
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
             for i in z.infolist():

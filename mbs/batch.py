@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .executors import Local, OnRay, Stopped
 from .experiment import Experiment
+from .files import check_regular
 from .folders import find_runs_folder, home
 from .grid import Grid, expand_grid, read_grid
 from .inspect import time_iteration
@@ -94,6 +95,7 @@ def run_notebook(
 def _read_last_record(path: Path, size: int = 4096) -> dict:
     "Read the last complete record of a log from its last `size` bytes; empty if there is none."
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - size))
             complete_lines = file.read().split(b"\n")[:-1]

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import refuse_links, replace_atomically
+from .files import check_regular, parse_json, refuse_links, replace_atomically
 from .processes import broadcast_from_main, get_processes
 from .segmenter import Segmenter
 from .weights import view_as_bytes
@@ -61,18 +61,33 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = No
 
 
 # %% ../nbs/45_checkpoint.ipynb #540964ef
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Read the tensors and facts of a .safetensors file.
+_MAX_HEADER = 16 << 20  # bytes of the names and shapes of tensors
+_MAX_TENSORS = 1 << 30  # bytes of an identity, or of what a method keeps
+_MAX_STATE = 64 << 30  # bytes of a saved state: network, optimiser and iterates
+
+
+def _check_header(path: Path, limit: int):
+    "Raise ValueError if a .safetensors file or its header is too large, or no regular file."
+    check_regular(path, limit + _MAX_HEADER)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER:
+        raise ValueError(f"its header has {size:,} bytes, more than {_MAX_HEADER:,}")
+
+
+def load_tensors(path: Path, limit: int = _MAX_TENSORS) -> tuple[dict[str, Tensor], dict | None]:
+    """Read the tensors and facts of a .safetensors file of at most `limit` bytes.
 
     Raise SafetensorError, OSError or ValueError when the file is damaged. A file without a digest is accepted.
     """
+    _check_header(path, limit)
     with safe_open(path, "pt") as f:
         tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # clones do not depend on the file
         header = f.metadata() or {}
     facts = header.get("facts", "")
     if "digest" in header and header["digest"] != _hash_tensors(tensors, facts):
         raise ValueError("its content differs from its digest")
-    return tensors, json.loads(facts) if facts else None
+    return tensors, parse_json(facts) if facts else None
 
 
 # %% ../nbs/45_checkpoint.ipynb #0307f1cc
@@ -99,7 +114,8 @@ def _check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor]):
 def load_model(model: Segmenter, path: Path) -> Segmenter:
     "Fill `model` from `path` and return it in eval mode; ValueError when the file is damaged or of another model."
     try:
-        state, _ = load_tensors(path)
+        expected = sum(tensor.nbytes for tensor in model.state_dict().values())
+        state, _ = load_tensors(path, 2 * expected)
         _check_tensors(state, model.state_dict())
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -235,7 +251,7 @@ class StepCheckpoints:
         "Return tensors and facts of the newest complete state; None when there is none."
         for path in self.list_files():
             try:
-                tensors, facts = load_tensors(path)
+                tensors, facts = load_tensors(path, _MAX_STATE)
                 if facts["iteration"] == int(path.stem.rpartition("-")[2]):
                     return tensors, facts
             except (SafetensorError, OSError, KeyError, TypeError, ValueError):

@@ -4,12 +4,19 @@
 
 # %% auto #0
 __all__ = [
+    "MAX_JSON",
+    "MAX_ARRAYS",
     "remove_link",
     "replace_atomically",
     "replace_folder_atomically",
     "refuse_links",
     "open_own",
     "lock_folder",
+    "check_regular",
+    "read_bytes",
+    "read_text",
+    "find_repeated",
+    "parse_json",
     "write_text",
     "write_json",
     "read_json",
@@ -21,12 +28,14 @@ __all__ = [
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -162,7 +171,92 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+# %% ../nbs/03_files.ipynb #8f5d0ae8
+_IRREGULAR = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def check_regular(
+    path: Path,
+    limit: int | None = None,  # bytes
+    status: os.stat_result | None = None,  # of the opened file; None: of what `path` names now
+):
+    "Raise ValueError if a file is a pipe, a socket or a device, or larger than `limit`; OSError if it is missing."
+    status = status or os.stat(path)
+    if kind := _IRREGULAR.get(stat.S_IFMT(status.st_mode)):
+        raise ValueError(f"{path} is {kind}: expected a regular file")
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f"{path} has {status.st_size:,} bytes: expected at most {limit:,}")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    "Read a regular file of at most `limit` bytes; ValueError for another one, OSError if it cannot be read."
+    check_regular(path)  # before it is opened, since opening a device may act on it
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        check_regular(path, limit, status)
+        content = file.read(status.st_size + 1)
+        while len(content) <= limit and (block := file.read(1 << 20)):  # it grows, or has no size
+            content += block
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes: expected at most that many")
+    return content
+
+
+def read_text(path: Path, limit: int) -> str:
+    "Read a regular UTF-8 file of at most `limit` bytes, without the mark that Windows puts first."
+    return read_bytes(path, limit).decode("utf-8-sig")
+
+
 # %% ../nbs/03_files.ipynb #769ba861
+MAX_JSON = 512 << 20  # bytes; the largest annotations of COCO have 450 MB
+_MAX_JSON_DEPTH = 64
+_HUGE_NUMBER = re.compile(r"[eE]\+?0*[1-9]\d\d|\d{309}")
+
+
+def _make_unique(pairs: list[tuple[str, Any]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"it has {find_repeated([name for name, _ in pairs])!r} twice")
+    return content
+
+
+def find_repeated(names: Sequence) -> Any:
+    "Return the first of `names` that comes twice; None if each comes once."
+    seen = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+def _parse_finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_unique)
+_CAREFUL_DECODER = json.JSONDecoder(
+    object_pairs_hook=_make_unique,
+    parse_float=_parse_finite,
+    parse_int=lambda text: int(text) if math.isfinite(float(text)) else _parse_finite(text),
+)
+
+
+def parse_json(text: str) -> Any:
+    "Parse JSON; ValueError if it is damaged, has a name twice, or a number that is too large."
+    return (_CAREFUL_DECODER if _HUGE_NUMBER.search(text) else _DECODER).decode(text)
+
+
+def _check_depth(content: Any):
+    "Raise ValueError if dictionaries and lists are nested in more than `_MAX_JSON_DEPTH` levels."
+    level = [content]
+    for _ in range(_MAX_JSON_DEPTH):
+        parts = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
+        level = [part for children in parts for part in children if isinstance(part, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"it has more than {_MAX_JSON_DEPTH} levels")
+
+
+# %% ../nbs/03_files.ipynb #ee7c790d
 def write_text(path: Path, text: str):
     "Write `text` in UTF-8, atomically."
     with replace_atomically(path) as temporary:
@@ -174,12 +268,14 @@ def write_json(path: Path, content: Any):
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    "Read a JSON file; ValueError in one sentence if it is missing or damaged."
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    "Read a JSON file of at most `limit` bytes; ValueError in one sentence if it is missing, damaged or beyond limits."
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(read_text(path, limit))
+        _check_depth(content)
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({e}): expected a complete JSON file") from None
+    return content
 
 
 # %% ../nbs/03_files.ipynb #e413ad81
@@ -190,9 +286,47 @@ def write_arrays(path: Path, **arrays: np.ndarray):
 
 
 # %% ../nbs/03_files.ipynb #728cd6bd
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    "Read the arrays of a .npz without unpickling; ValueError in one sentence if it is damaged or of another format."
+MAX_ARRAYS = 512 << 20  # bytes, unpacked
+_MAX_ARRAY_FILES = 100_000
+_ARRAY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _check_directory(path: Path):
+    "Raise ValueError if the list of files at the end of a .zip is missing or long."
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 22 - 20))
+        tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) < at + 22:
+        raise ValueError("its list of files is missing")
+    n_bytes = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if n_bytes > 100 * _MAX_ARRAY_FILES or tail[max(0, at - 20) : at].startswith(b"PK\6\7"):
+        raise ValueError(f"it has more than {_MAX_ARRAY_FILES:,} files")
+
+
+def _check_array_sizes(path: Path, limit: int):
+    "Raise ValueError if the arrays of a .npz take more than `limit` bytes, or other sizes than their heads say."
+    check_regular(path, limit)
+    _check_directory(path)
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        n_bytes = sum(member.file_size for member in members)
+        if n_bytes > limit:
+            raise ValueError(f"it unpacks to {n_bytes:,} bytes, more than {limit:,}")
+        for member in members:
+            with archive.open(member) as file:
+                shape, _, dtype = _ARRAY_HEADERS[np.lib.format.read_magic(file)](file)
+                if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size and not dtype.hasobject:
+                    raise ValueError(f"{member.filename} has another size than its head says")
+
+
+# %% ../nbs/03_files.ipynb #2a1d4e4e
+def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:
+    """Read the arrays of a .npz without unpickling, at most `limit` bytes when unpacked.
+
+    ValueError in one sentence if it is damaged, of another format, or larger."""
     try:
+        _check_array_sizes(path, limit)
         with np.load(path, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")

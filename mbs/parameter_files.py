@@ -22,15 +22,18 @@ __all__ = [
 
 # %% ../nbs/03b_parameter_files.ipynb #03b00003
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .files import find_repeated, read_bytes
 from .folders import find_runs_folder
 
 # %% ../nbs/03b_parameter_files.ipynb #af19fb35
+_MAX_BYTES = 4 << 20  # of a file
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 20
 
@@ -41,10 +44,10 @@ def is_within_limits(value: Any) -> bool:
     n_values = 0
     for _ in range(_MAX_DEPTH):
         containers = [v for v in level if isinstance(v, (dict, list))]
-        level = [child for c in containers for child in (c.values() if isinstance(c, dict) else c)]
-        n_values += len(level)
+        n_values += sum(map(len, containers))
         if n_values > _MAX_VALUES:
-            return False
+            return False  # before the level is written out: aliases can stand for any number of values
+        level = [child for c in containers for child in (c.values() if isinstance(c, dict) else c)]
         if not level:
             return True
     return False
@@ -63,6 +66,22 @@ _YAML_ERRORS = (
 )
 
 
+class _Loader(yaml.SafeLoader):
+    "A safe loader that refuses a name that comes twice, of which YAML's would take the last."
+
+    def construct_mapping(self, node, deep=False):
+        given = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if (name := find_repeated(given)) is not None:
+            raise ValueError(f"it has {name!r} twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_finite(self, node) -> float:
+        return _refuse_overflow(self.construct_yaml_float(node), node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_finite)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     "Read the lines 'name: value' of a YAML file; ValueError when it cannot be read or holds anything else."
 
@@ -70,9 +89,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return ValueError(f"parameter file {path} {why}: expected lines 'name: value'")
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        content = read_bytes(path, _MAX_BYTES)
     except OSError as e:
         raise refuse(f"cannot be read ({e.strerror})") from None
+    try:
+        values = _Loader(content.decode("utf-8-sig")).get_single_data()
     except _YAML_ERRORS as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise refuse(f"is not valid YAML ({reason})") from None
@@ -188,7 +209,14 @@ def _parse_number(value: Any) -> Any:
     if isinstance(value, list):
         return [_parse_number(v) for v in value]
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if is_number else value
+    return _refuse_overflow(float(value), value) if is_number else value
+
+
+def _refuse_overflow(number: float, text: str) -> float:
+    "Return the `number` that `text` stands for; ValueError for one such as 1e999, which has become infinity."
+    if math.isinf(number) and "inf" not in text.lower():
+        raise ValueError(f"{text[:40]} is too large for a number: expected at most 1e308")
+    return number
 
 
 # %% ../nbs/03b_parameter_files.ipynb #12eef43c
@@ -206,16 +234,17 @@ def find_sources(layers: dict[str, dict]) -> dict[str, str]:
 def parse_value(text: str) -> Any:
     "Parse the YAML value of a word; text such as 1e-3 becomes a number. ValueError beyond the limits."
     try:
-        value = yaml.safe_load(text)
+        value = _Loader(text).get_single_data()
     except _YAML_ERRORS:
-        return text  # for example a date that does not exist
+        value = text  # for example a date that does not exist
     if not is_within_limits(value):
         raise ValueError(f"{text[:40]!r} holds too many values: expected a plain value, or a short list or dictionary")
     if isinstance(value, str):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
-            pass
+            return value
+        return _refuse_overflow(number, value)
     return value
 
 
