@@ -7,6 +7,7 @@ __all__ = [
     "save_tensors",
     "load_tensors",
     "save_model",
+    "read_digest",
     "load_model",
     "set_random_state",
     "get_optimiser_tensors",
@@ -48,7 +49,7 @@ def _hash_tensors(tensors: dict[str, Tensor], facts: str = "") -> str:
 
 
 # %% ../nbs/45_checkpoint.ipynb #7ea4a818
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None):
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None) -> str:  # the digest
     "Write tensors to a .safetensors file atomically; its header holds `facts` as JSON and a digest of everything."
     copies = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
     header = {} if facts is None else dict(facts=json.dumps(facts))
@@ -58,6 +59,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = No
             save_file(copies, temporary, header)
         except SafetensorError as e:  # for example a full disk
             raise OSError(errno.EIO, str(e), str(path)) from None
+    return header["digest"]
 
 
 # %% ../nbs/45_checkpoint.ipynb #540964ef
@@ -91,9 +93,19 @@ def load_tensors(path: Path, limit: int = _MAX_TENSORS) -> tuple[dict[str, Tenso
 
 
 # %% ../nbs/45_checkpoint.ipynb #0307f1cc
-def save_model(model: Segmenter, path: Path):
+def save_model(model: Segmenter, path: Path) -> str:  # the digest
     "Write the tensors of `model` to a .safetensors file."
-    save_tensors(path, model.state_dict())
+    return save_tensors(path, model.state_dict())
+
+
+def read_digest(path: Path) -> str:
+    "Return the digest in the header of a .safetensors file, '' without one; ValueError when it cannot be read."
+    try:
+        _check_header(path, _MAX_STATE)
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("digest", "")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): expected a complete .safetensors file") from None
 
 
 # %% ../nbs/45_checkpoint.ipynb #00f41509

@@ -6,6 +6,7 @@
 __all__ = ["collect_scalars", "find_run_folders", "CurveWriter", "start_tensorboard", "serve_curves"]
 
 # %% ../nbs/72_curves.ipynb #3b56971e
+import logging
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -71,18 +72,33 @@ class CurveWriter:
     def __init__(self, paths: Sequence[Path], folder: Path):
         self.paths = paths
         self.folder = Path(folder)
+        self.passed_over = {}  # name of a run → why it cannot be read
         self.written = {}  # name of a run → scalars in its event files
         self.update()
 
     def update(self) -> int:
         "Write the values that are new in all runs, and return their number."
-        return sum(self._update_run(name, load_run(path)) for name, path in find_run_folders(self.paths).items())
+        n_values = 0
+        for name, path in find_run_folders(self.paths).items():
+            try:
+                values = collect_scalars(load_run(path))
+            except ValueError as e:
+                self._pass_over(name, str(e))
+                continue
+            n_values += self._update_run(name, values)
+        return n_values
 
-    def _update_run(self, name: str, run: Run) -> int:
+    def _pass_over(self, name: str, reason: str):
+        "Log once that a run cannot be read."
+        if self.passed_over.get(name) != reason:
+            logging.getLogger(__name__).warning("passed over: %s, %s", name, reason)
+        self.passed_over[name] = reason
+
+    def _update_run(self, name: str, values: list[tuple[str, float, int]]) -> int:
         "Write the values that are new in one run, and return their number; rewrite all if some have disappeared."
         from torch.utils.tensorboard import SummaryWriter
 
-        values, before = collect_scalars(run), set(self.written.get(name, []))
+        before = set(self.written.get(name, []))
         if name not in self.written or not before <= set(values):
             _remove_event_files(self.folder / name)
             before = set()

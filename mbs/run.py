@@ -263,6 +263,7 @@ class _Metrics(Parameters):
     pseudo_labels: dict[str, float] = {}
     labels: dict[str, float | list[int]] = {}
     base_from: str = ""
+    model: str = ""  # digest of the model
 
 
 # %% ../nbs/51_run.ipynb #9452cc9f
