@@ -95,7 +95,7 @@ def _make_progress():
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -160,7 +160,7 @@ def _print_summary(runs: list):
         for row in rows:
             scores = [format_cell(row[key]) for key in _SUMMARY]
             table.add_row(row["method"], str(row["seeds"]), *scores)
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
 
 
 # %% ../nbs/80_cli.ipynb #5eabcc05
@@ -229,7 +229,7 @@ def _print_origins(rows: list):
         table.add_row(row.name, value, row.source)
     table.columns[1].overflow = "fold"
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
-    Console(markup=False, highlight=False).print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 # %% ../nbs/80_cli.ipynb #f90ee458
@@ -296,8 +296,8 @@ def _print_plan(plan):
 
     from mbs.live import render_console_table
 
-    console = Console()
-    wide = console if console.is_terminal else Console(width=160)
+    console = Console(emoji=False)
+    wide = console if console.is_terminal else Console(width=160, emoji=False)
     wide.print(render_console_table(plan))
 
 
@@ -625,7 +625,7 @@ def _print_steps(setup, rows: list[dict]):
         each = [_format_range(row["each"])] if shots else []
         exemplars = [f"{row['exemplars']:,}"] if memory.size else []
         table.add_row(*_format_step(row), *each, *exemplars)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 # %% ../nbs/80_cli.ipynb #813a0076
