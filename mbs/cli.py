@@ -28,6 +28,7 @@ import json
 import os
 import secrets
 import shlex
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -67,6 +68,20 @@ def explain_errors():
 
 
 # %% ../nbs/80_cli.ipynb #f5fddc15
+def _open_closed_streams():
+    "Give this process an empty input and outputs that lead nowhere where it was started with closed ones."
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file or socket that is opened would get the number, and children would write to it
+            handle = os.open(os.devnull, os.O_RDWR)
+            os.dup2(handle, number)
+            os.set_inheritable(number, True)
+            if handle != number:
+                os.close(handle)
+            setattr(sys, name, open(number, mode, closefd=False, encoding="utf-8", errors="replace"))
+
+
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
 
@@ -77,6 +92,7 @@ def main(
     "Class-incremental semantic segmentation: train, inspect and compare."
     from mbs.notebooks import replace_unprintable
 
+    _open_closed_streams()
     replace_unprintable()
     if home is not None:
         os.environ["MBS_HOME"] = str(home.absolute())

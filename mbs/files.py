@@ -210,7 +210,7 @@ def read_text(path: Path, limit: int) -> str:
 # %% ../nbs/03_files.ipynb #769ba861
 MAX_JSON = 512 << 20  # bytes; the largest annotations of COCO have 450 MB
 _MAX_JSON_DEPTH = 64
-_HUGE_NUMBER = re.compile(r"[eE]\+?0*[1-9]\d\d|\d{309}")
+_HUGE_NUMBER = re.compile(r"[0-9](?:[eE][+0-9][0-9]{2}|[0-9]{308})")  # may be too large; quick to search for
 
 
 def _make_unique(pairs: list[tuple[str, Any]]) -> dict:
@@ -271,8 +271,10 @@ def write_json(path: Path, content: Any):
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     "Read a JSON file of at most `limit` bytes; ValueError in one sentence if it is missing, damaged or beyond limits."
     try:
-        content = parse_json(read_text(path, limit))
-        _check_depth(content)
+        text = read_text(path, limit)
+        content = parse_json(text)
+        if text.count("[") + text.count("{") > _MAX_JSON_DEPTH:
+            _check_depth(content)
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({e}): expected a complete JSON file") from None
     return content

@@ -66,6 +66,13 @@ _YAML_ERRORS = (
 )
 
 
+def _refuse_overflow(number: float, text: str) -> float:
+    "Return the `number` that `text` stands for; ValueError for one such as 1e999, which has become infinity."
+    if math.isinf(number) and "inf" not in text.lower():
+        raise ValueError(f"{text[:40]} is too large for a number: expected at most 1e308")
+    return number
+
+
 class _Loader(yaml.SafeLoader):
     "A safe loader that refuses a name that comes twice, of which YAML's would take the last."
 
@@ -210,13 +217,6 @@ def _parse_number(value: Any) -> Any:
         return [_parse_number(v) for v in value]
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return _refuse_overflow(float(value), value) if is_number else value
-
-
-def _refuse_overflow(number: float, text: str) -> float:
-    "Return the `number` that `text` stands for; ValueError for one such as 1e999, which has become infinity."
-    if math.isinf(number) and "inf" not in text.lower():
-        raise ValueError(f"{text[:40]} is too large for a number: expected at most 1e308")
-    return number
 
 
 # %% ../nbs/03b_parameter_files.ipynb #12eef43c

@@ -159,6 +159,9 @@ class PlainFigure(Figure):
         with plt.rc_context({"text.parse_math": False}):  # for labels of ticks that are made now
             super().draw(renderer)
 
+    def __repr__(self):
+        return super().__repr__().replace("<PlainFigure", "<Figure")
+
 
 # %% ../nbs/60_viz.ipynb #fc7a94be
 def make_grid(
