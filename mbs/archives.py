@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from .files import check_regular, remove_link
 from .folders import hash_file
 
 
@@ -161,8 +162,8 @@ def _download_with_retries(url: str, part: Path, name: str, pause: float) -> str
 # %% ../nbs/06_archives.ipynb #557ae238
 def _download_archive(archive: Archive, path: Path, pause: float = 1.0) -> Path:
     "Download `archive` to `path`, resuming from `path`.part; ValueError when no address gives the right file."
-    part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = remove_link(path.with_name(path.name + ".part"))
     failures = []
     for url in archive.urls:
         if failure := _download_with_retries(url, part, archive.name, pause):
@@ -228,6 +229,7 @@ class _Member(NamedTuple):
 
 def _list_members(archive: Path) -> Iterator[_Member]:
     "Yield the members of a .tar, .tgz or .zip file, without folders."
+    check_regular(archive)
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
             for i in z.infolist():

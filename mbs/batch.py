@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .executors import Local, OnRay, Stopped
 from .experiment import Experiment
+from .files import check_regular
 from .folders import expand_tilde, find_runs_folder, home
 from .grid import Grid, expand_grid, read_grid
 from .inspect import time_iteration
@@ -29,7 +30,7 @@ from .live import STATES, show_live
 from .notebooks import RunFailed, execute_notebook, lock_worker, read_failure, read_worker
 from .rehearsal import Rehearsal, probe_folder
 from .run import Card, Run, load_run, make_card
-from .run_folder import refuse_other_run
+from .run_folder import refuse_other_run, warn_of_neighbours
 from .settings import Settings, Setup
 from .slurm import OnSlurm
 from .tables import Table, format_duration
@@ -96,6 +97,7 @@ def run_notebook(
 def _read_last_record(path: Path, size: int = 4096) -> dict:
     "Read the last complete record of a log from its last `size` bytes; empty if there is none."
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - size))
             complete_lines = file.read().split(b"\n")[:-1]
@@ -174,16 +176,27 @@ class Job:
         self.name = settings.name.partition("/")[2]
         self.iterations = self.card.iterations  # of each step
         self.base = self.card.base if settings.share_base else None  # fingerprint of the base step
-        self.status = _read_status(self.folder)
-        self.state = "done" if self.finished else "queued"
+        self.status = Status()
         self.reason = ""  # why it failed or stopped
-        if not self.finished:
+        self._refresh_status()
+        self.state = "done" if self.finished else "queued"
+        if self.reason:
+            self.state = "failed"
+        if self.state == "queued":
             rehearsal.try_out(experiment.setup, model)
         self.earlier_error = "" if self.finished else read_failure(self.notebook)
         self.speed = _Speed()
         self.future: Future | None = None
         self.steps_before = 0  # complete steps when it was submitted
         self.worker: dict = {}  # that the folder named when it was submitted
+
+    def _refresh_status(self):
+        "Read the status from the folder; where it is damaged, keep the last one and note the reason."
+        try:
+            self.status = _read_status(self.folder)
+            self.reason = ""
+        except ValueError as e:
+            self.reason = str(e)
 
     @property
     def finished(self) -> bool:
@@ -220,7 +233,7 @@ class Job:
         if self.future is None or self.state in _ENDED:
             return
         is_ended = self.future.done()  # before the status is read, which is final then
-        self.status = _read_status(self.folder)
+        self._refresh_status()
         self.speed.update(self.status)
         if is_ended:
             self.reason = _explain_end(self)
@@ -238,8 +251,8 @@ def _explain_end(job: Job) -> str:
     if reason:
         is_named = str(job.notebook) in str(reason)
         return str(reason) + ("" if is_named else f"; its notebook {job.notebook} shows how far it came")
-    if job.finished:
-        return ""
+    if job.finished or job.reason:
+        return job.reason
     return (
         "its notebook ended without error before the run was finished: "
         f"expected one that trains every step, see {job.notebook}"
@@ -293,17 +306,19 @@ def _work_key(card: Card, is_later: bool) -> str:
 
 def _collect_seconds(outputs: Path) -> dict[str, float]:
     "Collect the median seconds of an iteration in the run folders below `outputs`, by `_work_key`."
-    measured = {}
+    measured, passed_over = {}, {}
     for path in (*outputs.glob("*/run.json"), *outputs.glob("*/*/run.json")):
         try:
             run = load_run(path.parent)
-        except (ValueError, KeyError):
+            seconds_of_steps = [run.metrics(step)["seconds"] for step in range(run.n_steps)]
+        except ValueError as e:
+            passed_over[str(path.parent.relative_to(outputs))] = str(e)
             continue
-        for step in range(run.n_steps):
-            seconds = run.metrics(step)["seconds"]
+        for step, seconds in enumerate(seconds_of_steps):
             if seconds:
                 work = _work_key(run.card, is_later=step > 0)
                 measured.setdefault(work, []).append(seconds / run.iterations[step])
+    warn_of_neighbours(passed_over, "the estimate")
     return {work: median(seconds) for work, seconds in measured.items()}
 
 
@@ -401,7 +416,7 @@ def _run_jobs(
     asked: list[int],  # stop signals received so far
 ):
     "Submit each job of `batch` as soon as it is ready, until all have ended or `asked` is not empty."
-    unfinished = [job for job in batch.jobs if not job.finished]
+    unfinished = [job for job in batch.jobs if job.state == "queued"]
     _attach_jobs(unfinished, executor)
     waiting = [job for job in unfinished if job.future is None]
     if waiting:

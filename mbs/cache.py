@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .data import SegmentationFolder
-from .files import replace_atomically
+from .files import is_temporary, replace_atomically
 from .folders import home
 from .layouts import Layout
 from .locks import hold_lock
@@ -153,7 +153,8 @@ def _make_cache(file: Path, data: SegmentationFolder) -> DecodedPictures:
             if (decoded := _open_cache(file, data)) is not None:
                 return decoded
             for unfinished in file.parent.glob(f".{file.name}.*"):
-                unfinished.unlink(missing_ok=True)
+                if is_temporary(unfinished.name):
+                    unfinished.unlink(missing_ok=True)
             _write_cache(file, data)
     except OSError as e:
         problem = f"decoded pictures of {data.root.name} cannot be written to {file.parent} ({e.strerror or e})"

@@ -7,6 +7,7 @@ __all__ = [
     "save_tensors",
     "load_tensors",
     "save_model",
+    "read_digest",
     "load_model",
     "set_random_state",
     "get_optimiser_tensors",
@@ -20,6 +21,7 @@ import errno
 import hashlib
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import replace_atomically
+from .files import check_regular, parse_json, refuse_links, replace_atomically
 from .processes import broadcast_from_main, get_processes
 from .segmenter import Segmenter
 from .weights import view_as_bytes
@@ -47,7 +49,7 @@ def _hash_tensors(tensors: dict[str, Tensor], facts: str = "") -> str:
 
 
 # %% ../nbs/45_checkpoint.ipynb #7ea4a818
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None):
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None) -> str:  # the digest
     "Write tensors to a .safetensors file atomically; its header holds `facts` as JSON and a digest of everything."
     copies = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
     header = {} if facts is None else dict(facts=json.dumps(facts))
@@ -57,27 +59,53 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = No
             save_file(copies, temporary, header)
         except SafetensorError as e:  # for example a full disk
             raise OSError(errno.EIO, str(e), str(path)) from None
+    return header["digest"]
 
 
 # %% ../nbs/45_checkpoint.ipynb #540964ef
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Read the tensors and facts of a .safetensors file.
+_MAX_HEADER = 16 << 20  # bytes of the names and shapes of tensors
+_MAX_TENSORS = 1 << 30  # bytes of an identity, or of what a method keeps
+_MAX_STATE = 64 << 30  # bytes of a saved state: network, optimiser and iterates
+
+
+def _check_header(path: Path, limit: int):
+    "Raise ValueError if a .safetensors file or its header is too large, or no regular file."
+    check_regular(path, limit + _MAX_HEADER)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER:
+        raise ValueError(f"its header has {size:,} bytes, more than {_MAX_HEADER:,}")
+
+
+def load_tensors(path: Path, limit: int = _MAX_TENSORS) -> tuple[dict[str, Tensor], dict | None]:
+    """Read the tensors and facts of a .safetensors file of at most `limit` bytes.
 
     Raise SafetensorError, OSError or ValueError when the file is damaged. A file without a digest is accepted.
     """
+    _check_header(path, limit)
     with safe_open(path, "pt") as f:
         tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # clones do not depend on the file
         header = f.metadata() or {}
     facts = header.get("facts", "")
     if "digest" in header and header["digest"] != _hash_tensors(tensors, facts):
         raise ValueError("its content differs from its digest")
-    return tensors, json.loads(facts) if facts else None
+    return tensors, parse_json(facts) if facts else None
 
 
 # %% ../nbs/45_checkpoint.ipynb #0307f1cc
-def save_model(model: Segmenter, path: Path):
+def save_model(model: Segmenter, path: Path) -> str:  # the digest
     "Write the tensors of `model` to a .safetensors file."
-    save_tensors(path, model.state_dict())
+    return save_tensors(path, model.state_dict())
+
+
+def read_digest(path: Path) -> str:
+    "Return the digest in the header of a .safetensors file, '' without one; ValueError when it cannot be read."
+    try:
+        _check_header(path, _MAX_STATE)
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("digest", "")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): expected a complete .safetensors file") from None
 
 
 # %% ../nbs/45_checkpoint.ipynb #00f41509
@@ -98,7 +126,8 @@ def _check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor]):
 def load_model(model: Segmenter, path: Path) -> Segmenter:
     "Fill `model` from `path` and return it in eval mode; ValueError when the file is damaged or of another model."
     try:
-        state, _ = load_tensors(path)
+        expected = sum(tensor.nbytes for tensor in model.state_dict().values())
+        state, _ = load_tensors(path, 2 * expected)
         _check_tensors(state, model.state_dict())
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -179,6 +208,9 @@ def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 # %% ../nbs/45_checkpoint.ipynb #d23ac1f4
+_STATE = re.compile(r"step-\d{2,}-\d{8}\.safetensors")  # names of saved states
+
+
 class StepCheckpoints:
     "The saved states of a running step in `folder`."
 
@@ -190,7 +222,14 @@ class StepCheckpoints:
 
     def list_files(self) -> list[Path]:
         "List the saved states of this step, newest first."
-        return sorted(self.folder.glob(f"step-{self.step:02d}-*.safetensors"), reverse=True)
+        return [path for path in self._list_states() if path.name.startswith(f"step-{self.step:02d}-")]
+
+    def _list_states(self) -> list[Path]:
+        "List the saved states of all steps, newest first; other files and links are none."
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return []
+        states = [path for path in self.folder.iterdir() if _STATE.fullmatch(path.name)]
+        return sorted((path for path in states if not path.is_symlink()), reverse=True)
 
     def is_due(self) -> bool:
         "Whether it is time to save, by the clock of the main process."
@@ -202,6 +241,7 @@ class StepCheckpoints:
             tensors = tensors | {f"random.{rank}.{name}": stream for name, stream in streams.items()}
         if get_processes().is_main_process:
             self.folder.mkdir(exist_ok=True)
+            refuse_links(self.folder.parent)
             path = self.folder / f"step-{self.step:02d}-{iteration:08d}.safetensors"
             save_tensors(path, tensors, dict(facts, iteration=iteration))
             self._replace_others(path, tensors)
@@ -215,7 +255,7 @@ class StepCheckpoints:
                 f"the state in {path} was not read back as it was written: "
                 "expected a disk without errors; the previous state is kept"
             )
-        for old in self.folder.glob("*.safetensors"):
+        for old in self._list_states():
             if old != path:
                 old.unlink()
 
@@ -223,7 +263,7 @@ class StepCheckpoints:
         "Return tensors and facts of the newest complete state; None when there is none."
         for path in self.list_files():
             try:
-                tensors, facts = load_tensors(path)
+                tensors, facts = load_tensors(path, _MAX_STATE)
                 if facts["iteration"] == int(path.stem.rpartition("-")[2]):
                     return tensors, facts
             except (SafetensorError, OSError, KeyError, TypeError, ValueError):

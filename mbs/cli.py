@@ -31,10 +31,10 @@ import json
 import os
 import secrets
 import shlex
-import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -43,7 +43,7 @@ from typing import Annotated
 import typer
 
 from .folders import expand_tilde
-from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
+from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals, run_server
 from .parameter_files import parse_value, parse_words, read_parameters
 
 _PATH = dict(parser=expand_tilde)  # of every argument that is a path
@@ -75,6 +75,20 @@ def explain_errors():
 
 
 # %% ../nbs/80_cli.ipynb #f5fddc15
+def _open_closed_streams():
+    "Give this process an empty input and outputs that lead nowhere where it was started with closed ones."
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file or socket that is opened would get the number, and children would write to it
+            handle = os.open(os.devnull, os.O_RDWR)
+            os.dup2(handle, number)
+            os.set_inheritable(number, True)
+            if handle != number:
+                os.close(handle)
+            setattr(sys, name, open(number, mode, closefd=False, encoding="utf-8", errors="replace"))
+
+
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
 
@@ -85,6 +99,7 @@ def main(
     "Class-incremental semantic segmentation: train, inspect and compare."
     from mbs.notebooks import replace_unprintable
 
+    _open_closed_streams()
     replace_unprintable()
     if home is not None:
         os.environ["MBS_HOME"] = str(home.absolute())
@@ -103,7 +118,7 @@ def _make_progress():
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -168,7 +183,7 @@ def _print_summary(runs: list):
         for row in rows:
             scores = [format_cell(row[key]) for key in _SUMMARY]
             table.add_row(row["method"], str(row["seeds"]), *scores)
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
 
 
 # %% ../nbs/80_cli.ipynb #5eabcc05
@@ -237,7 +252,7 @@ def _print_origins(rows: list):
         table.add_row(row.name, value, row.source)
     table.columns[1].overflow = "fold"
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
-    Console(markup=False, highlight=False).print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 # %% ../nbs/80_cli.ipynb #f90ee458
@@ -354,8 +369,8 @@ def _print_plan(plan):
 
     from mbs.live import render_console_table
 
-    console = Console()
-    wide = console if console.is_terminal else Console(width=160)
+    console = Console(emoji=False)
+    wide = console if console.is_terminal else Console(width=160, emoji=False)
     wide.print(render_console_table(plan))
 
 
@@ -367,6 +382,7 @@ def demo(
 ):
     "Show what forgetting is and what MBS does about it, on generated scenes; takes minutes on two cores."
     with explain_errors(), interrupt_on_signals():
+        from mbs.files import remove_link
         from mbs.folders import home
         from mbs.report import write_report
         from mbs.settings import Settings
@@ -375,7 +391,7 @@ def demo(
         pairs = [(seed, name) for seed in range(seeds) for name in names]
         chosen = [dict(name=f"demo-{name}-s{seed}", method=name, seed=seed) for seed, name in pairs]
         runs = _run_with_progress([Settings.from_layers(read_parameters("demo"), values) for values in chosen])
-        folder = write_report(runs, home("outputs", "demo"))
+        folder = write_report(runs, remove_link(home("outputs", "demo")))
         _print_summary(runs)
         typer.echo(f"\nThe comparison as a picture: {folder / 'comparison.png'}")
         typer.echo(f"Each run as a notebook with pictures: {home('outputs')}/demo-*/train.ipynb")
@@ -403,19 +419,28 @@ def explore(
             check_comparable(*runs, None)
         if as_app and find_spec("voila") is None:
             raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
-        raise typer.Exit(_serve_notebook(write_tour(*runs), as_app, browser))
+        code = 0
+        with (
+            suppress(KeyboardInterrupt),
+            interrupt_on_signals(),
+            tempfile.TemporaryDirectory(prefix="mbs-app-") as folder,
+        ):
+            tour = write_tour(*runs, folder=Path(folder) if as_app else None)  # an app executes all its cells
+            code = _serve_notebook(tour, as_app, browser)
+        raise typer.Exit(code)
 
 
 # %% ../nbs/80_cli.ipynb #13546a7f
 def _serve_notebook(notebook: Path, as_app: bool, browser: bool) -> int:
-    "Serve `notebook` on this machine only, protected by a token, until Ctrl-C; return the exit code of the server."
+    "Serve `notebook` on this machine only, protected by a token, until a stop signal; return the server's exit code."
     server = ["jupyterlab", "--ServerApp.ip=127.0.0.1"]
     if as_app:
         server = ["voila", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True"]  # voila's default is no token
     options = [] if browser else ["--no-browser"]
     token = os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24)
-    command = [sys.executable, "-m", *server, str(notebook), *options]
-    return subprocess.call(command, env=os.environ | dict(JUPYTER_TOKEN=token))
+    environment = dict(JUPYTER_TOKEN=token)  # arguments can be read by every user of the machine
+    with run_server(*server, str(notebook), *options, environment=environment, folder=notebook.parent) as process:
+        return process.wait()
 
 
 # %% ../nbs/80_cli.ipynb #509c3106
@@ -432,11 +457,12 @@ def report(
     "Compare runs: an executed notebook, an HTML page, CSV, LaTeX and Markdown tables, with published numbers."
     with explain_errors():
         from mbs.comparison import find_runs
+        from mbs.files import remove_link
         from mbs.folders import home
         from mbs.report import report_notebook
 
         runs, left_out = find_runs(paths or [home("outputs")])
-        folder = report_notebook(runs, out or home("outputs", "report"))
+        folder = report_notebook(runs, out or remove_link(home("outputs", "report")))
         _print_summary(runs)
         for path, why in left_out.items():
             typer.echo(f"left out: {path}, {why}")
@@ -465,10 +491,8 @@ def curves(
             n_runs = len(CurveWriter(paths, write_only).written)
             typer.echo(f"wrote the curves of {n_runs} runs to {write_only}")
             return
-        try:
+        with suppress(KeyboardInterrupt), interrupt_on_signals():
             serve_curves(paths, port)
-        except KeyboardInterrupt:
-            pass
 
 
 # %% ../nbs/80_cli.ipynb #9db48744
@@ -795,7 +819,7 @@ def _print_steps(setup, rows: list[dict]):
         each = [_format_range(row["each"])] if shots else []
         exemplars = [f"{row['exemplars']:,}"] if memory.size else []
         table.add_row(*_format_step(row), *each, *exemplars)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 # %% ../nbs/80_cli.ipynb #813a0076

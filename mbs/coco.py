@@ -169,6 +169,9 @@ def make_ellipse(
 
 
 # %% ../nbs/08a_coco.ipynb #a3726f83
+_MAX_OUTLINE = 2_000_000  # pycocotools takes memory for each pixel of an outline, and ends the process without it
+
+
 def draw_object(
     shape: list[list[float]] | RunLengths,  # polygons of x, y, x, y, …, or run lengths
     height: int,
@@ -183,6 +186,9 @@ def draw_object(
             raise ValueError("a polygon has fewer than three corners, or an x without y")
         if min(polygon) < -2 * longest or max(polygon) > 3 * longest:
             raise ValueError("a polygon is far outside the picture")
+        corners = np.reshape(polygon, (-1, 2))
+        if np.abs(corners - np.roll(corners, 1, 0)).max(1).sum() > _MAX_OUTLINE:
+            raise ValueError(f"the outline of a polygon has more than {_MAX_OUTLINE:,} pixels")
     from pycocotools import mask
 
     return mask.decode(mask.merge(mask.frPyObjects(shape, height, width))) > 0

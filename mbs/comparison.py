@@ -48,6 +48,16 @@ def _list_run_folders(path: Path) -> list[Path]:
 
 
 # %% ../nbs/69_comparison.ipynb #2884aa61
+def _check_results(run: Run):
+    "Read what a comparison needs of a run; ValueError if a part is damaged."
+    run.log()
+    for step in range(run.n_steps):
+        run.confusion(step)
+        for column in run.metrics(step).get("columns", {}):
+            run.confusion(step, column)
+
+
+# %% ../nbs/69_comparison.ipynb #0a4bc461
 def find_runs(
     paths: Iterable[Path | str],  # run folders, or folders of run folders
 ) -> tuple[list[Run], dict[str, str]]:  # the runs, and for every other path the reason why it was left out
@@ -59,7 +69,9 @@ def find_runs(
             left_out[str(path)] = "no run.json in it" if path.exists() else "it does not exist"
         for folder in folders:
             try:
-                found[folder.resolve()] = load_run(folder)
+                run = load_run(folder)
+                _check_results(run)
+                found[folder.resolve()] = run
             except ValueError as e:
                 left_out[str(folder)] = str(e)
     if not found:

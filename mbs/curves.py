@@ -6,14 +6,14 @@
 __all__ = ["collect_scalars", "find_run_folders", "CurveWriter", "start_tensorboard", "serve_curves"]
 
 # %% ../nbs/72_curves.ipynb #3b56971e
-import shutil
+import logging
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .lifeline import run_server
 from .run import Run, load_run
 
 # %% ../nbs/72_curves.ipynb #6464f6f3
@@ -57,26 +57,50 @@ def _name_run(folder: Path, path: Path, is_one_of_many: bool) -> str:
 
 
 # %% ../nbs/72_curves.ipynb #26a8da87
+def _remove_event_files(folder: Path):
+    "Remove the event files in `folder`, and nothing else, since a user chose it; ValueError if it is a link."
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a symbolic link: expected a folder of event files; choose another folder")
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()
+
+
+# %% ../nbs/72_curves.ipynb #980feaa9
 class CurveWriter:
     "Writes event files into `folder` for the runs in `paths`: once when created, and at each `update`."
 
     def __init__(self, paths: Sequence[Path], folder: Path):
         self.paths = paths
         self.folder = Path(folder)
+        self.passed_over = {}  # name of a run → why it cannot be read
         self.written = {}  # name of a run → scalars in its event files
         self.update()
 
     def update(self) -> int:
         "Write the values that are new in all runs, and return their number."
-        return sum(self._update_run(name, load_run(path)) for name, path in find_run_folders(self.paths).items())
+        n_values = 0
+        for name, path in find_run_folders(self.paths).items():
+            try:
+                values = collect_scalars(load_run(path))
+            except ValueError as e:
+                self._pass_over(name, str(e))
+                continue
+            n_values += self._update_run(name, values)
+        return n_values
 
-    def _update_run(self, name: str, run: Run) -> int:
+    def _pass_over(self, name: str, reason: str):
+        "Log once that a run cannot be read."
+        if self.passed_over.get(name) != reason:
+            logging.getLogger(__name__).warning("passed over: %s, %s", name, reason)
+        self.passed_over[name] = reason
+
+    def _update_run(self, name: str, values: list[tuple[str, float, int]]) -> int:
         "Write the values that are new in one run, and return their number; rewrite all if some have disappeared."
         from torch.utils.tensorboard import SummaryWriter
 
-        values, before = collect_scalars(run), set(self.written.get(name, []))
+        before = set(self.written.get(name, []))
         if name not in self.written or not before <= set(values):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            _remove_event_files(self.folder / name)
             before = set()
         new = [value for value in values if value not in before]
         if new:
@@ -91,14 +115,9 @@ class CurveWriter:
 @contextmanager
 def start_tensorboard(folder: Path, port: int = 6006) -> Iterator[subprocess.Popen]:
     "Run TensorBoard on `folder` at 127.0.0.1 until the context ends; yield its process."
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
-    process = subprocess.Popen(command)
-    try:
+    options = ["--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
+    with run_server("tensorboard.main", "--logdir", str(folder.absolute()), *options, folder=folder) as process:
         yield process
-    finally:
-        process.terminate()
-        process.wait()
 
 
 # %% ../nbs/72_curves.ipynb #5b053787

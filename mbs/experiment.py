@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from .cache import cache_pictures
 from .checkpoint import load_model
 from .diagnosis import diagnose_step
 from .evaluation import evaluate, evaluate_identity, score_new_classes
-from .files import lock_folder
+from .files import refuse_links
+from .locks import lock_folder
 from .folders import home
 from .identity import Predictor, measure_coverage, split_predictor
 from .identity_learning import Identification
@@ -36,7 +38,7 @@ from .processes import broadcast_from_main, get_processes
 from .protocol import VOID, Step
 from .recipe import Recipe, make_accelerator, make_test_view, make_train_view
 from .run import Run, load_run
-from .run_folder import RunWriter, create_run_folder, explain_write_errors, find_shared_base
+from .run_folder import RunWriter, create_run_folder, explain_write_errors, find_shared_bases, warn_of_neighbours
 from .segmenter import Segmenter
 from .settings import Settings, Setup, hash_base_step
 from .training import Validator, finish_method, measure_peak_memory, train_step
@@ -116,7 +118,9 @@ class Experiment:
         self.settings = settings
         with get_processes().main_process_first():  # one process makes the index of the data, the others read it
             self.setup = Setup(settings, method)
-        self.folder = (Path(outputs) if outputs else home("outputs")) / settings.name
+        outputs = Path(outputs) if outputs else home("outputs")
+        self.folder = outputs / settings.name
+        refuse_links(self.folder, outputs)
         self.writer = RunWriter(self.folder, self.setup)
         has_identity = self.setup.method.parts.has_identity
         self.identification = Identification(self.setup.method.parts, self.setup.recipe) if has_identity else None
@@ -235,31 +239,69 @@ def _make_exemplar_view(experiment: Experiment, view: StepView) -> ExemplarView:
 
 
 # %% ../nbs/52_experiment.ipynb #3471be57
+class _Base(NamedTuple):
+    "A complete base step of another run."
+
+    name: str  # of the run
+    has_identity: bool
+    records: list[dict]  # of the log
+    confusion: Confusion
+    columns: dict[str, Confusion]
+
+
+def _load_base(experiment: Experiment, student: Segmenter, other: Run) -> _Base:
+    "Load the base step of `other` into `student` and the method; ValueError, and nothing changed, if it is damaged."
+    before = _copy_state(student)
+    try:
+        records = [record for record in other.log() if record["step"] == 0]
+        columns = {name: other.confusion(0, name) for name in other.metrics(0).get("columns", {})}
+        base = _Base(other.folder.name, other.card.parts.has_identity, records, other.confusion(0), columns)
+        state = other.method_state(0)
+        load_model(student, other.step_path(0, "model.safetensors"))
+    except ValueError:
+        student.load_state_dict(before)
+        raise
+    experiment.setup.method.state = state
+    return base
+
+
+def _choose_base(experiment: Experiment, student: Segmenter) -> _Base | None:
+    "Load the base step of the first run that has it whole; None when there is none. Name what was passed over."
+    folder, setup = experiment.folder, experiment.setup
+    card = load_run(folder).card.model_copy(update=dict(base=hash_base_step(setup, student)))
+    found, passed_over = broadcast_from_main(lambda: find_shared_bases(folder.parent, card, folder))
+    base = None
+    for other in found:
+        is_tested_alike = experiment.identification is None and not other.card.parts.has_identity
+        if setup.recipe.both and not is_tested_alike:  # the other iterate is not kept
+            continue
+        try:
+            base = _load_base(experiment, student, other)
+            break
+        except ValueError as e:
+            passed_over[other.folder.name] = str(e)
+    warn_of_neighbours(passed_over, "the base step")
+    return base
+
+
+# %% ../nbs/52_experiment.ipynb #e2ba8221
 def _take_base_step(experiment: Experiment, student: Segmenter, step: Step) -> Segmenter | None:
     "Take the base step over from another run with the same fingerprint; None when there is none."
-    writer, folder = experiment.writer, experiment.folder
+    writer = experiment.writer
     if not experiment.settings.share_base or writer.count_saved_iterations(step):
         return None
-    fingerprint = hash_base_step(experiment.setup, student)
-    other = broadcast_from_main(lambda: find_shared_base(folder.parent, fingerprint, folder))
-    if other is None:
+    base = _choose_base(experiment, student)
+    if base is None:
         return None
-    is_tested_alike = experiment.identification is None and not other.card.parts.has_identity
-    if experiment.setup.recipe.both and not is_tested_alike:  # the other iterate is not kept
-        return None
-    load_model(student, other.step_path(0, "model.safetensors"))
-    experiment.setup.method.state = other.method_state(0)
-    writer.log(*(record for record in other.log() if record["step"] == 0))
-    facts = dict(seconds=0.0, base_from=other.folder.name)
-    if not is_tested_alike:
+    writer.log(*base.records)
+    predictor, confusion, columns = student, base.confusion, base.columns
+    if experiment.identification is not None or base.has_identity:
         student.to(make_accelerator(experiment.setup.recipe).device)
         predictor = _make_predictor(experiment, student, step)
         test = experiment.setup.recipe.test
         confusion, columns = _evaluate_state(experiment.setup, predictor, step, student.state_dict(), test)
-    else:
-        predictor, confusion = student, other.confusion(0)
-        columns = {name: other.confusion(0, name) for name in other.metrics(0).get("columns", {})}
     experiment.exemplars = _select_exemplars(experiment, student, step)
+    facts = dict(seconds=0.0, base_from=base.name)
     writer.finish_step(step, predictor, confusion, columns, facts, exemplars=experiment.exemplars)
     return student
 

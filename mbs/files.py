@@ -4,9 +4,20 @@
 
 # %% auto #0
 __all__ = [
+    "MAX_JSON",
+    "MAX_ARRAYS",
+    "remove_link",
     "replace_atomically",
     "replace_folder_atomically",
-    "lock_folder",
+    "refuse_links",
+    "open_own",
+    "is_temporary",
+    "remove_temporaries",
+    "check_regular",
+    "read_bytes",
+    "read_text",
+    "find_repeated",
+    "parse_json",
     "write_text",
     "write_json",
     "read_json",
@@ -15,19 +26,21 @@ __all__ = [
 ]
 
 # %% ../nbs/03_files.ipynb #51b4a682
+import errno
 import json
+import math
 import os
-import platform
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import stat
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
-
-from .locks import LockHeld, hold_lock
 
 
 # %% ../nbs/03_files.ipynb #3a5fd0ef
@@ -40,10 +53,18 @@ def _flush_to_disk(path: Path):
         os.close(handle)
 
 
+def remove_link(path: Path) -> Path:
+    "Remove `path` if it is a symbolic link, so that what is written there does not reach its target; return `path`."
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     "Yield a temporary sibling of `path`; replace `path` by it on success, remove it on failure."
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # machines may share the folder
+    remove_link(temporary)
     try:
         yield temporary
         _flush_to_disk(temporary)
@@ -58,6 +79,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 def replace_folder_atomically(path: Path) -> Iterator[Path]:
     "Yield an empty temporary folder beside `path`; rename it to `path` on success, remove earlier leftovers."
     temporary = path.with_name(f".{path.name}")
+    remove_link(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -71,27 +93,150 @@ def replace_folder_atomically(path: Path) -> Iterator[Path]:
 
 
 # %% ../nbs/03_files.ipynb #ede5f941
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    "Be the only writer of `folder` during the block, and remove half-written files; ValueError names another writer."
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(hold_lock(folder / ".lock"))
-        except LockHeld as e:
-            other = str(e) or "another process"
-            raise ValueError(
-                f"{folder} is being written by {other}: expected one writer at a time; wait for it or stop it"
-            ) from None
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        leftovers = (*folder.rglob(".*.*"), *folder.rglob(".tmp*"))  # the second: names that safetensors chooses
-        for path in leftovers:
-            if path.is_file():
-                path.unlink()
-        yield
+_STEP_FOLDER = re.compile(r"resume|\.?step-\d{2,}")  # folders in a run folder that mbs writes
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}|\.tmp\w{6}")  # of `replace_atomically`, and those that safetensors chooses
+
+
+def _list_entries(folder: Path) -> Iterator[os.DirEntry]:
+    "List what is in a run folder, and in the folders in it that mbs writes; links are not followed."
+    for entry in os.scandir(folder):
+        yield entry
+        if entry.is_dir(follow_symlinks=False) and _STEP_FOLDER.fullmatch(entry.name):
+            yield from os.scandir(entry)
+
+
+def refuse_links(folder: Path, root: Path | None = None):
+    """Raise ValueError if a run folder holds symbolic links where mbs writes.
+
+    With `root`, the folder of all runs, `folder` itself and those between the two may be no links either."""
+    above = [folder, *folder.parents][: len(folder.relative_to(root).parts)] if root else []
+    links = [str(path) for path in above if path.is_symlink()]
+    if not links and folder.is_dir():
+        links = [entry.path for entry in _list_entries(folder) if entry.is_symlink()]
+    if links:
+        raise ValueError(f"{links[0]} is a symbolic link: expected a file or folder of the run; replace or remove it")
+
+
+# %% ../nbs/03_files.ipynb #b4d09161
+def open_own(path: Path, mode: str) -> TextIO:
+    "Open a text file for writing; ValueError if it is a link or no regular file."
+
+    def open_unlinked(path: str, flags: int) -> int:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.ELOOP, "another file", path)
+        return handle
+
+    try:
+        return open(path, mode, encoding="utf-8", opener=open_unlinked)
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or a socket
+            raise
+        raise ValueError(
+            f"{path} is a link or no regular file: expected a file that mbs has written; remove it"
+        ) from None
+
+
+# %% ../nbs/03_files.ipynb #15499a0a
+def is_temporary(name: str) -> bool:
+    "Whether a file of this name is the unfinished one of `replace_atomically`."
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporaries(folder: Path):
+    "Remove the half-written files of `replace_atomically` in a run folder."
+    for entry in list(_list_entries(folder)):
+        if entry.is_file(follow_symlinks=False) and is_temporary(entry.name):
+            os.unlink(entry)
+
+
+# %% ../nbs/03_files.ipynb #8f5d0ae8
+_IRREGULAR = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def check_regular(
+    path: Path,
+    limit: int | None = None,  # bytes
+    status: os.stat_result | None = None,  # of the opened file; None: of what `path` names now
+):
+    "Raise ValueError if a file is a pipe, a socket or a device, or larger than `limit`; OSError if it is missing."
+    status = status or os.stat(path)
+    if kind := _IRREGULAR.get(stat.S_IFMT(status.st_mode)):
+        raise ValueError(f"{path} is {kind}: expected a regular file")
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f"{path} has {status.st_size:,} bytes: expected at most {limit:,}")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    "Read a regular file of at most `limit` bytes; ValueError for another one, OSError if it cannot be read."
+    check_regular(path)  # before it is opened, since opening a device may act on it
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        check_regular(path, limit, status)
+        content = file.read(status.st_size + 1)
+        while len(content) <= limit and (block := file.read(1 << 20)):  # it grows, or has no size
+            content += block
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes: expected at most that many")
+    return content
+
+
+def read_text(path: Path, limit: int) -> str:
+    "Read a regular UTF-8 file of at most `limit` bytes, without the mark that Windows puts first."
+    return read_bytes(path, limit).decode("utf-8-sig")
 
 
 # %% ../nbs/03_files.ipynb #769ba861
+MAX_JSON = 512 << 20  # bytes; the largest annotations of COCO have 450 MB
+_MAX_JSON_DEPTH = 64
+_HUGE_NUMBER = re.compile(r"[0-9](?:[eE][+0-9][0-9]{2}|[0-9]{308})")  # may be too large; quick to search for
+
+
+def _make_unique(pairs: list[tuple[str, Any]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"it has {find_repeated([name for name, _ in pairs])!r} twice")
+    return content
+
+
+def find_repeated(names: Sequence) -> Any:
+    "Return the first of `names` that comes twice; None if each comes once."
+    seen = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+def _parse_finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_unique)
+_CAREFUL_DECODER = json.JSONDecoder(
+    object_pairs_hook=_make_unique,
+    parse_float=_parse_finite,
+    parse_int=lambda text: int(text) if math.isfinite(float(text)) else _parse_finite(text),
+)
+
+
+def parse_json(text: str) -> Any:
+    "Parse JSON; ValueError if it is damaged, has a name twice, or a number that is too large."
+    return (_CAREFUL_DECODER if _HUGE_NUMBER.search(text) else _DECODER).decode(text)
+
+
+def _check_depth(content: Any):
+    "Raise ValueError if dictionaries and lists are nested in more than `_MAX_JSON_DEPTH` levels."
+    level = [content]
+    for _ in range(_MAX_JSON_DEPTH):
+        parts = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list)))
+        level = [part for children in parts for part in children if isinstance(part, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"it has more than {_MAX_JSON_DEPTH} levels")
+
+
+# %% ../nbs/03_files.ipynb #ee7c790d
 def write_text(path: Path, text: str):
     "Write `text` in UTF-8, atomically."
     with replace_atomically(path) as temporary:
@@ -103,12 +248,16 @@ def write_json(path: Path, content: Any):
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    "Read a JSON file; ValueError in one sentence if it is missing or damaged."
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    "Read a JSON file of at most `limit` bytes; ValueError in one sentence if it is missing, damaged or beyond limits."
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = read_text(path, limit)
+        content = parse_json(text)
+        if text.count("[") + text.count("{") > _MAX_JSON_DEPTH:
+            _check_depth(content)
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({e}): expected a complete JSON file") from None
+    return content
 
 
 # %% ../nbs/03_files.ipynb #e413ad81
@@ -119,9 +268,47 @@ def write_arrays(path: Path, **arrays: np.ndarray):
 
 
 # %% ../nbs/03_files.ipynb #728cd6bd
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    "Read the arrays of a .npz without unpickling; ValueError in one sentence if it is damaged or of another format."
+MAX_ARRAYS = 512 << 20  # bytes, unpacked
+_MAX_ARRAY_FILES = 100_000
+_ARRAY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _check_directory(path: Path):
+    "Raise ValueError if the list of files at the end of a .zip is missing or long."
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 22 - 20))
+        tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) < at + 22:
+        raise ValueError("its list of files is missing")
+    n_bytes = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if n_bytes > 100 * _MAX_ARRAY_FILES or tail[max(0, at - 20) : at].startswith(b"PK\6\7"):
+        raise ValueError(f"it has more than {_MAX_ARRAY_FILES:,} files")
+
+
+def _check_array_sizes(path: Path, limit: int):
+    "Raise ValueError if the arrays of a .npz take more than `limit` bytes, or other sizes than their heads say."
+    check_regular(path, limit)
+    _check_directory(path)
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        n_bytes = sum(member.file_size for member in members)
+        if n_bytes > limit:
+            raise ValueError(f"it unpacks to {n_bytes:,} bytes, more than {limit:,}")
+        for member in members:
+            with archive.open(member) as file:
+                shape, _, dtype = _ARRAY_HEADERS[np.lib.format.read_magic(file)](file)
+                if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size and not dtype.hasobject:
+                    raise ValueError(f"{member.filename} has another size than its head says")
+
+
+# %% ../nbs/03_files.ipynb #2a1d4e4e
+def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:
+    """Read the arrays of a .npz without unpickling, at most `limit` bytes when unpacked.
+
+    ValueError in one sentence if it is damaged, of another format, or larger."""
     try:
+        _check_array_sizes(path, limit)
         with np.load(path, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")

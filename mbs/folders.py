@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import mbs
+from .files import check_regular
 
 
 # %% ../nbs/03a_folders.ipynb #cbc2edb5
@@ -44,6 +45,7 @@ def find_runs_folder() -> Path:
 # %% ../nbs/03a_folders.ipynb #03a00008
 def hash_file(path: Path, algorithm: str) -> str:
     "Return the hex digest of a file, read one megabyte at a time."
+    check_regular(path)
     state = hashlib.new(algorithm)
     with open(path, "rb") as f:
         while block := f.read(1 << 20):

@@ -158,5 +158,5 @@ def show_inspection(
     axes[2].bar(steps, [row["iterations"] for row in rows], color="0.6")
     for ax, name in zip(axes, ("images", "% of pixels hidden in background", "iterations")):
         _label_panel(ax, name, steps)
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, fontsize=10, parse_math=False)
     return fig

@@ -45,7 +45,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from .files import write_text
+from .files import read_text, write_text
 from .folders import expand_tilde
 from .parameter_files import read_yaml
 from .parameters import Parameters
@@ -152,11 +152,14 @@ def _choose_files(found: dict[str, list[Path]], ids: Sequence[str], folder: Path
 
 
 # %% ../nbs/08_layouts.ipynb #73069e15
+_MAX_LIST = 64 << 20  # bytes of a list of ids or names
+
+
 def read_lines(path: Path) -> list[str]:
     "Read the lines of a UTF-8 text file, stripped, without empty ones; ValueError when it cannot be read."
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Windows puts first
-    except (OSError, UnicodeDecodeError) as e:
+        lines = read_text(path, _MAX_LIST).splitlines()
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read ({e}): expected lines of text in UTF-8") from None
     return [line.strip() for line in lines if line.strip()]
 

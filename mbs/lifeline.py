@@ -16,10 +16,12 @@ __all__ = [
     "Interrupted",
     "record_signals",
     "interrupt_on_signals",
+    "run_server",
 ]
 
 # %% ../nbs/04_lifeline.ipynb #36ab2bad
 import os
+import runpy
 import signal
 import stat
 import subprocess
@@ -27,6 +29,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 # %% ../nbs/04_lifeline.ipynb #28f762b7
 SAFE_PATH = dict(PYTHONSAFEPATH="1")  # environment in which Python takes no code from the current folder
@@ -142,3 +145,30 @@ def interrupt_on_signals() -> Iterator[None]:
 
     with _handle_signals(stop):
         yield
+
+
+# %% ../nbs/04_lifeline.ipynb #c8054e48
+@contextmanager
+def run_server(
+    module: str,
+    *arguments: str,
+    environment: dict[str, str] | None = None,  # added to that of this process
+    folder: Path | None = None,  # its working directory, from which some servers read settings
+    patience: float = 10,  # seconds for it to end
+) -> Iterator[subprocess.Popen]:
+    "Run the server `module` during the block; it ends with the block and with this process, however they end."
+    command = make_module_command("mbs.lifeline", module, *arguments)
+    variables = make_safe_environment((environment or {}) | dict(MBS_TIED="stdin"))
+    with interrupt_on_signals():
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables, cwd=folder, start_new_session=True)
+        try:
+            yield process
+        finally:
+            stop_child(process, patience)
+
+
+# %% ../nbs/04_lifeline.ipynb #a4becf09
+if __name__ == "__main__" and "__file__" in globals():
+    exit_with_parent()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

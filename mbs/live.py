@@ -41,7 +41,7 @@ def render_console_table(table: Table, height: int | None = None):
 
     rendered = RichTable(title=escape(table.title), caption=escape(table.note) or None, caption_justify="left")
     for column, right in zip(table.columns, table.numeric()):
-        rendered.add_column(column, justify="right" if right else "left", overflow="fold")
+        rendered.add_column(escape(column), justify="right" if right else "left", overflow="fold")
     rows = _choose_rows(table, height)
     for row in rows:
         rendered.add_row(*(escape(format_cell(cell)) for cell in row), style=STATES[row[1]])
@@ -83,7 +83,7 @@ def show_live() -> Iterator[Callable[[Table], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    console = Console(emoji=False)
     if _is_in_notebook():
         from IPython.display import display
         from ipywidgets import HTML

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from .files import read_json, refuse_links
 from .folders import find_runs_folder
 from mbs.lifeline import (
     EXIT_RESUME,
@@ -179,10 +180,13 @@ def execute_notebook(
 
 
 # %% ../nbs/64_notebooks.ipynb #a26549f2
+_MAX_NOTEBOOK = 128 << 20  # bytes
+
+
 def read_failure(notebook: Path) -> str:
     "Return the error that ended an executed notebook; empty if there is none or no complete notebook."
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cells = read_json(notebook, _MAX_NOTEBOOK)["cells"]
         outputs = [output for cell in cells for output in cell.get("outputs", [])]
         errors = [output for output in outputs if output["output_type"] == "error"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -194,6 +198,7 @@ def read_failure(notebook: Path) -> str:
 @contextmanager
 def lock_worker(folder: Path) -> Iterator[None]:
     "Be the only process that works on the run in `folder` during the block; wait for any other to end."
+    refuse_links(folder)
     with hold_lock(folder / ".worker", lambda holder: print(f"waiting for {holder}", flush=True)) as file:
         json.dump(dict(host=socket.gethostname(), pid=os.getpid(), since=time.time()), file)
         file.flush()
@@ -203,8 +208,8 @@ def lock_worker(folder: Path) -> Iterator[None]:
 def read_worker(folder: Path) -> dict:
     "Return host, pid and start of the process that works or last worked on the run in `folder`; empty if none."
     try:
-        return json.loads((folder / ".worker").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / ".worker", 4096)
+    except ValueError:
         return {}
 
 

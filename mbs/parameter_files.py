@@ -23,6 +23,7 @@ __all__ = [
 
 # %% ../nbs/03b_parameter_files.ipynb #03b00003
 import copy
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +32,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from .files import find_repeated, read_bytes
 from .folders import expand_tilde, find_runs_folder
 from .parameters import find_entry_type, find_item_type, takes_none, takes_text
 
 # %% ../nbs/03b_parameter_files.ipynb #af19fb35
+_MAX_BYTES = 4 << 20  # of a file
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 20
 
@@ -45,10 +48,10 @@ def is_within_limits(value: Any) -> bool:
     n_values = 0
     for _ in range(_MAX_DEPTH):
         containers = [v for v in level if isinstance(v, (dict, list))]
-        level = [child for c in containers for child in (c.values() if isinstance(c, dict) else c)]
-        n_values += len(level)
+        n_values += sum(map(len, containers))
         if n_values > _MAX_VALUES:
-            return False
+            return False  # before the level is written out: aliases can stand for any number of values
+        level = [child for c in containers for child in (c.values() if isinstance(c, dict) else c)]
         if not level:
             return True
     return False
@@ -56,14 +59,33 @@ def is_within_limits(value: Any) -> bool:
 
 # %% ../nbs/03b_parameter_files.ipynb #243a5495
 _INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "str"))
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _NUMBERS = {
     _INT: re.compile(r"[-+]?(\d[\d_]*|0x[\da-fA-F_]+|0o[0-7_]+|0b[01_]+)$"),
     _FLOAT: re.compile(r"[-+]?((\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\.inf)$|\.nan$", re.I),
 }
 
 
+def _refuse_overflow(number: float, text: str) -> float:
+    "Return the `number` that `text` stands for; ValueError for one such as 1e999, which has become infinity."
+    if math.isinf(number) and "inf" not in text.lower():
+        raise ValueError(f"{text[:40]} is too large for a number: expected at most 1e308")
+    return number
+
+
 class _Loader(yaml.SafeLoader):
-    "Safe YAML in which 1e-3 is a number, 010 is ten, and times and dates are text."
+    """Safe YAML in which 1e-3 is a number, 010 is ten, and times and dates are text.
+
+    It refuses a name that comes twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        given = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if (name := find_repeated(given)) is not None:
+            raise ValueError(f"it has {name!r} twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_finite(self, node) -> float:
+        return _refuse_overflow(self.construct_yaml_float(node), node.value)
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float", ":timestamp"))]
@@ -80,6 +102,7 @@ def _make_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 for _tag, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 _Loader.add_constructor(_INT, _make_integer)
+_Loader.add_constructor(_FLOAT, _Loader.construct_finite)
 
 
 # %% ../nbs/03b_parameter_files.ipynb #cf98a1eb
@@ -137,9 +160,11 @@ def read_yaml(
         return ValueError(f"parameter file {path} {why}: expected lines 'name: value'")
 
     try:
-        values = _parse_yaml(path.read_text(encoding="utf-8-sig"), model)
+        content = read_bytes(path, _MAX_BYTES)
     except OSError as e:
         raise refuse(f"cannot be read ({e.strerror})") from None
+    try:
+        values = _parse_yaml(content.decode("utf-8-sig"), model)
     except _YAML_ERRORS as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise refuse(f"is not valid YAML ({reason})") from None
@@ -272,8 +297,8 @@ def _parse_number(value: Any, kind: Any) -> Any:
     "Turn text such as 1e-3 into a number unless `kind` is text; return other values unchanged."
     if isinstance(value, list):
         return [_parse_number(v, find_item_type(kind)) for v in value]
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if is_number and not takes_text(kind) else value
+    is_number = isinstance(value, str) and _EXPONENT.fullmatch(value)
+    return _refuse_overflow(float(value), value) if is_number and not takes_text(kind) else value
 
 
 # %% ../nbs/03b_parameter_files.ipynb #12eef43c
@@ -308,7 +333,9 @@ def parse_value(
     try:
         value = _parse_yaml(text, kind)
     except _YAML_ERRORS:
-        return text
+        value = text
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        _refuse_overflow(float(value), value)
     if not is_within_limits(value):
         raise ValueError(f"{text[:40]!r} holds too many values: expected a plain value, or a short list or dictionary")
     return value

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
+from .files import check_regular
 from .protocol import VOID
 
 # %% ../nbs/07_pictures.ipynb #38777b0e
@@ -39,6 +40,8 @@ _MAX_PIXELS = 89_478_485  # Pillow's own limit, here an error instead of a warni
 
 def _open_picture(source: Path | BytesIO, formats: tuple[str, ...] = _PHOTO_FORMATS) -> Image.Image:
     "Open a picture without decoding it; ValueError when it has more than `_MAX_PIXELS` pixels."
+    if isinstance(source, Path):
+        check_regular(source)
     image = Image.open(source, formats=formats)
     if image.width * image.height > _MAX_PIXELS:
         image.close()

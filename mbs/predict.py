@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .files import remove_link
 from .inference import choose_window, segment
 from .layouts import list_photos
 from .pictures import read_photo
@@ -46,7 +47,7 @@ def _write_labels(labels: np.ndarray, path: Path):  # (H, W) uint8 channels
     picture = Image.fromarray(labels)
     colours = np.where(np.arange(256)[:, None] > 0, label_colours(256), 0)  # background black
     picture.putpalette(colours.astype(np.uint8).tobytes())
-    picture.save(path)
+    picture.save(remove_link(path))
 
 
 # %% ../nbs/63_predict.ipynb #941dffa1
@@ -55,7 +56,7 @@ def _write_legend(names: Sequence[str], path: Path):
     fig, axes = make_grid(1, 1, 6, 0.2)
     axes[0, 0].set_axis_off()
     draw_class_legend(fig, [np.arange(len(names), dtype=np.uint8)], names)
-    fig.savefig(path, dpi=150, bbox_inches="tight")
+    fig.savefig(remove_link(path), dpi=150, bbox_inches="tight")
 
 
 # %% ../nbs/63_predict.ipynb #cc326c8f
@@ -86,4 +87,4 @@ def predict_files(
             continue
         labels = segment(model, image, run.card.normalisation, choose_window(run.card.recipe, image))
         _write_labels(labels, out / f"{path.stem}-labels.png")
-        Image.fromarray(overlay(image, labels)).save(out / f"{path.stem}-overlay.png")
+        Image.fromarray(overlay(image, labels)).save(remove_link(out / f"{path.stem}-overlay.png"))

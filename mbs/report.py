@@ -41,7 +41,7 @@ from mbs.comparison import (
     is_single_step,
     summarise_group,
 )
-from .files import write_text
+from .files import remove_link, write_text
 from .folders import find_runs_folder
 from .metrics import group_flow
 from .notebooks import execute_notebook
@@ -264,7 +264,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
         write_text(folder / name, text)
     for k, group in enumerate(groups):
         if figure := draw_comparison(group):
-            figure.savefig(folder / f"comparison{f'-{k + 1}' * bool(k)}.png", dpi=150)
+            figure.savefig(remove_link(folder / f"comparison{f'-{k + 1}' * bool(k)}.png"), dpi=150)
     return folder
 
 
@@ -306,5 +306,6 @@ def _render_files(groups: Sequence[Group], sections: Sequence[Section]) -> dict[
 def report_notebook(runs: Sequence[Run], folder: Path) -> Path:
     "Execute `report.ipynb` into `folder`, which also writes the files of `write_report` there, and return the folder."
     parameters = dict(runs=[str(run.folder.absolute()) for run in runs], out=str(folder.absolute()))
-    execute_notebook(find_runs_folder() / "report.ipynb", _make_writable(folder) / "report.ipynb", parameters)
+    output = remove_link(_make_writable(folder) / "report.ipynb")
+    execute_notebook(find_runs_folder() / "report.ipynb", output, parameters)
     return folder

@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 # %% ../nbs/51_run.ipynb #12db863e
-import json
 import platform
 import subprocess
 from importlib.metadata import version
@@ -39,7 +38,7 @@ from safetensors import SafetensorError
 import mbs
 from .augment import Normalisation
 from .checkpoint import load_model, load_tensors
-from .files import read_arrays, read_json
+from .files import parse_json, read_arrays, read_json, read_text
 from .folders import find_package_folder
 from .identity import IdentifiedSegmenter, Identity, Predictor
 from .identity_learning import load_identity, needs_reference
@@ -230,6 +229,9 @@ def _is_record(record: Any) -> bool:
 
 
 # %% ../nbs/51_run.ipynb #2e909c66
+_MAX_LOG = 128 << 20  # bytes, about half a million records
+
+
 def read_log(file: Path) -> list[dict]:
     """Read the records of a log.jsonl; none where the file does not exist.
 
@@ -238,7 +240,7 @@ def read_log(file: Path) -> list[dict]:
     if not file.is_file():
         return []
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+        records = [parse_json(line) for line in read_text(file, _MAX_LOG).split("\n")[:-1]]
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{file} cannot be read ({e}): expected a JSON record a line") from None
     if not all(map(_is_record, records)):
@@ -261,6 +263,7 @@ class _Metrics(Parameters):
     pseudo_labels: dict[str, float] = {}
     labels: dict[str, float | list[int]] = {}
     base_from: str = ""
+    model: str = ""  # digest of the model
 
 
 # %% ../nbs/51_run.ipynb #9452cc9f
@@ -274,9 +277,12 @@ def read_metrics(file: Path) -> dict:
 
 
 # %% ../nbs/51_run.ipynb #4e13c2f5
+_MAX_HEAD = 4096  # bytes of the head of an array, and of the list of files
+
+
 def read_confusion(file: Path, n: int) -> Confusion:
     "Read a confusion matrix of `n` channels; ValueError when it is damaged."
-    counts = read_arrays(file).get("counts")
+    counts = read_arrays(file, 8 * n * n + _MAX_HEAD).get("counts")
     is_sound = counts is not None and counts.shape == (n, n) and counts.dtype.kind in "iu"
     if not is_sound or (counts < 0).any() or (counts > 2**53).any():
         raise ValueError(f"{file} holds no confusion matrix of {n} channels: expected that of this run; it is damaged")
@@ -345,7 +351,10 @@ def read_samples(
 ) -> list[Sample]:
     "Read the sample pictures of a run; ValueError when they do not fit each other or the channels."
     kept = read_arrays(folder / "samples.npz")
-    predicted = [read_arrays(step / "samples.npz") for step in steps]
+    limit = _MAX_HEAD + sum(
+        array.nbytes + _MAX_HEAD for array in kept.values()
+    )  # photo and truth take more than a prediction
+    predicted = [read_arrays(step / "samples.npz", limit) for step in steps]
     try:
         samples = [
             Sample(kept[f"image{k}"], kept[f"truth{k}"], [arrays[f"predicted{k}"] for arrays in predicted])

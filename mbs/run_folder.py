@@ -9,13 +9,15 @@ __all__ = [
     "explain_unwritable",
     "explain_write_errors",
     "create_run_folder",
-    "find_shared_base",
+    "find_shared_bases",
+    "warn_of_neighbours",
     "RunLog",
     "RunWriter",
 ]
 
 # %% ../nbs/51b_run_folder.ipynb #fa703bbb
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from .checkpoint import StepCheckpoints, save_model, save_tensors
+from .checkpoint import StepCheckpoints, read_digest, save_model, save_tensors
 from .data import choose_samples
-from .files import replace_folder_atomically, write_arrays, write_json, write_text
+from .files import open_own, replace_folder_atomically, write_arrays, write_json, write_text
 from .identity import Predictor, split_predictor
 from .identity_learning import save_identity
 from .inference import segment
@@ -38,6 +40,7 @@ from .protocol import Step
 from .run import Card, Run, load_run, make_card
 from .segmenter import Segmenter
 from .settings import Setup
+from .value_table import join_few
 
 # %% ../nbs/51b_run_folder.ipynb #db906699
 _FREE = ("processes", "workers", "cache", "save_minutes", "compile")
@@ -124,16 +127,59 @@ def create_run_folder(folder: Path, setup: Setup, model: Segmenter):
 
 
 # %% ../nbs/51b_run_folder.ipynb #bebcc6d7
-def find_shared_base(outputs: Path, fingerprint: str, excluded: Path) -> Run | None:
-    "Return a run in `outputs`, other than `excluded`, with a complete base step of this fingerprint."
+def _list_base_facts(card: Card) -> dict:
+    "Return what the fingerprint of a base step stands for, as far as a card tells it, as JSON values."
+    facts = card.model_dump(mode="json")
+    settings, recipe = facts["settings"], facts["recipe"]
+    later = dict(new_iterations=None, lr_factor=None, token_factor=None, encoder_factor=recipe["encoder_factor"][0])
+    return dict(
+        base=card.base,
+        data=[card.data.train, card.data.test],
+        classes=card.steps[0],
+        images=card.images[:1],
+        network=[settings["encoder"], settings["encoder_options"], facts["weights"], settings["decoder"]],
+        recipe=recipe | later,
+        seed=settings["seed"],
+        versions=[card.versions.get("torch"), card.versions.get("timm")],
+        head=card.parts.head,
+    )
+
+
+def _check_shared_base(other: Run, card: Card):
+    "Raise ValueError unless the base step of `other` is what its fingerprint, that of `card`, stands for."
+    there, here = _list_base_facts(other.card), _list_base_facts(card)
+    if different := [name for name in here if there[name] != here[name]]:
+        raise ValueError(f"its fingerprint contradicts its card in {different[0]}")
+    recorded = other.metrics(0).get("model")
+    if not recorded or recorded != read_digest(other.step_path(0, "model.safetensors")):
+        raise ValueError("its model is not the one that its metrics.json records")
+
+
+# %% ../nbs/51b_run_folder.ipynb #54be2228
+def find_shared_bases(outputs: Path, card: Card, excluded: Path) -> tuple[list[Run], dict[str, str]]:
+    """Return the runs in `outputs`, other than `excluded`, with the complete base step of `card`.
+
+    Also return why folders were passed over, by their names."""
+    found, passed_over = [], {}
     for path in sorted(outputs.glob("*/run.json")):
+        if path.parent == excluded:
+            continue
         try:
             other = Run(path.parent)
-        except ValueError:  # of another version, or damaged
-            continue
-        if other.folder != excluded and other.card.base == fingerprint and other.n_steps:
-            return other
-    return None
+            if other.card.base == card.base and other.n_steps:
+                _check_shared_base(other, card)
+                found.append(other)
+        except ValueError as e:  # of another version, foreign or damaged
+            passed_over[path.parent.name] = str(e)
+    return found, passed_over
+
+
+def warn_of_neighbours(passed_over: dict[str, str], purpose: str):
+    "Log one line that names the run folders that were passed over, with the reason of the first."
+    if passed_over and get_processes().is_main_process:
+        names = join_few(list(passed_over), 5)
+        reason = next(iter(passed_over.values()))
+        logging.getLogger(__name__).warning("passed over for %s: %s; the first: %s", purpose, names, reason)
 
 
 # %% ../nbs/51b_run_folder.ipynb #10109e86
@@ -147,7 +193,7 @@ class RunLog:
         "Append records."
         if not get_processes().is_main_process:
             return
-        with open(self.path, "a", encoding="utf-8") as f:
+        with open_own(self.path, "a") as f:
             f.write("".join(json.dumps(record) + "\n" for record in records))
             f.flush()
             os.fsync(f.fileno())  # before a saved state that relies on it
@@ -183,7 +229,7 @@ def _write_step(
         columns={name: scores(other, step) for name, other in columns.items()},
     )
     with replace_folder_atomically(folder / f"step-{step.number:02d}") as temporary:
-        save_model(network, temporary / "model.safetensors")
+        digest = save_model(network, temporary / "model.safetensors")
         if identity is not None:
             save_identity(identity, temporary / "identity.safetensors")
         if setup.method.state:
@@ -195,7 +241,7 @@ def _write_step(
             write_arrays(temporary / f"confusion-{name}.npz", counts=other.counts)
         predictions = [segment(predictor, photo, normalisation) for photo, _ in pictures]
         write_arrays(temporary / "samples.npz", **{f"predicted{k}": labels for k, labels in enumerate(predictions)})
-        write_json(temporary / "metrics.json", metrics | facts)
+        write_json(temporary / "metrics.json", metrics | dict(model=digest) | facts)
 
 
 # %% ../nbs/51b_run_folder.ipynb #9371df64

@@ -9,6 +9,7 @@ __all__ = [
     "format_cell",
     "format_duration",
     "Table",
+    "escape_markdown",
     "to_markdown",
     "to_latex",
     "to_csv",
@@ -85,22 +86,23 @@ class Table(NamedTuple):
 
 
 # %% ../nbs/62_tables.ipynb #192f982f
-def _escape_markdown(text: str) -> str:
-    "Escape what Markdown would interpret, and join lines."
-    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
+def escape_markdown(text: str) -> str:
+    "Escape what Markdown, HTML in it, or formulas in it would interpret, and join lines."
+    plain = escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*|\[\]$~]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
 
 
 def to_markdown(table: Table) -> str:
     "Write a table for a README."
 
     def line(cells):
-        return "| " + " | ".join(map(_escape_markdown, cells)) + " |"
+        return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
     rule = "|" + "|".join("---:" if right else "---" for right in table.numeric()) + "|"
     rows = [line(map(format_cell, row)) for row in table.rows]
-    parts = [f"### {_escape_markdown(table.title)}", "\n".join([line(table.columns), rule, *rows])]
+    parts = [f"### {escape_markdown(table.title)}", "\n".join([line(table.columns), rule, *rows])]
     if table.note:
-        parts.append(_escape_markdown(table.note))
+        parts.append(escape_markdown(table.note))
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,6 +120,9 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "[": "{[}",  # which after a line break would begin its options
+    "]": "{]}",
+    "*": "{*}",
 } | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
@@ -154,7 +159,8 @@ def to_csv(tables: Sequence[Table]) -> str:
     has_values = [any(isinstance(row[k], Value) for row in rows) for k in range(1 + len(columns))]
     header = []
     for column, has_value in zip(("table", *columns), has_values):
-        header += [column, f"{column} std", f"{column} n"] if has_value else [column]
+        name = _escape_csv(column)
+        header += [name, f"{name} std", f"{name} n"] if has_value else [name]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -171,7 +177,15 @@ def _split_cell(cell, has_value: bool) -> list:
         parts = [100 * cell.mean, 100 * cell.std, cell.n]
     elif has_value:
         parts = [cell, "", ""]
-    return ["" if part is None or part != part else part for part in parts]  # only NaN differs from itself
+    return ["" if part is None or part != part else _escape_csv(part) for part in parts]  # only NaN differs from itself
+
+
+def _escape_csv(cell):
+    "Put an apostrophe before text that a spreadsheet would compute; negative numbers stay as they are."
+    is_formula = isinstance(cell, str) and re.match(r"\s*[=+\-@]", cell)
+    if not is_formula or re.fullmatch(r"[+-]?\d+(\.\d+)?", cell):
+        return cell
+    return f"'{cell}"
 
 
 # %% ../nbs/62_tables.ipynb #252acb16

@@ -31,6 +31,7 @@ __all__ = [
     "hatch",
     "find_outlines",
     "overlay",
+    "PlainFigure",
     "make_grid",
     "show_picture",
     "draw_class_legend",
@@ -74,6 +75,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 from .bounds import PairExample
 from .metrics import format_flow, share_rows
@@ -149,6 +151,20 @@ def overlay(
 
 
 # %% ../nbs/60_viz.ipynb #70519240
+class PlainFigure(Figure):
+    "A figure that draws text as it is, dollar signs included."
+
+    def draw(self, renderer):
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        with plt.rc_context({"text.parse_math": False}):  # for labels of ticks that are made now
+            super().draw(renderer)
+
+    def __repr__(self):
+        return super().__repr__().replace("<PlainFigure", "<Figure")
+
+
+# %% ../nbs/60_viz.ipynb #fc7a94be
 def make_grid(
     rows: int,
     columns: int,
@@ -157,7 +173,7 @@ def make_grid(
 ) -> tuple[Figure, np.ndarray]:  # figure, axes (rows, columns)
     "Create a figure of rows × columns axes, closed so that a notebook shows it only once."
     size = max(2, width * columns), (height or width) * rows + 0.35
-    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, FigureClass=PlainFigure)
     plt.close(fig)
     return fig, axes
 
@@ -669,7 +685,7 @@ def show_pair_examples(
         return None
     columns = min(2, len(examples))
     rows = -(-len(examples) // columns)  # rounded up
-    fig = plt.figure(figsize=(4.6 * columns, 1.85 * rows), layout="constrained")
+    fig = plt.figure(figsize=(4.6 * columns, 1.85 * rows), layout="constrained", FigureClass=PlainFigure)
     plt.close(fig)
     for part, example in zip(fig.subfigures(rows, columns, squeeze=False).flat, examples):
         _draw_pair_example(part, example, names)
@@ -876,7 +892,7 @@ def compare_methods(
     "Show methods side by side: mIoU over the steps, old / new / all at the end, and one picture after every step."
     n_methods, n_steps = len(curves), max(map(len, predictions.values()))
     size = max(8, 1.25 * (n_steps + 1)), 2.6 + 1.25 * n_methods
-    fig = plt.figure(figsize=size, layout="constrained")
+    fig = plt.figure(figsize=size, layout="constrained", FigureClass=PlainFigure)
     plt.close(fig)
     upper, lower = fig.subfigures(2, 1, height_ratios=[2.4, 1.25 * n_methods + 0.2])
     left, right = upper.subplots(1, 2)

@@ -33,7 +33,7 @@ def chrome():
 @pytest.fixture(scope="module")
 def tour(identified, runs, chrome, tmp_path_factory):
     "The guided tour of two runs, the first with an identity, open in JupyterLab, every cell run."
-    notebook = write_tour(identified, runs[1])
+    notebook = write_tour(identified, runs[1], tmp_path_factory.mktemp("tour"))
     with jupyter_lab(tmp_path_factory.mktemp("lab")) as lab, page_of(chrome) as page:
         open_notebook(page, lab, notebook)
         try:
@@ -451,7 +451,7 @@ def test_the_tour_as_an_app(runs, chrome, tmp_path):
     "`mbs explore RUN --app` shows the same notebook under voila, without code."
     if find_spec("voila") is None and not DEMANDED:
         pytest.skip("voila is not installed: pip install 'mbs[app]'")
-    with voila(write_tour(runs[1]), tmp_path) as address, page_of(chrome) as page:
+    with voila(write_tour(runs[1], folder=tmp_path / "tour"), tmp_path) as address, page_of(chrome) as page:
         page.goto(address)
         page.wait_for_function(DRAWN, arg=4)
         one = Explorer(page, 0, "")

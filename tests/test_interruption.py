@@ -13,8 +13,8 @@ from figures import kept
 from safetensors.torch import load_file
 
 from mbs.experiment import Experiment
-from mbs.files import lock_folder
 from mbs.lifeline import Interrupted
+from mbs.locks import lock_folder
 from mbs.run import load_run
 from mbs.settings import Settings
 

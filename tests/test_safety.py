@@ -10,15 +10,23 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-import mbs
+import mbs.cli
 from mbs.cli import app
-from mbs.explore.explorers import explore_class_tokens, explore_confusions, explore_features, explore_pseudo_labels
+from mbs.explore.explorers import (
+    explore_class_tokens,
+    explore_confusions,
+    explore_features,
+    explore_pseudo_labels,
+    write_tour,
+)
+from mbs.lifeline import make_module_command, make_safe_environment
 
 PACKAGE = Path(mbs.__file__).parent
 RUNNING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -148,7 +156,13 @@ def test_names_in_pages_make_no_elements(runs, tmp_path, monkeypatch, kind):
 def catch_start(words, monkeypatch):
     "Return command line and environment with which `mbs explore` would start a server."
     seen = []
-    monkeypatch.setattr(subprocess, "call", lambda command, env: seen.append((command, env)) or 0)
+
+    @contextmanager
+    def record(module, *arguments, environment, folder):
+        seen.append((make_module_command(module, *arguments), make_safe_environment(environment)))
+        yield subprocess.Popen(["true"])
+
+    monkeypatch.setattr(mbs.cli, "run_server", record)
     result = CliRunner().invoke(app, ["explore", *map(str, words)])
     assert result.exit_code == 0, result.output
     return seen[0]
@@ -156,13 +170,14 @@ def catch_start(words, monkeypatch):
 
 @pytest.mark.parametrize("as_app", [False, True])
 @pytest.mark.parametrize("given", [None, ""])
-def test_servers_listen_locally_and_demand_a_token(runs, monkeypatch, as_app, given):
+def test_servers_listen_locally_and_demand_a_token(runs, tmp_path, monkeypatch, as_app, given):
     "A server gets a token even if the environment asks for none."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
     monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
     if given is not None:
         monkeypatch.setenv("JUPYTER_TOKEN", given)
     command, environment = catch_start([runs[0].folder, *["--app"] * as_app, "--no-browser"], monkeypatch)
-    assert command[1:3] == ["-m", "voila" if as_app else "jupyterlab"]
+    assert ("voila" if as_app else "jupyterlab") in command
     assert any(w.endswith(".ip=127.0.0.1") for w in command)
     assert not [w for w in command if re.search("(token|password)=(?!True)", w)]
     assert len(environment["JUPYTER_TOKEN"]) >= 32
@@ -196,7 +211,11 @@ def test_servers_answer_only_with_the_token(runs, monkeypatch, tmp_path, as_app)
     "A real server refuses requests without the token and answers those with it."
     if as_app:
         pytest.importorskip("voila")
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
     command, environment = catch_start([runs[0].folder, *["--app"] * as_app, "--no-browser"], monkeypatch)
+    if as_app:  # its notebook has gone with its temporary folder
+        tour = write_tour(runs[0])
+        command = [str(tour) if word.endswith(".ipynb") else word for word in command]
     port = free_port()
     command = [*command, f"--port={port}", *([] if as_app else ["--allow-root"])]
     token = "s3cret" * 8

@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/61g_explorers.ipynb #4bbe4aaf
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ from mbs.explore.widgets import (
     wrap_row,
 )
 from ..files import read_json, write_text
-from ..folders import find_package_folder
+from ..folders import find_package_folder, home
 from ..run import Run
 
 
@@ -547,14 +548,25 @@ def _fill_tour(run_folder: Path, other_folder: Path | None):
     return tour
 
 
-def write_tour(run: Run, other: Run | None = None) -> Path:
-    """Write the guided tour of one or two runs into the folder of `run`; return its path.
+def _choose_tour_folder(run: Run, other: Run | None) -> Path:
+    "Return the folder of the tour of one or two runs, in `tours/` of the home folder, named after their places."
+    places = [str(r.folder.resolve()) for r in (run, other) if r is not None]
+    digest = hashlib.sha256("\n".join(places).encode(errors="surrogateescape")).hexdigest()[:12]
+    return home("tours", f"{run.folder.resolve().name[:40]}-{digest}").absolute()
+
+
+def write_tour(
+    run: Run,
+    other: Run | None = None,
+    folder: Path | None = None,  # of the tour; None: one in `tours/` of the home folder
+) -> Path:
+    """Write the guided tour of one or two runs into a folder outside theirs; return its path.
 
     A tour that exists is kept, since it may hold notes; ValueError if the file is no notebook."""
     import nbformat
 
-    name = "explore.ipynb" if other is None else f"explore-{other.folder.name}.ipynb"
-    path = run.folder.resolve() / name
+    name = "explore.ipynb" if other is None else f"explore-{other.folder.resolve().name[:40]}.ipynb"
+    path = (folder or _choose_tour_folder(run, other)) / name
     if path.is_file():
         try:
             nbformat.validate(read_json(path))
@@ -563,6 +575,7 @@ def write_tour(run: Run, other: Run | None = None) -> Path:
                 f"{path} cannot be read: expected a notebook; remove the file, and the tour is written again"
             ) from None
         return path
-    tour = _fill_tour(path.parent, other.folder.resolve() if other else None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tour = _fill_tour(run.folder.resolve(), other.folder.resolve() if other else None)
     write_text(path, nbformat.writes(tour))
     return path

@@ -57,11 +57,19 @@ from mbs.explore.paint import (
 from .states import ConfusionState, FeatureState, Moment, Pictures, PictureState, ShiftState, TokenState
 from ..metrics import format_flow, share_rows
 from ..protocol import VOID
-from ..viz import draw_confusion, draw_matrix, find_step_edges, show_maps, show_picture, show_probabilities
+from mbs.viz import (
+    PlainFigure,
+    draw_confusion,
+    draw_matrix,
+    find_step_edges,
+    show_maps,
+    show_picture,
+    show_probabilities,
+)
 
 
 # %% ../../nbs/61e_figures.ipynb #081ab544
-class NotebookFigure(Figure):
+class NotebookFigure(PlainFigure):
     "A figure that a notebook shows although pyplot does not know it."
 
     def _repr_png_(self) -> bytes:
