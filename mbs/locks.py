@@ -42,6 +42,7 @@ BEAT = 5  # seconds between two signs of life
 PATIENCE = 30  # seconds without one after which a process of another machine counts as dead
 
 
+# %% ../nbs/02a_locks.ipynb #fdd43e37
 def _name_machine() -> str:
     "Name this machine in letters, digits and underscores."
     return re.sub(r"\W", "_", os.environ.get("SLURMD_NODENAME") or platform.node())
@@ -95,6 +96,7 @@ def _read_time(flag: Path) -> int | None:
         raise
 
 
+# %% ../nbs/02a_locks.ipynb #3bf30561
 def _is_alive(flag: Path) -> bool:
     "Watch `flag` until it is touched (True), vanishes, or has been still for `PATIENCE` seconds (False)."
     first = _read_time(flag)
@@ -127,12 +129,14 @@ class LockHeld(Exception):
     "Another process holds a lock; the message is what it wrote into the file of the lock."
 
 
+# %% ../nbs/02a_locks.ipynb #76a51246
 def _read_holder(file: TextIO) -> str:
     "Read what the holder of a lock wrote into its file."
     file.seek(0)
     return file.read().strip()
 
 
+# %% ../nbs/02a_locks.ipynb #3ba750d0
 def _take_flock(file: TextIO, tell: Callable[[str], None] | None) -> bool:
     "Lock an open file on this machine; False on file systems without locks. See `hold_lock`."
     try:
