@@ -82,9 +82,10 @@ class Outcome:
 
 
 # %% ../nbs/66a_slurm.ipynb #04fda73f
+_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # no code from the current folder
 _BLOCK = (
     f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{{int(_WARNING)}}}); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    f"os.execv(sys.executable, [sys.executable, *{_SAFE_PATH}, *sys.argv[1:]])"
 )
 _BLOCKED_PYTHON = shlex.join([sys.executable, "-ISc", _BLOCK])  # the warning waits in it
 
