@@ -162,8 +162,8 @@ Executor = Local | OnRay | OnSlurm
 
 
 # %% ../nbs/70_batch.ipynb #1fbf03ee
-class Job:
-    "A run of a batch: its settings, its status, and the process that executes it."
+class _PlannedRun:
+    "A run of a batch: its settings and its status."
 
     def __init__(self, settings: Settings, rehearsal: Rehearsal):
         experiment = Experiment(settings)
@@ -209,6 +209,11 @@ class Job:
         is_same = self.status.base == self.base
         is_trained_here = self.future is not None and self.steps_before == 0
         return self.status.steps > 0 and (is_same or is_trained_here)
+
+
+# %% ../nbs/70_batch.ipynb #b0285a96
+class Job(_PlannedRun):
+    "A run of a batch, with the process that executes it."
 
     def submit(self, executor: Executor, notebook: Path, **options):
         "Submit the run to `executor`, which receives further `options`."
@@ -332,8 +337,8 @@ def _find_notebook(grid: Grid) -> Path:
 
 
 # %% ../nbs/70_batch.ipynb #1db14a9f
-class Batch:
-    "The runs of a grid: `plan` shows the remaining work, `run` executes it."
+class _Plan:
+    "The runs of a grid and their remaining work."
 
     def __init__(self, grid: Grid | Path | str | dict):
         self.grid = read_grid(grid)
@@ -372,6 +377,11 @@ class Batch:
         "Show the current state of all runs."
         rows = [_make_table_row(job) for job in self.jobs]
         return Table(_make_title(self), _TABLE_COLUMNS, rows)
+
+
+# %% ../nbs/70_batch.ipynb #77df3d2c
+class Batch(_Plan):
+    "The runs of a grid: `plan` shows the remaining work, `run` executes it."
 
     def run(
         self,

@@ -397,6 +397,7 @@ class CocoReport:
         return [*lines, *_describe_labels(self)]
 
 
+# %% ../nbs/08a_coco.ipynb #a271180c
 def _describe_labels(report: CocoReport) -> Iterator[str]:
     "Yield lines about labels of background and void, categories without an object, and pictures without one."
     ids = Counter(report.class_ids[item.category_id] for item in report)

@@ -51,6 +51,7 @@ class CvatExport(NamedTuple):
     remarks: list[str]  # a sentence for everything else that is left out
 
 
+# %% ../nbs/08d_cvat.ipynb #c1b90a54
 def _find_masks(folder: Path) -> dict[str, Path]:
     "Map the names of masks, which may lie in subfolders, to their files; names have / and no ending."
     files = sorted(
@@ -59,6 +60,7 @@ def _find_masks(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
+# %% ../nbs/08d_cvat.ipynb #c6388d88
 def _read_lists(folder: Path) -> dict[str, list[str]]:
     "Read the lists of an export: name of the subset → names of pictures."
     lists = {path.stem: read_lines(path) for path in sorted(folder.glob("[!.]*.txt"))}

@@ -26,11 +26,11 @@ from .checkpoint import load_model
 from .diagnosis import diagnose_step
 from .evaluation import evaluate, evaluate_identity, score_new_classes
 from .files import refuse_links
-from .locks import lock_folder
 from .folders import home
 from .identity import Predictor, measure_coverage, split_predictor
 from .identity_learning import Identification
 from .lifeline import interrupt_on_signals
+from .locks import lock_folder
 from .memory import Exemplars, ExemplarView, select_exemplars
 from .methods import Method
 from .metrics import Confusion

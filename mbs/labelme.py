@@ -33,6 +33,7 @@ class _LabelmePart(Parameters):
     model_config = ConfigDict(extra="ignore", frozen=True, coerce_numbers_to_str=True)
 
 
+# %% ../nbs/08b_labelme.ipynb #15ab6801
 class LabelmeShape(_LabelmePart):
     "An object in a picture."
 
@@ -42,6 +43,7 @@ class LabelmeShape(_LabelmePart):
     mask: str | None = None  # for "mask": a PNG of the pixels between the two points, in base64
 
 
+# %% ../nbs/08b_labelme.ipynb #8d9ecb06
 class LabelmeFile(_LabelmePart):
     "The used content of a file."
 
@@ -109,6 +111,7 @@ def _find_content(
         raise ValueError(f"file {file} has imageData that cannot be read: expected a picture in base64") from None
 
 
+# %% ../nbs/08b_labelme.ipynb #31ed3598
 def _fits(photo: Path, content: LabelmeFile) -> bool:
     "Whether a photo as shown has the size that a file states, if it states one."
     height, width = read_photo_facts(photo).shown_size
@@ -129,6 +132,7 @@ def _measure_picture(content: LabelmeFile, photo: Path | bytes) -> tuple[int, in
         raise ValueError(f"imageData of {content.imagePath} cannot be read ({e}): expected a picture") from None
 
 
+# %% ../nbs/08b_labelme.ipynb #4c00c4c9
 def _read_files(folder: Path, remarks: list[str]) -> Iterator[tuple[Path, LabelmeFile]]:
     "Yield the files of labelme in `folder`; add a sentence to `remarks` for other JSON files."
     for file in sorted(folder.glob("[!.]*.json")):
@@ -174,6 +178,7 @@ def read_labelme(
     return found.make_export()
 
 
+# %% ../nbs/08b_labelme.ipynb #98787c3a
 def _add_shape(found: ExportBuilder, given: dict, k: int, file: Path, size: tuple[int, int] | None):
     "Add shape `k` of a file to `found`, or the reason why it cannot be drawn."
     label = "" if given.get("label") is None else str(given["label"])

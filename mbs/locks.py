@@ -44,6 +44,7 @@ BEAT = 5  # seconds between two signs of life
 PATIENCE = 30  # seconds without one after which a process of another machine counts as dead
 
 
+# %% ../nbs/03c_locks.ipynb #fdd43e37
 def _name_machine() -> str:
     "Name this machine in letters, digits and underscores."
     return re.sub(r"\W", "_", os.environ.get("SLURMD_NODENAME") or platform.node())
@@ -100,6 +101,7 @@ def _read_time(flag: Path) -> int | None:
         os.close(handle)
 
 
+# %% ../nbs/03c_locks.ipynb #3bf30561
 def _is_alive(flag: Path) -> bool:
     "Watch `flag` until it is touched (True), vanishes, or has been still for `PATIENCE` seconds (False)."
     first = _read_time(flag)
@@ -132,12 +134,14 @@ class LockHeld(Exception):
     "Another process holds a lock; the message is what it wrote into the file of the lock."
 
 
+# %% ../nbs/03c_locks.ipynb #76a51246
 def _read_holder(file: TextIO) -> str:
     "Read what the holder of a lock wrote into its file."
     file.seek(0)
     return file.read().strip()
 
 
+# %% ../nbs/03c_locks.ipynb #3ba750d0
 def _take_flock(file: TextIO, tell: Callable[[str], None] | None) -> bool:
     "Lock an open file on this machine; False on file systems without locks. See `hold_lock`."
     try:
@@ -195,7 +199,7 @@ def hold_lock(
             flag.lower()
 
 
-# %% ../nbs/03c_locks.ipynb #17011140
+# %% ../nbs/03c_locks.ipynb #65f52c2d
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     "Be the only writer of a run folder during the block, and remove half-written files; ValueError for another writer."

@@ -25,12 +25,14 @@ from .settings import Setup
 _FEW_PIXELS = 2 * 128**2  # of a batch that is computed faster than it is followed
 
 
+# %% ../nbs/53a_rehearsal.ipynb #ab34d304
 def _follow_zeros(network: Segmenter, *shape: int):
     "Follow the shapes of a batch of pictures (B, 3, H, W) through `network`; raise what the network raises."
     with FakeTensorMode(allow_non_fake_inputs=True):
         network(torch.zeros(shape))
 
 
+# %% ../nbs/53a_rehearsal.ipynb #31ca3d2d
 @torch.no_grad()
 def _pass_zeros(network: Segmenter, n: int, height: int, width: int):
     "Pass `n` pictures through `network`, without computing if they are large; raise what the network raises."
@@ -42,6 +44,7 @@ def _pass_zeros(network: Segmenter, n: int, height: int, width: int):
     network(torch.zeros(n, 3, height, width))
 
 
+# %% ../nbs/53a_rehearsal.ipynb #da525329
 def _count_pictures(setup: Setup) -> int:
     "Count the pictures of a batch that a process sees at a time; ValueError if the processes cannot share a batch."
     n_processes = setup.settings.processes

@@ -82,9 +82,10 @@ class Outcome:
 
 
 # %% ../nbs/66a_slurm.ipynb #04fda73f
+_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []  # no code from the current folder
 _BLOCK = (
     f"import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {{{int(_WARNING)}}}); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    f"os.execv(sys.executable, [sys.executable, *{_SAFE_PATH}, *sys.argv[1:]])"
 )
 _BLOCKED_PYTHON = shlex.join([sys.executable, "-ISc", _BLOCK])  # the warning waits in it
 
@@ -313,8 +314,8 @@ def _explain_refusal(name: str, log: Path, submissions: Path) -> Iterator[None]:
 
 
 # %% ../nbs/66a_slurm.ipynb #266eaabf
-class OnSlurm:
-    "A Slurm job for each run. The jobs go on when this process ends."
+class _SlurmJobs:
+    "The jobs of runs in the queue of Slurm, and what they ask for."
 
     def __init__(
         self,
@@ -339,6 +340,36 @@ class OnSlurm:
         self.watcher: threading.Thread | None = None
         self.lost: set[str] = set()  # jobs that were not in the queue at the last look, without an outcome
 
+    def _watch(self, job: str, run_folder: Path) -> Future:
+        "Return a future that ends with `job`."
+        future = Future()
+        self.jobs[future] = (job, run_folder)
+        if self.watcher is None:
+            self.watcher = threading.Thread(target=_watch_jobs, args=(self,), daemon=True)
+            self.watcher.start()
+        return future
+
+    def attach(self, run_folders: Sequence[Path]) -> dict[Path, Future]:
+        "Return the futures of those runs whose jobs are in the queue already, whoever submitted them."
+        facts = {folder: _read_facts(_locate(folder, "job.json")) for folder in run_folders}
+        known = {folder: (str(f["job"]), f["name"]) for folder, f in facts.items() if f.keys() >= {"job", "name"}}
+        queue = _read_queue([job for job, _ in known.values()])
+        futures = {}
+        for folder, (job, name) in known.items():
+            state, found = queue.get(job, ("", ""))
+            outcome = Outcome.read(folder, job)
+            is_over = outcome.ended and (not outcome.is_stopped or state == "COMPLETING")
+            if found == name and not is_over:
+                futures[folder] = self._watch(job, folder.absolute())
+                if state == "RUNNING":
+                    futures[folder].set_running_or_notify_cancel()
+        return futures
+
+
+# %% ../nbs/66a_slurm.ipynb #51822663
+class OnSlurm(_SlurmJobs):
+    "A Slurm job for each run. The jobs go on when this process ends."
+
     def submit(
         self,
         notebook: str,
@@ -362,22 +393,6 @@ class OnSlurm:
         write_json(_locate(run_folder, "job.json"), dict(job=job, name=name))
         return self._watch(job, run_folder)
 
-    def attach(self, run_folders: Sequence[Path]) -> dict[Path, Future]:
-        "Return the futures of those runs whose jobs are in the queue already, whoever submitted them."
-        facts = {folder: _read_facts(_locate(folder, "job.json")) for folder in run_folders}
-        known = {folder: (str(f["job"]), f["name"]) for folder, f in facts.items() if f.keys() >= {"job", "name"}}
-        queue = _read_queue([job for job, _ in known.values()])
-        futures = {}
-        for folder, (job, name) in known.items():
-            state, found = queue.get(job, ("", ""))
-            outcome = Outcome.read(folder, job)
-            is_over = outcome.ended and (not outcome.is_stopped or state == "COMPLETING")
-            if found == name and not is_over:
-                futures[folder] = self._watch(job, folder.absolute())
-                if state == "RUNNING":
-                    futures[folder].set_running_or_notify_cancel()
-        return futures
-
     def cancel(self, patience: float = 60):  # seconds for the runs to save
         "Ask all runs to save and end, and wait until they have."
         pending = {future: job for future, (job, _) in self.jobs.items() if not future.done()}
@@ -395,15 +410,6 @@ class OnSlurm:
             return n_jobs > 0
         self.cancel()
         return False
-
-    def _watch(self, job: str, run_folder: Path) -> Future:
-        "Return a future that ends with `job`."
-        future = Future()
-        self.jobs[future] = (job, run_folder)
-        if self.watcher is None:
-            self.watcher = threading.Thread(target=_watch_jobs, args=(self,), daemon=True)
-            self.watcher.start()
-        return future
 
 
 # %% ../nbs/66a_slurm.ipynb #b17905f9

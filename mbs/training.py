@@ -10,10 +10,12 @@ __all__ = [
     "make_optimizer",
     "has_equal_encoder",
     "run_teacher",
+    "choose_teacher_dtype",
     "hold_in_precision",
     "choose_compiled",
     "compile_networks",
     "measure_gradient",
+    "drop_skipped",
     "average_window",
     "Validator",
     "list_validation_iterations",
@@ -137,6 +139,13 @@ def run_teacher(teacher: Segmenter, images: Tensor, tokens: Tensor | None = None
     return SegmenterOutput(*map(copy, output))
 
 
+# %% ../nbs/50_training.ipynb #03f2088c
+def choose_teacher_dtype(recipe: Recipe, accelerator: Accelerator) -> torch.dtype | None:
+    "Return the half precision that the teacher computes in; None for float32."
+    precision = accelerator.mixed_precision if recipe.teacher_precision == "same" else recipe.teacher_precision
+    return dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
+
+
 # %% ../nbs/50_training.ipynb #07167019
 def hold_in_precision(network: nn.Module | None, dtype: torch.dtype | None) -> nn.Module | None:
     "Return a copy of a frozen network whose linear layers and convolutions hold `dtype`; None: the network itself."
@@ -235,6 +244,16 @@ def _explain_not_finite(
     )
 
 
+# %% ../nbs/50_training.ipynb #c81f800c
+def drop_skipped(window: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    "Empty the terms of iterations whose gradient is not finite; all are read at once, so that a GPU waits once."
+    gradients = [terms["gradient"] for terms in window if terms]
+    if not gradients:
+        return window
+    is_used = iter(torch.stack(gradients).isfinite().tolist())
+    return [terms if terms and next(is_used) else {} for terms in window]
+
+
 # %% ../nbs/50_training.ipynb #978790ae
 def average_window(window: list[dict], step: int, iteration: int, total: int, draws: Draws | None = None) -> dict:
     """Return a log record: the mean of each loss term over a window of iterations and all processes.
@@ -314,7 +333,7 @@ class _TrainingState:
         self.method = method
         self.step = step
         self.recipe = recipe
-        self.held_teacher = hold_in_precision(self.teacher, self.teacher_dtype)  # that runs in every iteration
+        self.held_teacher = hold_in_precision(self.teacher, choose_teacher_dtype(recipe, self.accelerator))
         self.total = total
         self.compiled = choose_compiled(recipe, total, self.device)
         self.log = log
@@ -325,34 +344,9 @@ class _TrainingState:
         self.window: list[dict[str, Tensor]] = []  # loss terms since the last log record, {} for a skipped iteration
 
     @property
-    def teacher_dtype(self) -> torch.dtype | None:
-        "The number format that the teacher computes in; None: float32."
-        precision = self.recipe.teacher_precision
-        names = dict(bf16=torch.bfloat16, fp16=torch.float16)
-        return names.get(self.accelerator.mixed_precision if precision == "same" else precision)
-
-    @property
     def model(self) -> Segmenter:
         "The student without the wrapper of several processes."
         return self.accelerator.unwrap_model(self.student)
-
-    def drop_skipped(self):
-        "Empty the terms of skipped iterations in the window; all are read at once, so that a GPU waits once."
-        if self.recipe.non_finite == "skip" and any(self.window):
-            gradients = [torch.as_tensor(terms.get("gradient", math.nan), device=self.device) for terms in self.window]
-            is_used = torch.stack(gradients).isfinite().tolist()
-            self.window = [terms if used else {} for terms, used in zip(self.window, is_used)]
-
-    def average_losses(self) -> dict:
-        "Return the log record of the current window; ValueError when a loss or gradient is not finite."
-        self.drop_skipped()
-        return average_window(self.window, self.step.number, self.iteration, self.total, self.draws)
-
-    def check_finite(self):
-        "Raise ValueError when a loss or gradient of the current window is not finite."
-        self.drop_skipped()
-        if any(self.window):
-            self.average_losses()
 
     def set_learning_rate(self):
         "Give the optimiser the learning rate of the next iteration."
@@ -443,8 +437,37 @@ def _make_interruption(training: _TrainingState) -> Interrupted:
     return Interrupted(f"asked to stop in {place}: {saved}")
 
 
+# %% ../nbs/50_training.ipynb #0555518a
+class _WatchedTraining(_TrainingState):
+    "A step in training whose losses are read now and then, and which is saved."
+
+    def drop_skipped(self):
+        "Empty the terms of skipped iterations in the window."
+        if self.recipe.non_finite == "skip":
+            self.window = drop_skipped(self.window)
+
+    def average_losses(self) -> dict:
+        "Return the log record of the current window; ValueError when a loss or gradient is not finite."
+        self.drop_skipped()
+        return average_window(self.window, self.step.number, self.iteration, self.total, self.draws)
+
+    def check_finite(self):
+        "Raise ValueError when a loss or gradient of the current window is not finite."
+        self.drop_skipped()
+        if any(self.window):
+            self.average_losses()
+
+    def is_checkpoint_due(self, is_stopping: bool) -> bool:
+        "Whether to save now: when stopping, at the end, and at log records when enough time has passed."
+        if self.checkpoints is None:
+            return False
+        if is_stopping or self.iteration == self.total:
+            return True
+        return self.iteration % LOG_EVERY == 0 and self.checkpoints.is_due()
+
+
 # %% ../nbs/50_training.ipynb #5d08317b
-class Training(_TrainingState):
+class Training(_WatchedTraining):
     "The training loop of one step."
 
     def run(self, batches: Iterable[tuple[Tensor, Tensor]]):
@@ -496,14 +519,6 @@ class Training(_TrainingState):
             for validator in self.validators:
                 validator.validate(self.model)
         self.student.train()
-
-    def is_checkpoint_due(self, is_stopping: bool) -> bool:
-        "Whether to save now: when stopping, at the end, and at log records when enough time has passed."
-        if self.checkpoints is None:
-            return False
-        if is_stopping or self.iteration == self.total:
-            return True
-        return self.iteration % LOG_EVERY == 0 and self.checkpoints.is_due()
 
 
 # %% ../nbs/50_training.ipynb #48ca36f8

@@ -75,7 +75,7 @@ def test_python_is_started_in_one_way_only():
     texts = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
     counts = {name: text.count("sys.executable") for name, text in texts.items() if "sys.executable" in text}
     servers = {"cli", "curves"}  # of notebooks and of curves
-    own = dict(lifeline=1, launch=1)  # the second: a user's program
+    own = dict(lifeline=1, launch=1, slurm=3)  # the second: a user's program; the third: isolated, then with -P
     assert {name: n for name, n in counts.items() if name not in servers} == own
 
 

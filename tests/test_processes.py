@@ -140,7 +140,7 @@ launch(Settings(name='run', processes=2, training={QUIET | dict(iterations=5000)
         time.sleep(0.2)
     assert len(list_others()) == 4  # the child, the launcher, two workers
     program.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in program.communicate(timeout=30)[0]
+    assert "Interrupted: asked to stop" in program.communicate(timeout=30)[0]
     assert list_others() == []
 
 
