@@ -207,10 +207,19 @@ def strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
 
-# %% ../nbs/45_checkpoint.ipynb #d23ac1f4
+# %% ../nbs/45_checkpoint.ipynb #1c9f7f74
 _STATE = re.compile(r"step-\d{2,}-\d{8}\.safetensors")  # names of saved states
 
 
+def _list_states(folder: Path) -> list[Path]:
+    "List the saved states of all steps, newest first; other files and links are none."
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    states = [path for path in folder.iterdir() if _STATE.fullmatch(path.name)]
+    return sorted((path for path in states if not path.is_symlink()), reverse=True)
+
+
+# %% ../nbs/45_checkpoint.ipynb #d23ac1f4
 class StepCheckpoints:
     "The saved states of a running step in `folder`."
 
@@ -222,14 +231,7 @@ class StepCheckpoints:
 
     def list_files(self) -> list[Path]:
         "List the saved states of this step, newest first."
-        return [path for path in self._list_states() if path.name.startswith(f"step-{self.step:02d}-")]
-
-    def _list_states(self) -> list[Path]:
-        "List the saved states of all steps, newest first; other files and links are none."
-        if self.folder.is_symlink() or not self.folder.is_dir():
-            return []
-        states = [path for path in self.folder.iterdir() if _STATE.fullmatch(path.name)]
-        return sorted((path for path in states if not path.is_symlink()), reverse=True)
+        return [path for path in _list_states(self.folder) if path.name.startswith(f"step-{self.step:02d}-")]
 
     def is_due(self) -> bool:
         "Whether it is time to save, by the clock of the main process."
@@ -255,7 +257,7 @@ class StepCheckpoints:
                 f"the state in {path} was not read back as it was written: "
                 "expected a disk without errors; the previous state is kept"
             )
-        for old in self._list_states():
+        for old in _list_states(self.folder):
             if old != path:
                 old.unlink()
 

@@ -29,13 +29,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from .files import check_regular
+from .files import check_regular, read_bytes
 from .protocol import VOID
 
 # %% ../nbs/07_pictures.ipynb #38777b0e
 _PHOTO_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _MASK_FORMATS = ("PNG", "BMP")  # formats that keep every id exactly
 _MAX_PIXELS = 89_478_485  # Pillow's own limit, here an error instead of a warning
+_MAX_FILE = 512 << 20  # bytes; that many pixels without compression have less
 
 
 def _open_picture(source: Path | BytesIO, formats: tuple[str, ...] = _PHOTO_FORMATS) -> Image.Image:
@@ -145,7 +146,7 @@ def hash_content(content: bytes) -> str:
 def read_photo_facts(path: Path) -> PhotoFacts:
     "Read a photo and decode it to the end; ValueError as from `read_image`."
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, _MAX_FILE)
         with _open_photo(BytesIO(content)) as image:
             width, height = image.size
             image.draft("L", (1, 1))
@@ -218,7 +219,7 @@ def _read_mask(
     "Read a mask and its palette; ValueError as from `read_mask`."
     has_colours = _holds_colours(meaning)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, _MAX_FILE)
         with _open_picture(BytesIO(content), _MASK_FORMATS) as mask:
             mask.verify()  # checksums of a PNG, which decoding ignores: a flipped bit would be another class
         with _open_picture(BytesIO(content), _MASK_FORMATS) as mask:

@@ -130,8 +130,10 @@ def test_only_half_written_files_of_mbs_are_removed(tmp_path):
     inner = tmp_path / "s0"
     for folder in (tmp_path / "step-00", tmp_path / "resume", inner / "step-00", tmp_path / "notes"):
         folder.mkdir(parents=True)
-    kept = [".hidden.txt", ".notes", ".tmp", "notes/.a.12", "s0/.run.json.77", "s0/step-00/.model.safetensors.77"]
-    removed = [".run.json.12", "step-00/.samples.npz.3", "resume/.tmpA1b2C3", "resume/.step-00-00000004.safetensors.1"]
+    of_notes = [".hidden.txt", ".notes", ".tmp", ".a.2026", "notes/.a.0123abcd"]
+    of_another_run = ["s0/.run.json.0123abcd", "s0/step-00/.model.safetensors.0123abcd"]
+    kept = of_notes + of_another_run
+    removed = [".run.json.0123abcd", "step-00/.samples.npz.0123abcd", "resume/.tmpA1b2C3", "resume/.a.4.0123abcd"]
     for name in kept + removed:
         (tmp_path / name).write_text("")
     with lock_folder(tmp_path):

@@ -157,6 +157,9 @@ class InProcess:
             future.set_result(str(e))
         return future
 
+    def attach(self, folders):
+        return {}
+
     def stop(self):
         pass
 
