@@ -42,7 +42,11 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
 
 def make_safe_environment(changes: dict[str, str] | None = None) -> dict[str, str]:
     "Return the environment of this process with `changes`, for a Python that takes no code from the current folder."
-    return os.environ | SAFE_PATH | (changes or {})
+    variables = os.environ | SAFE_PATH | (changes or {})
+    if path := variables.get("PYTHONPATH"):
+        folders = path.split(os.pathsep)
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, folders))  # an empty entry is the current folder
+    return variables
 
 
 def make_module_command(

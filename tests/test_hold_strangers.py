@@ -96,8 +96,9 @@ def test_tours_of_runs_of_one_name_are_two(stranger, tmp_path):
 
 
 @pytest.mark.parametrize("has_safe_path", [sys.version_info >= (3, 11), False])
-def test_servers_take_no_module_of_the_folder_they_start_in(tmp_path, has_safe_path):
-    "`mbs --help` stands for a server: it imports itself and other packages."
+def test_servers_take_no_module_of_the_folder_they_start_in(tmp_path, has_safe_path, monkeypatch):
+    "`mbs --help` stands for a server: it imports itself and others. An empty entry of PYTHONPATH names no folder."
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", os.environ.get("PYTHONPATH", "")]))
     for name in ("mbs", "typer", "rich", "yaml", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text(TRAP)
     command = make_module_command("mbs.lifeline", "mbs", "--help", has_safe_path=has_safe_path)
