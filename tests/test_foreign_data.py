@@ -1,6 +1,7 @@
 "Data as other people keep them: file names, class names, photos and masks that do not fit, and content under any name."
 
 import json
+import os
 import re
 import shutil
 import unicodedata
@@ -193,6 +194,27 @@ def test_photos_are_known_by_their_content(tmp_path, monkeypatch):
         open_data(str(root))
 
 
+CHANGES = dict(  # of a folder → whether the data are others
+    photo=lambda root: save(root / "images/b.png", np.full((16, 16, 3), 99, np.uint8)) or True,
+    mask=lambda root: save(root / "masks/b.png", np.full((16, 16), 1, np.uint8)) or True,
+    time=lambda root: os.utime(root / "images/a.png", (1, 1)),
+    packing=lambda root: save(root / "masks/a.png", np.asarray(Image.open(root / "masks/a.png")), compress_level=0),
+    stranger=lambda root: (root / "masks/.DS_Store").touch(),
+    index=lambda root: [path.unlink() for path in root.glob(".mbs*")] and None,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.sampled_from(sorted(CHANGES)), min_size=1))
+def test_data_are_others_where_their_content_is(tmp_path_factory, chosen):
+    "Whatever else happens to the files of a folder that was opened before."
+    root = make_folder(tmp_path_factory.mktemp("own"), ("a.png", "b.png", "c.png"))
+    describe_folder(root, ["x"], test=["c"])
+    before = SegmentationFolder(root).fingerprint
+    is_changed = any([CHANGES[name](root) for name in chosen])
+    assert (SegmentationFolder(root).fingerprint != before) == is_changed
+
+
 def test_a_copied_folder_is_the_same_data(tmp_path):
     "Names of folders and times of files are not part of the data."
     describe_folder(make_folder(tmp_path / "a"), ["x"], test=0.34)
@@ -330,6 +352,21 @@ def test_what_is_no_picture_is_refused(wrong):
     for call in calls:
         with pytest.raises(ValueError, match="is not a picture: expected a file, a PIL picture"):
             call(wrong)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([np.uint8, np.int8, np.bool_, np.uint16, np.int64, np.float16, np.float32, np.complex64, object]),
+    st.lists(st.sampled_from([0, 1, 2, 3, 4, 16]), max_size=4),
+)
+def test_an_array_is_a_picture_or_refused(dtype, shape):
+    "Nothing is stretched, cut or turned in silence."
+    array = np.ones(shape, dtype)
+    if dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and array.size:
+        assert read_photo(array) is array
+    else:
+        with pytest.raises(ValueError, match="is not a picture: expected a file, a PIL picture"):
+            read_photo(array)
 
 
 LABELS = PHOTO[..., 0] % 3
