@@ -8,7 +8,7 @@ KIND := requirements/$(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c
 LOCK ?= $(wildcard $(KIND))  # the lock file for this Python and machine, if there is one; make LOCK= … installs the newest versions
 OLDEST := golden_model golden_parts rivals segmenter evaluation metrics protocol resume explore errors
 
-.PHONY: help demo bench gpu test stress lint export docs readme picture trained lock oldest clean
+.PHONY: help demo bench gpu test stress lint export docs readme picture trained lock wheel audit oldest clean
 .DEFAULT_GOAL := help
 
 help: ## list all commands
@@ -71,6 +71,13 @@ lock: .venv/developer ## write the installed versions to requirements/; for the 
 	@$(BIN)/python docs/dependencies.py
 	@touch .venv/installed .venv/developer && echo $(KIND)
 
+wheel: .venv/developer ## build dist/: sdist, wheel, and a bill of materials of all that is installed with it (CycloneDX)
+	@rm -rf dist && $(BIN)/python -m build --no-isolation -o dist . > /dev/null && $(BIN)/python docs/bill.py dist
+
+audit: ## look up known vulnerabilities of the locked versions (asks the advisory database of PyPI)
+	@$(PYTHON) -m venv .audit && .audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	@.audit/bin/pip-audit --no-deps --disable-pip -r $(KIND)
+
 # Exactly the lower bounds of settings.ini.
 .oldest/made: $(FACTS)
 	@$(PYTHON) -m venv .oldest
@@ -83,4 +90,4 @@ oldest: .oldest/made ## test all computations with the oldest supported releases
 	@OMP_NUM_THREADS=1 .oldest/bin/python -m pytest $(OLDEST:%=tests/test_%.py)
 
 clean: ## remove virtual environments and build products
-	rm -rf .venv .oldest build dist _docs *.egg-info
+	rm -rf .venv .oldest .audit build dist _docs *.egg-info

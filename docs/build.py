@@ -29,6 +29,7 @@ CODE = re.compile(
     re.M | re.S,
 )
 LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?\)")
+TOP_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")  # of the repository
 
 
 @cache
@@ -59,7 +60,7 @@ def find_page(path):
         return name
     if path.endswith(".md") and folder == "docs/results":
         return "results"
-    return {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}.get(path)
+    return path.removesuffix(".md").lower() if path in TOP_PAGES else None
 
 
 def find_source(module):
@@ -214,7 +215,7 @@ class Site:
         for path in self.notebooks:
             self.write_notebook(path)
         texts = [p for p in HERE.glob("*.md") if p.stem not in ("contents", "reference", "results")]
-        for path in [*texts, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+        for path in [*texts, *(ROOT / name for name in TOP_PAGES)]:
             source = path.relative_to(ROOT).as_posix()
             self.write(f"{find_page(source)}.md", self.add_links(path.read_text(encoding="utf-8"), source))
         self.write_reference()

@@ -3,6 +3,8 @@
 Locked versions fit each other, every licence is known, and every import has a requirement."""
 
 import ast
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,7 +15,7 @@ import tarfile
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
-from importlib.metadata import distributions, packages_distributions
+from importlib.metadata import distributions, packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,25 @@ def test_wheel_has_the_requirements_of_settings_ini(built):
         expected |= {normalise(f'{line}; extra == "{extra}"') for line in lines}
     assert {normalise(line) for line in metadata.get_all("Requires-Dist")} == expected
     assert set(metadata.get_all("Provides-Extra")) == set(by_extra)
+
+
+def test_the_bill_of_materials_names_all_that_is_installed(built):
+    "What mbs and its extras require, to the end and with installed versions; no tool of developers."
+    folder = built[1].parent
+    subprocess.run([sys.executable, ROOT / "docs/bill.py", folder], check=True, capture_output=True)
+    bill = json.loads((folder / f"mbs-{version('mbs')}.cdx.json").read_text(encoding="utf-8"))
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    root, found = bill["metadata"]["component"], {c["name"]: c for c in bill["components"]}
+    assert root["hashes"][0]["content"] == hashlib.sha256(built[1].read_bytes()).hexdigest()
+    assert all(c["version"] == version(name) and c["licenses"] and c["purl"] for name, c in found.items())
+    always, by_extra = read_requirements()
+    users = [*always, *(line for extra, lines in by_extra.items() if extra != "dev" for line in lines)]
+    needed = [Requirement(line) for line in users]
+    direct = {plain(r.name) for r in needed if not r.marker or r.marker.evaluate()}
+    depends = {entry["ref"]: set(entry.get("dependsOn", [])) for entry in bill["dependencies"]}
+    assert {ref.split("==")[0] for ref in depends[root["bom-ref"]]} == direct
+    assert set().union(*depends.values()) == {c["bom-ref"] for c in found.values()}
+    assert {"pytest", "ruff", "sphinx"}.isdisjoint(found) and {"numpy", "sympy"} <= set(found)
 
 
 def test_installed_wheel_works(installed):

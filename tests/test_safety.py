@@ -153,6 +153,15 @@ def test_names_in_pages_make_no_elements(runs, tmp_path, monkeypatch, kind):
 # --- servers
 
 
+def test_every_promise_names_its_tests():
+    text = (PACKAGE.parent / "SECURITY.md").read_text(encoding="utf-8")
+    written = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    promises = re.findall(r"^\| (?!promise)([^|-][^|]*) \| (.*) \|$", text, re.MULTILINE)
+    named = {promise: re.findall(r"`(test_\w+)`", tests) for promise, tests in promises}
+    assert len(named) > 9 and all(named.values()), named
+    assert not [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in written]
+
+
 def catch_start(words, monkeypatch):
     "Return command line and environment with which `mbs explore` would start a server."
     seen = []
