@@ -36,7 +36,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, field_validator
 
-from .files import read_json
+from .files import MAX_ANNOTATIONS, read_json
 from .layouts import check_class_names, find_reserved_id
 from .parameters import Parameters
 from .protocol import VOID
@@ -231,7 +231,7 @@ def _check_unique(coco: Coco, file: Path):
 
 def read_coco(file: Path) -> Coco:
     "Read a file in COCO's format; ValueError when it has another format or an id twice."
-    content = read_json(file)
+    content = read_json(file, MAX_ANNOTATIONS)
     problem = f"annotations {file} are not in COCO's format"
     if not isinstance(content, dict):
         raise ValueError(f"{problem}: expected 'images', 'annotations' and 'categories'")

@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     "MAX_JSON",
+    "MAX_ANNOTATIONS",
+    "MAX_NOTEBOOK",
     "MAX_ARRAYS",
     "remove_link",
     "replace_atomically",
@@ -188,8 +190,11 @@ def read_text(path: Path, limit: int) -> str:
 
 
 # %% ../nbs/03_files.ipynb #769ba861
-MAX_JSON = 512 << 20  # bytes; the largest annotations of COCO have 450 MB
+MAX_JSON = 16 << 20  # bytes of the facts of a run
+MAX_ANNOTATIONS = 512 << 20  # the largest of COCO have 450 MB
+MAX_NOTEBOOK = 128 << 20  # with its pictures
 _MAX_JSON_DEPTH = 64
+_MAX_JSON_PARTS = 8_000_000  # dictionaries and lists, each of which takes a hundred bytes; COCO has half of them
 _HUGE_NUMBER = re.compile(r"[0-9](?:[eE][+0-9][0-9]{2}|[0-9]{308})")  # may be too large; quick to search for
 
 
@@ -252,8 +257,11 @@ def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     "Read a JSON file of at most `limit` bytes; ValueError in one sentence if it is missing, damaged or beyond limits."
     try:
         text = read_text(path, limit)
+        n_parts = text.count("[") + text.count("{")
+        if n_parts > _MAX_JSON_PARTS:
+            raise ValueError(f"it has {n_parts:,} dictionaries and lists, more than {_MAX_JSON_PARTS:,}")
         content = parse_json(text)
-        if text.count("[") + text.count("{") > _MAX_JSON_DEPTH:
+        if n_parts > _MAX_JSON_DEPTH:
             _check_depth(content)
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read ({e}): expected a complete JSON file") from None

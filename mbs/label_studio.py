@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from .coco import Export, ExportBuilder, PhotoFinder, RunLengths, encode_runs, make_ellipse
-from .files import read_json
+from .files import MAX_ANNOTATIONS, read_json
 from .layouts import find_photos
 from .parameters import Parameters
 from .pictures import read_photo_facts
@@ -217,7 +217,7 @@ def _add_shape(found: ExportBuilder, shape: LabelStudioResult, k: int, name: str
 # %% ../nbs/08c_label_studio.ipynb #cb75b011
 def _read_tasks(file: Path) -> list[LabelStudioTask]:
     "Read the tasks of an export; ValueError when it has another format."
-    content = read_json(file)
+    content = read_json(file, MAX_ANNOTATIONS)
     expected = "expected the export 'JSON', a list of tasks with 'data' and 'annotations'"
     if not isinstance(content, list) or not all(isinstance(task, dict) for task in content):
         raise ValueError(f"{file} is not in Label Studio's format: {expected}")

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import ConfigDict, Field, FiniteFloat
 
 from .coco import Export, ExportBuilder, PhotoFinder, RunLengths, encode_runs, make_ellipse
-from .files import read_json
+from .files import MAX_ANNOTATIONS, read_json
 from .layouts import find_photos
 from .parameters import Parameters
 from .pictures import read_photo_facts
@@ -136,7 +136,7 @@ def _measure_picture(content: LabelmeFile, photo: Path | bytes) -> tuple[int, in
 def _read_files(folder: Path, remarks: list[str]) -> Iterator[tuple[Path, LabelmeFile]]:
     "Yield the files of labelme in `folder`; add a sentence to `remarks` for other JSON files."
     for file in sorted(folder.glob("[!.]*.json")):
-        content = read_json(file)
+        content = read_json(file, MAX_ANNOTATIONS)
         if not isinstance(content, dict) or "shapes" not in content:
             remarks.append(f"file {file} is not labelme's and is left out")
             continue

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from .files import read_json, refuse_links
+from .files import MAX_NOTEBOOK, read_json, refuse_links
 from .folders import find_runs_folder
 from mbs.lifeline import (
     EXIT_RESUME,
@@ -180,13 +180,10 @@ def execute_notebook(
 
 
 # %% ../nbs/64_notebooks.ipynb #a26549f2
-_MAX_NOTEBOOK = 128 << 20  # bytes
-
-
 def read_failure(notebook: Path) -> str:
     "Return the error that ended an executed notebook; empty if there is none or no complete notebook."
     try:
-        cells = read_json(notebook, _MAX_NOTEBOOK)["cells"]
+        cells = read_json(notebook, MAX_NOTEBOOK)["cells"]
         outputs = [output for cell in cells for output in cell.get("outputs", [])]
         errors = [output for output in outputs if output["output_type"] == "error"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

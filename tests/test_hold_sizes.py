@@ -152,6 +152,16 @@ def test_json_within_the_limits_is_read(tmp_path, text):
     assert repr(read_json(tmp_path / "a.json")) == repr(json.loads(text)) == repr(parse_json(text))
 
 
+def test_dictionaries_and_lists_are_counted_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("mbs.files._MAX_JSON_PARTS", 100)
+    (tmp_path / "a.json").write_text("[" + "[]," * 98 + "{}]")
+    assert len(read_json(tmp_path / "a.json")) == 99
+    (tmp_path / "a.json").write_text("[" + "[]," * 99 + "{}]")
+    monkeypatch.setattr("mbs.files.parse_json", None)
+    with pytest.raises(ValueError, match="101 dictionaries and lists, more than 100"):
+        read_json(tmp_path / "a.json")
+
+
 def test_large_files_are_refused_unread(run_folder):
     "Files with holes are large and take no room."
     for name, read in {

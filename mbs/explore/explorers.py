@@ -83,7 +83,7 @@ from mbs.explore.widgets import (
     make_picture_controls,
     wrap_row,
 )
-from ..files import read_json, write_text
+from ..files import MAX_NOTEBOOK, read_json, write_text
 from ..folders import find_package_folder, home
 from ..run import Run
 
@@ -569,7 +569,7 @@ def write_tour(
     path = (folder or _choose_tour_folder(run, other)) / name
     if path.is_file():
         try:
-            nbformat.validate(read_json(path))
+            nbformat.validate(read_json(path, MAX_NOTEBOOK))
         except Exception:  # nbformat fails in many ways
             raise ValueError(
                 f"{path} cannot be read: expected a notebook; remove the file, and the tour is written again"
