@@ -7,6 +7,7 @@ __all__ = ["collect_scalars", "find_run_folders", "CurveWriter", "start_tensorbo
 
 # %% ../nbs/72_curves.ipynb #3b56971e
 import logging
+import secrets
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -113,10 +114,16 @@ class CurveWriter:
 
 # %% ../nbs/72_curves.ipynb #8f8cf7cf
 @contextmanager
-def start_tensorboard(folder: Path, port: int = 6006) -> Iterator[subprocess.Popen]:
+def start_tensorboard(
+    folder: Path,
+    port: int = 6006,
+    token: str = "",  # which its link has to name; empty: a new one
+) -> Iterator[subprocess.Popen]:
     "Run TensorBoard on `folder` at 127.0.0.1 until the context ends; yield its process."
     options = ["--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
-    with run_server("tensorboard.main", "--logdir", str(folder.absolute()), *options, folder=folder) as process:
+    arguments = ["mbs.guarded_tensorboard", "--logdir", str(folder.absolute()), *options]
+    environment = dict(MBS_TOKEN=token or secrets.token_urlsafe(32))
+    with run_server(*arguments, environment=environment, folder=folder) as process:
         yield process
 
 

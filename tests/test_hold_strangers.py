@@ -14,9 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 import mbs.cli
+import mbs.curves
 from mbs.cli import app
+from mbs.curves import start_tensorboard
 from mbs.explore.explorers import write_tour
 from mbs.folders import find_package_folder
+from mbs.guarded_tensorboard import guard_application
 from mbs.lifeline import make_module_command, make_safe_environment, run_server
 from mbs.run import load_run, trained_run
 
@@ -107,6 +110,60 @@ def test_servers_take_no_module_of_the_folder_they_start_in(tmp_path, has_safe_p
         del environment["PYTHONSAFEPATH"]  # which Python 3.10 does not know
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "Usage: " in result.stdout and not (tmp_path / "ran").exists(), result.stderr
+
+
+def ask(host, query="", cookie=""):
+    "Return the status, headers and body that a guarded application answers."
+    application = guard_application(lambda _, start: start("200 OK", []) or [b"curves"], "s3cret")
+    seen = []
+    environ = dict(SERVER_PORT="6006", PATH_INFO="/x", HTTP_HOST=host, QUERY_STRING=query, HTTP_COOKIE=cookie)
+    body = b"".join(application(environ, lambda status, headers: seen.append((status[:3], dict(headers)))))
+    return *seen[0], body
+
+
+@pytest.mark.parametrize("host", ["localhost:6006", "127.0.0.1", "[::1]:6006"])
+def test_tensorboard_answers_who_has_the_token(host):
+    status, headers, body = ask(host, "token=s3cret")
+    assert (status, headers["Location"], body) == ("302", "/x", b"")
+    assert ask(host, cookie=headers["Set-Cookie"].split(";")[0]) == ("200", {}, b"curves")
+
+
+@pytest.mark.parametrize(
+    "host, query, cookie",
+    [
+        ("localhost:6006", "", ""),
+        ("localhost:6006", "token=", "mbs-token-6006="),
+        ("localhost:6006", "token=s3cre", ""),
+        ("localhost:6006", "token=%C3%A9", "mbs-token-6006=\u00e9"),
+        ("localhost:6006", "token=x&token=s3cret", ""),
+        ("localhost:6006", "", "mbs-token-6007=s3cret"),
+        ("localhost:6006", "", "=;;\x00"),
+        ("evil.example:6006", "token=s3cret", "mbs-token-6006=s3cret"),
+        ("localhost.evil.example", "", "mbs-token-6006=s3cret"),
+        ("", "", "mbs-token-6006=s3cret"),
+    ],
+)
+def test_tensorboard_answers_nobody_else(host, query, cookie):
+    "Other users of the machine, and pages whose name points to it."
+    status, _, body = ask(host, query, cookie)
+    assert status == "403" and body != b"curves" and body.count(b"\n") == 1
+
+
+def test_the_token_of_tensorboard_is_in_no_process_list(tmp_path, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def record(*arguments, environment, folder):
+        seen.append((arguments, environment))
+        yield
+
+    monkeypatch.setattr(mbs.curves, "run_server", record)
+    for _ in range(2):
+        with start_tensorboard(tmp_path):
+            pass
+    (arguments, first), (_, second) = seen
+    assert arguments[0] == "mbs.guarded_tensorboard" and "127.0.0.1" in arguments
+    assert len(first["MBS_TOKEN"]) >= 32 and first != second and first["MBS_TOKEN"] not in " ".join(arguments)
 
 
 def test_a_server_ends_with_the_block_and_with_its_parent(tmp_path):
