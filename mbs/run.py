@@ -50,10 +50,11 @@ from .parameters import Parameters
 from .parts import Parts
 from .pictures import read_photo
 from .protocol import VOID, Protocol
-from .recipe import Recipe, make_accelerator
+from .recipe import Recipe
 from .scenes import draw_scene
 from .segmenter import Segmenter
-from .settings import Settings, Setup, build_network, hash_base_step
+from .settings import Settings
+from .setup import Setup, build_network, hash_base_step, make_accelerator
 from .value_table import render_values
 
 

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from mbs import bands
 from mbs.bands import argmax_in_bands, compile_bands, compute_band_loss
-from mbs.methods import ABLATIONS, METHODS, Method
+from mbs.methods import ABLATIONS, Method
 from mbs.objective import can_use_bands, step_loss
 from mbs.output_distillation import guide_targets, label_guided_targets
+from mbs.parts import METHODS
 from mbs.protocol import VOID
 from mbs.pseudo_labels import ignore_doubtful, relabel_confident, select_labels, selective_pseudo_labels
 from mbs.segmenter import Segmenter, SegmenterOutput

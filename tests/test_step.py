@@ -11,15 +11,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from mbs.evaluation import evaluate
 from mbs.experiment import Experiment
-from mbs.methods import METHODS, Method
+from mbs.methods import Method
 from mbs.metrics import iou_matrix
 from mbs.objective import reference_pixel_terms
+from mbs.parts import METHODS
 from mbs.protocol import Protocol
-from mbs.recipe import make_accelerator, make_recipe, make_test_view, make_train_view
+from mbs.recipe import make_recipe
 from mbs.run import trained_run
 from mbs.run_folder import describe_difference
 from mbs.segmenter import Segmenter
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup, make_accelerator, make_test_view, make_train_view
 from mbs.training import (
     LONG_STEP,
     Training,
