@@ -1606,7 +1606,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.settings._leave_out_other_options': ('settings.html#_leave_out_other_options', 'mbs/settings.py'),
                               'mbs.settings._make_name': ('settings.html#_make_name', 'mbs/settings.py'),
                               'mbs.settings._name_memory': ('settings.html#_name_memory', 'mbs/settings.py'),
-                              'mbs.settings.check_names': ('settings.html#check_names', 'mbs/settings.py'),
+                              'mbs.settings.check_settings': ('settings.html#check_settings', 'mbs/settings.py'),
                               'mbs.settings.settings_from_notebook': ('settings.html#settings_from_notebook', 'mbs/settings.py')},
             'mbs.setup': { 'mbs.setup.Origin': ('setup.html#origin', 'mbs/setup.py'),
                            'mbs.setup.Setup': ('setup.html#setup', 'mbs/setup.py'),

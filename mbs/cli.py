@@ -143,10 +143,10 @@ def _run_with_progress(plan: list) -> list:
     "Execute the runs with the settings of `plan` one after the other, each with a progress bar."
     from mbs.folders import find_runs_folder
     from mbs.notebooks import start_kernel
-    from mbs.settings import check_names
+    from mbs.settings import check_settings
 
     for settings in plan:
-        check_names(settings)
+        check_settings(settings)
     with ExitStack() as kernels:  # the first one loads PyTorch while this process does
         kernel = kernels.enter_context(start_kernel(find_runs_folder() / "train.ipynb"))
         from mbs.batch import prepare_experiment, run_notebook
@@ -758,10 +758,10 @@ _PUBLISHED = dict(encoder="vit_base_patch16_384", recipe="paper", training=dict(
 
 def _make_setup(words: list[str], chosen: dict):
     "Make the setup of the published recipe with the parameters `chosen`, changed by `words`."
-    from mbs.settings import Settings, check_names
+    from mbs.settings import Settings, check_settings
 
     settings = Settings.from_layers(_PUBLISHED | chosen, parse_words(words))
-    check_names(settings)
+    check_settings(settings)
     from mbs.setup import Setup  # seconds later
 
     return Setup(settings)

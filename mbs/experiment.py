@@ -43,7 +43,7 @@ from .run_folder import RunWriter, create_run_folder, explain_write_errors, find
 from .segmenter import Segmenter
 from .settings import Settings
 from .setup import Setup, hash_base_step, make_accelerator, make_test_view, make_train_view
-from .training import Validator, finish_method, measure_peak_memory, train_step
+from .training import Validator, choose_compiled, finish_method, measure_peak_memory, train_step
 from .views import StepView, move_to_device
 
 
@@ -365,7 +365,8 @@ def _train_and_write(
     ways = {name: _evaluate_state(setup, predictor, step, state, test)[0] for name, (state, test) in ways.items()}
     confusion, columns = _evaluate_state(setup, predictor, step, kept, recipe.test)
     seconds = round(time.perf_counter() - started, 2)
-    facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), **setup.method.found)
+    compiled = choose_compiled(recipe, setup.iterations()[step.number], make_accelerator(recipe).device)
+    facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), compiled=compiled, **setup.method.found)
     experiment.exemplars = _select_exemplars(experiment, student, step)
     writer.finish_step(step, predictor, confusion, ways | columns, facts, teacher, experiment.exemplars)
     return student

@@ -260,6 +260,7 @@ class _Metrics(Parameters):
     shift: dict[str, float]
     seconds: float
     memory: float = 0.0
+    compiled: str = ""  # see `mbs.training.choose_compiled`
     columns: dict[str, dict[str, float]] = {}
     pseudo_labels: dict[str, float] = {}
     labels: dict[str, float | list[int]] = {}

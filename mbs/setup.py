@@ -44,7 +44,7 @@ from .protocol import Protocol, Step
 from .recipe import Recipe, count_iterations, fit_recipe, list_recipe_layers, make_recipe
 from .scenes import write_scenes
 from .segmenter import MaskTransformer, Segmenter
-from .settings import Settings, _is_folder, check_names
+from .settings import Settings, _is_folder, check_settings
 from .views import StepView
 from .weights import make_encoder
 
@@ -174,7 +174,7 @@ class Setup:
     "Data, protocol, recipe and method that `settings` describe; ValueError for what does not fit."
 
     def __init__(self, settings: Settings, method: type[Method] = Method):
-        check_names(settings, method)
+        check_settings(settings, method)
         self.settings = settings
         self.train, self.test = open_data(settings.data, settings.scenes, settings.tuning)
         dataset, classes = self.train.dataset, self.train.classes
@@ -270,7 +270,7 @@ def _expand_groups(settings: Settings) -> dict[str, tuple[dict, dict[str, dict]]
 def trace_parameters(layers: dict[str, dict]) -> list[Origin]:
     "List every parameter of the settings that `layers`, by source, give; ValueError for impossible ones."
     settings = Settings.from_layers(*layers.values())
-    check_names(settings)
+    check_settings(settings)
     stack = Settings.stack_layers(*layers.values())
     sources, groups = find_sources(dict(zip(["default", *layers], stack))), _expand_groups(settings)
     rows = []
