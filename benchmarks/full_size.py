@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mbs.recipe import make_accelerator, make_recipe
+from mbs.recipe import make_recipe
+from mbs.setup import make_accelerator
 
 TASKS = {"VOC 15-5": (16, 5), "ADE20K 100-50": (101, 50)}  # channels of the base step, new classes
 GPUS = {

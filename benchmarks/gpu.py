@@ -29,9 +29,10 @@ from mbs.draws import Draws, choose_workers, iterate_batches
 from mbs.evaluation import evaluate
 from mbs.folders import home
 from mbs.protocol import Protocol
-from mbs.recipe import make_accelerator, make_recipe, make_test_view, make_train_view
+from mbs.recipe import make_recipe
 from mbs.run import _read_git_commit
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup, make_accelerator, make_test_view, make_train_view
 
 
 class Size(NamedTuple):

@@ -22,7 +22,8 @@ from mbs.data import SegmentationFolder
 from mbs.identity import IdentifiedSegmenter, Identity
 from mbs.identity_learning import learn_identity
 from mbs.inference import predict_labels
-from mbs.recipe import make_recipe, make_test_view
+from mbs.recipe import make_recipe
+from mbs.setup import make_test_view
 
 N_PICTURES = 500  # of a later step of VOC 15-1
 N_TIMED = 4  # pictures in a timed call

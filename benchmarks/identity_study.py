@@ -42,10 +42,9 @@ from mbs.identity_learning import N_SCORED
 from mbs.metrics import Confusion, scores
 from mbs.parameter_files import read_parameters
 from mbs.protocol import SETTINGS, Protocol, Step
-from mbs.recipe import make_test_view
 from mbs.run import Run
 from mbs.segmenter import cover
-from mbs.settings import Setup
+from mbs.setup import Setup, make_test_view
 from mbs.tables import Table, summarise_seeds, to_markdown
 from mbs.viz import show_confusions
 

@@ -27,7 +27,8 @@ from mbs.cache import cache_pictures
 from mbs.data import SegmentationFolder
 from mbs.draws import Draws
 from mbs.protocol import Protocol
-from mbs.recipe import make_recipe, make_train_view
+from mbs.recipe import make_recipe
+from mbs.setup import make_train_view
 
 CORES = 16  # of the machine that figures are given for: those of one core, multiplied
 

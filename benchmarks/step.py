@@ -11,8 +11,9 @@ from interleaved import peak, rounds, row, same
 
 from mbs.methods import Method
 from mbs.protocol import Protocol
-from mbs.recipe import make_accelerator, make_recipe
+from mbs.recipe import make_recipe
 from mbs.segmenter import Segmenter
+from mbs.setup import make_accelerator
 from mbs.training import Training
 from mbs.weights import make_encoder
 

@@ -15,7 +15,6 @@ from .feature_distillation import local_pod as local_pod
 from .feature_distillation import reliability as reliability
 from .layouts import describe_folder as describe_folder
 from .methods import ABLATIONS as ABLATIONS
-from .methods import METHODS as METHODS
 from .methods import Method as Method
 from .metrics import Confusion as Confusion
 from .metrics import PseudoLabelCounts as PseudoLabelCounts
@@ -28,6 +27,7 @@ from .metrics import scores as scores
 from .objective import step_loss as step_loss
 from .output_distillation import label_guided_distillation as label_guided_distillation
 from .output_distillation import unbiased_distillation as unbiased_distillation
+from .parts import METHODS as METHODS
 from .parts import Parts as Parts
 from .protocol import Protocol as Protocol
 from .protocol import Step as Step

@@ -31,7 +31,8 @@ from .notebooks import RunFailed, execute_notebook, lock_worker, read_failure, r
 from .rehearsal import Rehearsal, probe_folder
 from .run import Card, Run, load_run, make_card
 from .run_folder import refuse_other_run, warn_of_neighbours
-from .settings import Settings, Setup
+from .settings import Settings
+from .setup import Setup
 from .slurm import OnSlurm
 from .tables import Table, format_duration
 
@@ -79,6 +80,7 @@ def _report_progress(folder: Path, total: int, progress: Callable[[int, int], No
 def run_notebook(
     experiment: Experiment,  # from `prepare_experiment`
     progress: Callable[[int, int], None] | None = None,  # called with iterations done and in all
+    kernel=None,  # a fresh one from `start_kernel`; None: started here
 ) -> Run:
     "Execute `train.ipynb` into the run folder and return the finished run; do nothing if it is finished already."
     folder = experiment.folder
@@ -89,7 +91,7 @@ def run_notebook(
     parameters = experiment.settings.model_dump(mode="json")
     with _report_progress(folder, total, progress) if progress else nullcontext():
         with interrupt_on_signals(), lock_worker(folder):
-            execute_notebook(find_runs_folder() / "train.ipynb", folder / "train.ipynb", parameters)
+            execute_notebook(find_runs_folder() / "train.ipynb", folder / "train.ipynb", parameters, kernel=kernel)
     return load_run(folder)
 
 

@@ -34,7 +34,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -141,21 +141,31 @@ def _print_own_recipe(setup):
 # %% ../nbs/80_cli.ipynb #aad938e1
 def _run_with_progress(plan: list) -> list:
     "Execute the runs with the settings of `plan` one after the other, each with a progress bar."
-    from mbs.batch import prepare_experiment, run_notebook
+    from mbs.folders import find_runs_folder
+    from mbs.notebooks import start_kernel
+    from mbs.settings import check_settings
 
-    experiments = [prepare_experiment(settings) for settings in plan]
-    for experiment in experiments:
-        _print_own_recipe(experiment.setup)
-    runs = []
-    with _make_progress() as bars:
-        tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
-        for experiment, task in zip(experiments, tasks):
+    for settings in plan:
+        check_settings(settings)
+    with ExitStack() as kernels:  # the first one loads PyTorch while this process does
+        kernel = kernels.enter_context(start_kernel(find_runs_folder() / "train.ipynb"))
+        from mbs.batch import prepare_experiment, run_notebook
 
-            def show(done: int, total: int, task=task):
-                bars.update(task, completed=done, total=total)
+        experiments = [prepare_experiment(settings) for settings in plan]
+        for experiment in experiments:
+            _print_own_recipe(experiment.setup)
+        runs = []
+        with _make_progress() as bars:
+            tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
+            for experiment, task in zip(experiments, tasks):
 
-            bars.start_task(task)
-            runs.append(run_notebook(experiment, show))
+                def show(done: int, total: int, task=task):
+                    bars.update(task, completed=done, total=total)
+
+                bars.start_task(task)
+                runs.append(run_notebook(experiment, show, kernel))
+                kernels.close()
+                kernel = None  # the next run starts its own
     return runs
 
 
@@ -220,10 +230,12 @@ def run(
 ):
     "Train one run of a protocol: an executed notebook and a run folder in outputs/."
     with explain_errors(), interrupt_on_signals():
-        from mbs.settings import Settings, trace_parameters
+        from mbs.settings import Settings
 
         layers = _read_layers(words or [])
         if print_config:
+            from mbs.setup import trace_parameters
+
             _print_origins(trace_parameters(layers))
             return
         runs = _run_with_progress([Settings.from_layers(*layers.values())])
@@ -384,13 +396,14 @@ def demo(
     with explain_errors(), interrupt_on_signals():
         from mbs.files import remove_link
         from mbs.folders import home
-        from mbs.report import write_report
         from mbs.settings import Settings
 
         names = methods.replace(" ", "").split(",")
         pairs = [(seed, name) for seed in range(seeds) for name in names]
         chosen = [dict(name=f"demo-{name}-s{seed}", method=name, seed=seed) for seed, name in pairs]
         runs = _run_with_progress([Settings.from_layers(read_parameters("demo"), values) for values in chosen])
+        from mbs.report import write_report
+
         folder = write_report(runs, remove_link(home("outputs", "demo")))
         _print_summary(runs)
         typer.echo(f"\nThe comparison as a picture: {folder / 'comparison.png'}")
@@ -724,9 +737,9 @@ def inspect(
 ):
     "Show what each step of a protocol sees, hides in the background and costs, by default with the published recipe."
     with explain_errors():
+        setup = _make_setup(words or [], dict(data=data, protocol=parse_value(protocol), setting=setting))
         from mbs.inspect import count_views, inspect_steps, show_inspection, time_steps
 
-        setup = _make_setup(words or [], dict(data=data, protocol=parse_value(protocol), setting=setting))
         rows = inspect_steps(setup)
         if measure:
             rows = time_steps(setup, rows)
@@ -745,9 +758,13 @@ _PUBLISHED = dict(encoder="vit_base_patch16_384", recipe="paper", training=dict(
 
 def _make_setup(words: list[str], chosen: dict):
     "Make the setup of the published recipe with the parameters `chosen`, changed by `words`."
-    from mbs.settings import Settings, Setup
+    from mbs.settings import Settings, check_settings
 
-    return Setup(Settings.from_layers(_PUBLISHED | chosen, parse_words(words)))
+    settings = Settings.from_layers(_PUBLISHED | chosen, parse_words(words))
+    check_settings(settings)
+    from mbs.setup import Setup  # seconds later
+
+    return Setup(settings)
 
 
 def _print_views(counts: list[int]):

@@ -29,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .methods import METHODS
 from .metrics import FLOWS, background_shift, backward_transfer, forgetting, nan_mean, scores
 from .orders import find_order_name
+from .parts import METHODS
 from .protocol import Protocol, Step
 from .run import Run, load_run
 from .tables import summarise_seeds

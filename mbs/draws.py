@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "ExemplarView",
     "Draws",
     "count_workers",
     "choose_workers",
@@ -27,9 +28,35 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import Pair
 from .lifeline import STOP_SIGNALS
-from .memory import ExemplarView
+from .memory import Exemplars, label_exemplar
 from .processes import take_own_share
 from .views import StepView, move_to_device
+
+
+# %% ../nbs/12_draws.ipynb #96f864b7
+class ExemplarView(StepView):
+    "The exemplars that a step does not see itself: (H, W, 3) and (H, W), both uint8, after the transform of its view."
+
+    def __init__(
+        self,
+        view: StepView,  # training pictures of the step
+        exemplars: Exemplars,  # of earlier steps
+    ):
+        if (exemplars.steps >= view.step.number).any():
+            raise ValueError(
+                f"step {view.step.number} gets exemplars of step {exemplars.steps.max()}: expected earlier steps only"
+            )
+        kept = exemplars.without(view.positions)
+        super().__init__(view.data, view.step, view.transform, view.normalisation, view.labels, kept.positions)
+        self.steps = kept.steps
+
+    def __getitem__(self, i: int) -> Pair:
+        image, mask = self.data[self.positions[i]]
+        own = self.step.protocol[self.steps[i]]
+        return self.transform(image, label_exemplar(mask, own, self.step))
+
+    def __repr__(self):
+        return f"ExemplarView({self.step}: {len(self)} exemplars of {self.data!r})"
 
 
 # %% ../nbs/12_draws.ipynb #5d7f82d3

@@ -24,6 +24,7 @@ from .augment import Normalisation
 from .cache import cache_pictures
 from .checkpoint import load_model
 from .diagnosis import diagnose_step
+from .draws import ExemplarView
 from .evaluation import evaluate, evaluate_identity, score_new_classes
 from .files import refuse_links
 from .folders import home
@@ -31,17 +32,18 @@ from .identity import Predictor, measure_coverage, split_predictor
 from .identity_learning import Identification
 from .lifeline import interrupt_on_signals
 from .locks import lock_folder
-from .memory import Exemplars, ExemplarView, select_exemplars
+from .memory import Exemplars, select_exemplars
 from .methods import Method
 from .metrics import Confusion
 from .processes import broadcast_from_main, get_processes
 from .protocol import VOID, Step
-from .recipe import Recipe, make_accelerator, make_test_view, make_train_view
+from .recipe import Recipe
 from .run import Run, load_run
 from .run_folder import RunWriter, create_run_folder, explain_write_errors, find_shared_bases, warn_of_neighbours
 from .segmenter import Segmenter
-from .settings import Settings, Setup, hash_base_step
-from .training import Validator, finish_method, measure_peak_memory, train_step
+from .settings import Settings
+from .setup import Setup, hash_base_step, make_accelerator, make_test_view, make_train_view
+from .training import Validator, choose_compiled, finish_method, measure_peak_memory, train_step
 from .views import StepView, move_to_device
 
 
@@ -363,7 +365,8 @@ def _train_and_write(
     ways = {name: _evaluate_state(setup, predictor, step, state, test)[0] for name, (state, test) in ways.items()}
     confusion, columns = _evaluate_state(setup, predictor, step, kept, recipe.test)
     seconds = round(time.perf_counter() - started, 2)
-    facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), **setup.method.found)
+    compiled = choose_compiled(recipe, setup.iterations()[step.number], make_accelerator(recipe).device)
+    facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), compiled=compiled, **setup.method.found)
     experiment.exemplars = _select_exemplars(experiment, student, step)
     writer.finish_step(step, predictor, confusion, ways | columns, facts, teacher, experiment.exemplars)
     return student

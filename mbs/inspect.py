@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .protocol import Step
 from .recipe import count_iterations
-from .settings import Setup
+from .setup import Setup
 from .training import Training
 
 

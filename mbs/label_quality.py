@@ -25,7 +25,7 @@ from .objective import make_training_labels
 from .protocol import Step
 from .run import Run
 from .segmenter import Segmenter
-from .settings import Setup
+from .setup import Setup
 
 
 # %% ../nbs/51a_label_quality.ipynb #38930636

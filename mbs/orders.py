@@ -69,7 +69,8 @@ from .identity import measure_coverage
 from .protocol import Protocol
 from .run import Run
 from .segmenter import Segmenter
-from .settings import Settings, Setup
+from .settings import Settings
+from .setup import Setup
 from .views import StepView
 from .viz import class_colours, make_grid
 

@@ -18,9 +18,6 @@ __all__ = [
     "fit_recipe",
     "count_iterations",
     "learning_rate",
-    "make_accelerator",
-    "make_train_view",
-    "make_test_view",
 ]
 
 # %% ../nbs/46_recipe.ipynb #42c2fc73
@@ -31,18 +28,9 @@ from operator import or_
 from typing import Literal
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from pydantic import Field, NonNegativeFloat
 
-from .augment import Normalisation, ReleasedTransform, TestTransform, TrainTransform
-from .data import SegmentationFolder
 from .parameters import Parameters
-from .processes import get_processes
-from .protocol import Step
-from .views import StepView
 
 # %% ../nbs/46_recipe.ipynb #9ab6253d
 Factors = tuple[NonNegativeFloat, NonNegativeFloat]
@@ -121,6 +109,8 @@ _BYTES = 4096  # of an iteration, for a pixel; measured: 2,000 with ViT-B/16 and
 
 def _measure_memory() -> int:
     "Return the bytes of memory of the GPU, or of this machine where there is none."
+    import torch  # here alone, so that parameters are checked before it is loaded
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -162,48 +152,3 @@ def learning_rate(recipe: Recipe, step: int, iteration: int, total: int) -> floa
     warm_up = (iteration + 1) / max(1, total // 20)
     decay = 0.5 * (1 + math.cos(math.pi * iteration / total))
     return base * min(warm_up, decay)
-
-
-# %% ../nbs/46_recipe.ipynb #01941099
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    "Return the device and precision of a recipe: its `precision` on a GPU, its `cpu_precision` on a CPU."
-    get_processes()  # before Accelerate decides who is who
-    if recipe.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
-    torch.backends.cudnn.deterministic = recipe.deterministic
-    precision = recipe.precision if torch.cuda.is_available() else recipe.cpu_precision
-    mixed_precision = precision.replace("fp32", "no")
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()  # one process may run recipes of several precisions
-    options = DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=True)
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[options])
-
-
-# %% ../nbs/46_recipe.ipynb #5f764fb9
-def make_train_view(
-    data: SegmentationFolder,
-    step: Step,
-    normalisation: Normalisation,
-    recipe: Recipe,
-    positions: np.ndarray | None = None,  # which images; None: all that the step sees
-) -> StepView:
-    "Return the augmented training pictures of `step`."
-    transform = ReleasedTransform if recipe.augmentation == "released" else TrainTransform
-    crop = transform(recipe.crop, normalisation, recipe.scale, recipe.flip)
-    return StepView(data, step, crop, normalisation, positions=positions)
-
-
-# %% ../nbs/46_recipe.ipynb #8bde3933
-def make_test_view(
-    data: SegmentationFolder,
-    step: Step,
-    normalisation: Normalisation,
-    recipe: Recipe,
-    test: str = "",  # "whole", "window" or "crop"; empty: as the recipe says
-    labels: str = "test",  # see `Step.to_channels`
-    positions: np.ndarray | None = None,  # which images; None: the whole part
-) -> StepView:
-    "Return the pictures that `step` is tested on: whole, or centre crops when `test` is 'crop'."
-    crop = recipe.crop if (test or recipe.test) == "crop" else None
-    return StepView(data, step, TestTransform(crop), normalisation, labels, positions)

@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .draws import Draws, iterate_batches
 from .processes import take_own_share
-from .recipe import make_train_view
 from .run_folder import explain_write_errors
 from .segmenter import Segmenter
-from .settings import Setup
+from .setup import Setup, make_train_view
 
 # %% ../nbs/53a_rehearsal.ipynb #08f2ea0c
 _FEW_PIXELS = 2 * 128**2  # of a batch that is computed faster than it is followed

@@ -253,10 +253,11 @@ def make_card_table(runs: Sequence[Run]) -> Table:
         "Data: fingerprints of the training part and the test part. Shots: pictures of each new class in a later step, "
         "at most. Exemplars: stored pictures of earlier steps that later steps train on again. "
         "A commit with + had uncommitted changes. "
-        "Every parameter is in the run's run.json. Memory: of tensors on a GPU, of the whole process on a CPU."
+        "Every parameter is in the run's run.json. Memory: of tensors on a GPU, of the whole process on a CPU. "
+        "Compiled: what torch.compile was asked for."
     )
     rows = [_describe_origin(run) for run in runs]
-    return Table("Run cards", [*columns, "seconds a step", "peak GiB a step"], rows, note)
+    return Table("Run cards", [*columns, "seconds a step", "peak GiB a step", "compiled a step"], rows, note)
 
 
 # %% ../nbs/69a_report_tables.ipynb #3ac3a1f6
@@ -267,6 +268,7 @@ def _describe_origin(run: Run) -> list:
     precision = "fp32" if card.precision == "no" else card.precision
     seconds = ", ".join(f"from {m['base_from']}" if "base_from" in m else f"{m['seconds']:.0f}" for m in metrics)
     memory = ", ".join(f"{m['memory']:.1f}" if "memory" in m else "–" for m in metrics)
+    compiled = ", ".join((m["compiled"] or "no") if "compiled" in m else "–" for m in metrics)
     return [
         run.folder.name,
         run.settings.method,
@@ -282,6 +284,7 @@ def _describe_origin(run: Run) -> list:
         card.memory.summary,
         seconds or "–",
         memory or "–",
+        compiled or "–",
     ]
 
 

@@ -50,10 +50,11 @@ from .parameters import Parameters
 from .parts import Parts
 from .pictures import read_photo
 from .protocol import VOID, Protocol
-from .recipe import Recipe, make_accelerator
+from .recipe import Recipe
 from .scenes import draw_scene
 from .segmenter import Segmenter
-from .settings import Settings, Setup, build_network, hash_base_step
+from .settings import Settings
+from .setup import Setup, build_network, hash_base_step, make_accelerator
 from .value_table import render_values
 
 
@@ -259,6 +260,7 @@ class _Metrics(Parameters):
     shift: dict[str, float]
     seconds: float
     memory: float = 0.0
+    compiled: str = ""  # see `mbs.training.choose_compiled`
     columns: dict[str, dict[str, float]] = {}
     pseudo_labels: dict[str, float] = {}
     labels: dict[str, float | list[int]] = {}

@@ -39,7 +39,7 @@ from .processes import get_processes
 from .protocol import Step
 from .run import Card, Run, load_run, make_card
 from .segmenter import Segmenter
-from .settings import Setup
+from .setup import Setup
 from .value_table import join_few
 
 # %% ../nbs/51b_run_folder.ipynb #db906699

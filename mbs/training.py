@@ -51,14 +51,15 @@ from torch.utils.data import DataLoader
 
 from .bands import compile_bands
 from .checkpoint import StepCheckpoints, get_optimiser_tensors, load_optimiser, set_random_state, strip_prefix
-from .draws import Draws, choose_workers, explain_worker_errors, ignore_stop_signals, iterate_batches
+from .draws import Draws, ExemplarView, choose_workers, explain_worker_errors, ignore_stop_signals, iterate_batches
 from .lifeline import Interrupted, record_signals
-from .memory import ExemplarView, Memory
+from .memory import Memory
 from .methods import Method
 from .processes import mean_over_processes
 from .protocol import Step
-from .recipe import Recipe, count_iterations, learning_rate, make_accelerator
+from .recipe import Recipe, count_iterations, learning_rate
 from .segmenter import Segmenter, SegmenterOutput
+from .setup import make_accelerator
 from .views import StepView, move_to_device
 
 

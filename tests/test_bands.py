@@ -4,7 +4,7 @@ import ast
 import math
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from mbs import bands
 from mbs.bands import argmax_in_bands, compile_bands, compute_band_loss
-from mbs.methods import ABLATIONS, METHODS, Method
+from mbs.methods import ABLATIONS, Method
 from mbs.objective import can_use_bands, step_loss
 from mbs.output_distillation import guide_targets, label_guided_targets
+from mbs.parts import METHODS
 from mbs.protocol import VOID
 from mbs.pseudo_labels import ignore_doubtful, relabel_confident, select_labels, selective_pseudo_labels
 from mbs.segmenter import Segmenter, SegmenterOutput
@@ -221,6 +222,27 @@ def test_bands_are_equal_where_a_height_is_near(rows, most):
     assert 1 <= height <= max(1, most) and height <= rows
     divisors = [h for h in range(1, rows + 1) if rows % h == 0 and most / 2 < h <= max(1, most)]
     assert rows % height == 0 or not [h for h in divisors if -(-rows // h) < 2 * -(-rows // max(1, most))]
+
+
+@pytest.mark.parametrize("n_old,n_new", [(16, 5), (20, 1), (101, 50), (150, 1)])
+def test_no_band_of_a_published_step_on_a_gpu_is_uneven(n_old, n_new, monkeypatch):
+    "A second height would be compiled a second time. Followed on tensors without values."
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no such device
+    monkeypatch.setitem(bands._BAND_CELLS, "meta", bands._BAND_CELLS["cuda"])
+    heights = []
+
+    def record(maps, band, target, parts):
+        heights.append(band.stop - band.start)
+        return bands._run_eagerly(maps, band, target, parts)
+
+    token = bands._BAND_FUNCTION.set(record)
+    for batch in (8, 16, 24):
+        z, teacher_z = (torch.zeros(batch, n, 32, 32, device="meta") for n in (n_old + n_new, n_old))
+        target = torch.zeros(batch, 512, 512, dtype=torch.long, device="meta")
+        compute_band_loss(z.requires_grad_(), teacher_z, target, (512, 512), METHODS["mbs"])
+        assert len(set(heights)) == 1 and sum(heights) == 512
+        heights.clear()
+    bands._BAND_FUNCTION.reset(token)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

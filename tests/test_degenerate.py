@@ -11,12 +11,14 @@ from mbs.augment import Normalisation, TestTransform, TrainTransform
 from mbs.data import open_data
 from mbs.draws import Draws
 from mbs.experiment import Experiment
-from mbs.methods import METHODS, Method
+from mbs.methods import Method
+from mbs.parts import METHODS
 from mbs.protocol import VOID
 from mbs.run import load_run
 from mbs.scenes import write_scenes
 from mbs.segmenter import Segmenter
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup
 from mbs.views import StepView
 from mbs.weights import make_encoder
 

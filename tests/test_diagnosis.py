@@ -16,7 +16,7 @@ from mbs.diagnosis import bound_probability, diagnose_step
 from mbs.label_quality import describe_labels
 from mbs.run import Run
 from mbs.segmenter import MaskNorm
-from mbs.settings import Setup
+from mbs.setup import Setup
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from mbs.augment import IMAGENET
 from mbs.data import open_data
 from mbs.methods import Method
 from mbs.protocol import Protocol
-from mbs.recipe import make_recipe, make_train_view
+from mbs.recipe import make_recipe
 from mbs.segmenter import Segmenter
+from mbs.setup import make_train_view
 from mbs.training import train_step
 from mbs.weights import make_encoder
 

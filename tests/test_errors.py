@@ -1,6 +1,8 @@
 "Invalid input gives one clear sentence and exit code 2, and leaves nothing half-written."
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +31,42 @@ def refused(*words):
     message = result.stderr.strip()
     assert message.startswith("mbs: ") and "Traceback" not in message and "\n" not in message
     return message
+
+
+CHECK = """
+import sys
+from typer.testing import CliRunner
+from mbs.cli import app
+for word in sys.argv[1:]:
+    result = CliRunner().invoke(app, ["run", "demo", *word.split()])
+    assert result.exit_code == 2, result.output
+    print(result.stderr.strip())
+libraries = [name for name in ("torch", "timm", "accelerate", "matplotlib") if name in sys.modules]
+print("loaded", libraries)
+"""
+
+
+def test_parameters_are_refused_before_pytorch_is_loaded(home):
+    "A misspelt name or a wrong value of any kind that needs no data, in one process."
+    wrong = {
+        "methd=3": "parameter 'methd' is not known: expected 'method'?",
+        "method=mbz": "method 'mbz' is not known: expected one of finetune, joint, kd",
+        "protocol=5-x": "protocol '5-x' is not known",
+        "seed=a": "parameter 'seed' cannot be 'a'",
+        "training.epoch=3": "parameter 'epoch' is not known: expected 'epochs'?",
+        "parts.tau=1": "parameter 'tau' is not known",
+        "setting=joined": "setting 'joined' is not known",
+        "method=kd parts.head=sigmoid": "parts.head=sigmoid does not go with",
+        "memory.siez=3": "parameter 'siez' is not known: expected 'size'?",
+        "recipe=fast": "recipe 'fast' is not known: expected one of clean, paper, own",
+        "scenes.n=1": "generated scenes have no 'n'",
+    }
+    process = subprocess.run([sys.executable, "-c", CHECK, *wrong], capture_output=True, text=True)
+    *said, loaded = process.stdout.splitlines()
+    assert len(said) == len(wrong), process.stderr
+    for line, expected in zip(said, wrong.values()):
+        assert line.startswith(f"mbs: {expected}"), line
+    assert loaded == "loaded []"
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from mbs.data import open_data
 from mbs.experiment import Experiment
 from mbs.inference import find_labels, predict_in_windows, predict_labels
 from mbs.metrics import scores
-from mbs.recipe import make_recipe, make_test_view
+from mbs.recipe import make_recipe
 from mbs.run import load_run
 from mbs.segmenter import Segmenter
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup, make_test_view
 from mbs.weights import make_encoder
 
 SHORT = dict(

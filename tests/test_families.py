@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mbs.experiment import Experiment
 from mbs.feature_distillation import adaptive_feature_distillation, mark_old_regions
 from mbs.lifeline import Interrupted
-from mbs.methods import METHODS, Method, count_votes, start_from_similar
+from mbs.methods import Method, count_votes, start_from_similar
 from mbs.objective import (
     binary_cross_entropy,
     cross_entropy,
@@ -26,7 +26,7 @@ from mbs.objective import (
 )
 from mbs.orthogonality import blend_similar, choose_similar, find_least_moved, separation
 from mbs.output_distillation import label_guided_distillation
-from mbs.parts import Parts
+from mbs.parts import METHODS, Parts
 from mbs.protocol import VOID
 from mbs.segmenter import Segmenter, SegmenterOutput
 from mbs.settings import Settings

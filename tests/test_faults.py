@@ -30,7 +30,8 @@ from mbs.methods import Method
 from mbs.recipe import make_recipe
 from mbs.report_tables import make_score_table
 from mbs.run import load_run
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup
 from mbs.training import train_step
 
 FAULTS = int(os.environ.get("MBS_FAULTS", 6))
@@ -311,7 +312,7 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
 
 
 def step_view(setup, step):
-    from mbs.recipe import make_train_view
+    from mbs.setup import make_train_view
 
     normalisation = setup.normalisation(setup.model())
     return make_train_view(setup.train, setup.protocol[step], normalisation, setup.recipe, setup.positions[step])
@@ -467,7 +468,7 @@ def test_same_seed_same_weights(home):
 
 def test_deterministic_is_a_choice():
     "The flags are set and reset; their effect on a GPU is tested on machines with one."
-    from mbs.recipe import make_accelerator
+    from mbs.setup import make_accelerator
 
     make_accelerator(make_recipe("clean", deterministic=True))
     assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic

@@ -16,7 +16,8 @@ from mbs.grid import Grid, expand_grid, read_grid
 from mbs.parameter_files import parse_words, read_parameters
 from mbs.report import write_report
 from mbs.run import load_run
-from mbs.settings import Settings, Setup, settings_from_notebook
+from mbs.settings import Settings, settings_from_notebook
+from mbs.setup import Setup
 
 NETWORK = dict(encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1), decoder=dict(depth=1), samples=1)
 SHORT = dict(crop=32, batch=2, epochs=1, optimizer="adamw")

@@ -11,7 +11,8 @@ import pytest
 import mbs
 from mbs.fingerprint import hash_class, hash_code, reach_definitions
 from mbs.methods import Method
-from mbs.settings import _BASE_STEP, Settings, Setup, hash_base_step
+from mbs.settings import Settings
+from mbs.setup import _BASE_STEP, Setup, hash_base_step
 
 PACKAGE = Path(mbs.__file__).parent
 

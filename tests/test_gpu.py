@@ -11,10 +11,12 @@ from test_step import RUN, STEP, TRAINING, make_batch, make_networks, train
 
 from mbs.evaluation import evaluate
 from mbs.experiment import Experiment
-from mbs.methods import METHODS, Method
-from mbs.recipe import make_accelerator, make_recipe, make_test_view
+from mbs.methods import Method
+from mbs.parts import METHODS
+from mbs.recipe import make_recipe
 from mbs.run import load_run, trained_run
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup, make_accelerator, make_test_view
 from mbs.training import Training, run_teacher
 
 make_test_view.__test__ = False

@@ -35,8 +35,9 @@ from mbs.cache import _list_cache_paths, _open_cache, cache_pictures
 from mbs.data import SegmentationFolder, split_for_tuning
 from mbs.draws import Draws, iterate_batches
 from mbs.protocol import VOID, Protocol
-from mbs.recipe import make_recipe, make_train_view
+from mbs.recipe import make_recipe
 from mbs.scenes import write_scenes
+from mbs.setup import make_train_view
 from mbs.views import StepView, move_to_device
 
 GOLDEN = load()

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from mbs.diagnosis import _find_unsure_teacher
 from mbs.experiment import Experiment
 from mbs.lifeline import Interrupted
-from mbs.methods import METHODS, Method, fuse_weights
-from mbs.parts import Parts
+from mbs.methods import Method, fuse_weights
+from mbs.parts import METHODS, Parts
 from mbs.recipe import Recipe
 from mbs.run import load_run
 from mbs.segmenter import Segmenter

@@ -17,17 +17,18 @@ from mbs.augment import IMAGENET, TestTransform
 from mbs.cli import app
 from mbs.comparison import group_runs
 from mbs.data import SegmentationFolder, open_data
-from mbs.draws import Draws
+from mbs.draws import Draws, ExemplarView
 from mbs.experiment import Experiment
 from mbs.inspect import inspect_steps
 from mbs.launch import launch
-from mbs.memory import Exemplars, ExemplarView, Memory, find_labelled, label_exemplar, select_exemplars
+from mbs.memory import Exemplars, Memory, find_labelled, label_exemplar, select_exemplars
 from mbs.methods import Method
 from mbs.parameter_files import parse_words
 from mbs.protocol import SETTINGS, VOID, Protocol
 from mbs.report import write_report
 from mbs.run import load_run
-from mbs.settings import Settings, Setup, trace_parameters
+from mbs.settings import Settings
+from mbs.setup import Setup, trace_parameters
 from mbs.views import StepView
 
 NETWORK = dict(encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1), decoder=dict(depth=1), samples=1)

@@ -26,7 +26,8 @@ from mbs.recipe import Recipe, make_recipe
 from mbs.run import load_run
 from mbs.scenes import write_scenes
 from mbs.segmenter import MaskTransformer
-from mbs.settings import Settings, settings_from_notebook, trace_parameters
+from mbs.settings import Settings, settings_from_notebook
+from mbs.setup import trace_parameters
 
 DEFAULTS = {name: f.default for name, f in Settings.model_fields.items() if isinstance(f.default, dict)}
 NEW = dict(scenes="seed", parts="threshold", memory="size", encoder_options="mlp_ratio", decoder="depth", training="lr")

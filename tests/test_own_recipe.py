@@ -9,7 +9,8 @@ from mbs import Experiment, Settings, describe_folder
 from mbs.cli import app
 from mbs.recipe import RECIPES, fit_recipe
 from mbs.scenes import draw_scene
-from mbs.settings import Setup, settings_from_notebook, trace_parameters
+from mbs.settings import settings_from_notebook
+from mbs.setup import Setup, trace_parameters
 
 NAMES = ["ball", "leaf", "mushroom", "fish"]
 

@@ -10,9 +10,10 @@ import mbs.rehearsal
 from mbs.batch import Batch, prepare_experiment
 from mbs.cli import app
 from mbs.layouts import describe_folder
-from mbs.methods import METHODS
+from mbs.parts import METHODS
 from mbs.rehearsal import Rehearsal, load_first_batch, pass_network, probe_folder
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup
 
 TINY = dict(
     protocol="6-2",

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from mbs.experiment import Experiment
 from mbs.feature_distillation import local_pod, pool_strips
 from mbs.label_quality import make_pseudo_label_examples
-from mbs.methods import ABLATIONS, METHODS, Method
+from mbs.methods import ABLATIONS, Method
 from mbs.objective import binary_cross_entropy, cross_entropy, make_training_labels, step_loss
 from mbs.output_distillation import output_distillation, unbiased_distillation
-from mbs.parts import Parts
+from mbs.parts import METHODS, Parts
 from mbs.protocol import VOID
 from mbs.pseudo_labels import confident_share, entropy_pseudo_labels, entropy_thresholds, teacher_uncertainty
 from mbs.segmenter import Segmenter, SegmenterOutput

@@ -11,21 +11,25 @@ from torch.profiler import ProfilerActivity, profile
 
 from mbs.evaluation import evaluate
 from mbs.experiment import Experiment
-from mbs.methods import METHODS, Method
+from mbs.methods import Method
 from mbs.metrics import iou_matrix
 from mbs.objective import reference_pixel_terms
+from mbs.parts import METHODS
 from mbs.protocol import Protocol
-from mbs.recipe import make_accelerator, make_recipe, make_test_view, make_train_view
+from mbs.recipe import make_recipe
+from mbs.report_tables import make_card_table
 from mbs.run import trained_run
 from mbs.run_folder import describe_difference
 from mbs.segmenter import Segmenter
-from mbs.settings import Settings, Setup
+from mbs.settings import Settings
+from mbs.setup import Setup, make_accelerator, make_test_view, make_train_view
 from mbs.training import (
     LONG_STEP,
     Training,
     choose_compiled,
     hold_in_precision,
     make_optimizer,
+    measure_gradient,
     run_teacher,
     train_step,
 )
@@ -113,6 +117,22 @@ def test_an_iteration_reads_no_number_from_the_device(name):
     assert counts["aten::addmm"] > 20 and not {k: n for k, n in counts.items() if k in WAITS}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_an_iteration_needs_no_values_on_the_processor(name, monkeypatch):
+    """On tensors without values, every read of one is an error: a number, a copy to the CPU, a size that depends on it.
+
+    The optimiser does not know such tensors; the test before has it."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no such device
+    method = Method(name)
+    method.found = dict(thresholds=[0.5, 0.5, 0.5], similar_votes=[[0, 1, 0], [0, 1, 2]])
+    teacher, student = (network.to("meta") for network in make_networks(method, drop_path=0.1))
+    images, labels = make_batch("meta")
+    target = run_teacher(teacher, images) if method.needs_teacher else None
+    terms = method.loss(student(images), target, labels, STEP)
+    terms["loss"].backward()
+    assert measure_gradient(student).is_meta and all(term.is_meta for term in terms.values())
+
+
 @contextmanager
 def forbid_waiting():
     torch.cuda.set_sync_debug_mode("error")
@@ -177,6 +197,10 @@ def test_compiled_run(home, eager_compiler):
     run = Experiment(settings(True), home / "o", method=Counting).run()
     assert eager_compiler == ["encoder", "decoder", "encoder", "decoder", "loss", "decoder", "decoder", "loss"]
     assert run.finished and list(run.model().state_dict()) == list(plain.model().state_dict())
+    facts = {one.folder.parent.name: [one.metrics(t)["compiled"] for t in range(3)] for one in (plain, run)}
+    assert facts == dict(plain=["", "", ""], o=["", "networks and losses", "networks and losses"])
+    (row,) = make_card_table([run]).rows
+    assert row[-1] == "no, networks and losses, networks and losses"
     np.testing.assert_allclose(run.iou(), plain.iou(), rtol=0, atol=1e-3)
 
 
