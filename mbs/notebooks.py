@@ -19,7 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from .files import read_json, refuse_links
+from mbs.files import (
+    check_open_files,
+    describe_memory_limit,
+    explain_exhaustion,
+    find_raising_module,
+    read_json,
+    refuse_links,
+)
 from .folders import find_runs_folder
 from mbs.lifeline import (
     EXIT_RESUME,
@@ -34,10 +41,22 @@ from .locks import hold_lock
 
 # %% ../nbs/64_notebooks.ipynb #54c6a2c3
 _RESUME = "rerun the same command to resume"
+_MAX_NOTEBOOK = 128 << 20  # bytes
 
 
 class RunFailed(ChildProcessError):
     "A run whose notebook ended with an error."
+
+
+def _read_printed(notebook: Path) -> str:
+    "Return what the failed cell of an executed notebook has printed to stderr; empty if that cannot be read."
+    try:
+        cells = read_json(notebook, _MAX_NOTEBOOK)["cells"]
+        failed = [cell for cell in cells if cell["metadata"].get("papermill", {}).get("exception")]
+        outputs = [output for cell in failed for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+        return "".join("".join(output["text"]) for output in outputs)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return ""
 
 
 def _explain_failure(error: Exception, is_asked: bool, output: Path) -> BaseException | None:
@@ -46,17 +65,25 @@ def _explain_failure(error: Exception, is_asked: bool, output: Path) -> BaseExce
     from papermill import PapermillExecutionError
 
     in_cell = isinstance(error, PapermillExecutionError)
+    error_text = error.evalue if in_cell else str(error)
+    where = f"its notebook {output} shows where"
     if is_asked or (in_cell and error.ename in ("Interrupted", "KeyboardInterrupt")):
-        message = error.evalue if in_cell else ""
-        return Interrupted(message or f"asked to stop: saved work is kept; {_RESUME}")
+        return Interrupted((in_cell and error_text) or f"asked to stop: saved work is kept; {_RESUME}")
+    printed = _read_printed(output) if in_cell and not error_text else ""
+    if reason := explain_exhaustion(error_text + printed if in_cell else error):
+        return ValueError(f"{reason}; {where}; {_RESUME}")
     if in_cell:
-        return RunFailed(f"the run stopped with {error.ename}: {error.evalue}; its notebook {output} shows where")
+        message = error_text or printed.strip().rpartition("\n")[2] or "it left no message"
+        return RunFailed(f"the run stopped with {error.ename}: {message}; {where}")
     if isinstance(error, DeadKernelError):
         reason = "the kernel of the run died without an error message (killed, or out of memory?)"
-        return RunFailed(f"{reason}; its notebook {output} shows where; {_RESUME}")
+        return RunFailed(f"{reason}{describe_memory_limit()}; {where}; {_RESUME}")
     if isinstance(error, OSError):
-        reason = f"notebook {output} cannot be written ({error.strerror or error})"
+        reason = f"{error.filename or f'notebook {output}'} cannot be written ({error.strerror or error})"
         return RunFailed(f"{reason}: expected space and write permission; {_RESUME}")
+    if not find_raising_module(error).startswith("mbs."):  # the program that talks to the kernel
+        reason = f"the kernel of the run did not work ({type(error).__name__}: {error})"
+        return RunFailed(f"{reason}{describe_memory_limit()}; what it has printed may say more; {_RESUME}")
     return None
 
 
@@ -144,7 +171,10 @@ def execute_notebook(
     parameters: dict,  # for the cell with the tag `parameters`
     to: TextIO | None = None,  # also receives what the notebook prints
 ):
-    "Execute a parameterised notebook with papermill; RunFailed if it fails, Interrupted after a stop signal."
+    """Execute a parameterised notebook with papermill; RunFailed if it fails, Interrupted after a stop signal.
+
+    ValueError, also before the start, if the machine has no more of what a kernel needs, see `mbs.files`."""
+    check_open_files()
     import papermill
     from traitlets.config import Config
 
@@ -180,9 +210,6 @@ def execute_notebook(
 
 
 # %% ../nbs/64_notebooks.ipynb #a26549f2
-_MAX_NOTEBOOK = 128 << 20  # bytes
-
-
 def read_failure(notebook: Path) -> str:
     "Return the error that ended an executed notebook; empty if there is none or no complete notebook."
     try:
@@ -236,11 +263,11 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             with lock_worker(folder):
                 execute_notebook(Path(notebook), Path(output), json.loads(parameters), sys.stdout)
-    except RunFailed as e:
+    except (RunFailed, ValueError) as e:
         sys.exit(str(e))
     except OSError as e:
-        reason = e.strerror or e
-        sys.exit(f"run folder {folder} cannot be written ({reason}): expected space and write permission")
+        reason = f"run folder {folder} cannot be written ({e.strerror or e}): expected space and write permission"
+        sys.exit(explain_exhaustion(e) or reason)
     except Interrupted as e:
         print(e, flush=True)
         sys.exit(EXIT_RESUME)
