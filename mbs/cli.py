@@ -130,8 +130,8 @@ def _outlive_readers():
     "Let this process go on when the programs that read its outputs end before it."
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if not (isinstance(stream, io.TextIOWrapper) and stream.name == f"<{name}>"):  # in notebooks and tests
-            continue
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
+            continue  # in notebooks and tests
         if stat.S_ISFIFO(os.fstat(number).st_mode) or stat.S_ISSOCK(os.fstat(number).st_mode):
             stream.flush()
             outlet = io.BufferedWriter(_Outlet(number, "wb", closefd=False))

@@ -151,7 +151,11 @@ _MAX_SOCKET_FOLDER = 80  # characters; the names of the kernel's sockets need th
 
 def _choose_socket_folder() -> str | None:
     "Return a folder for temporary files whose path is short; None where the usual one is. ValueError if there is none."
-    usual = tempfile.gettempdir()
+    try:
+        usual = tempfile.gettempdir()
+    except FileNotFoundError as e:
+        reason = f"no folder for temporary files can be written ({e.strerror}): expected room and write permission"
+        raise ValueError(f"{reason}; set TMPDIR to another folder") from None
     if len(usual) <= _MAX_SOCKET_FOLDER:
         return None
     folders = (os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp", "/dev/shm")
