@@ -142,6 +142,7 @@ def _outlive_readers():
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
 
+# %% ../nbs/80_cli.ipynb #a59c159c
 @app.callback()
 def main(
     home: Annotated[Path | None, typer.Option(help=_HOME_HELP, **_PATH_OPTION)] = None,
