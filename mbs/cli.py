@@ -27,10 +27,12 @@ __all__ = [
 ]
 
 # %% ../nbs/80_cli.ipynb #c84a4711
+import io
 import json
 import os
 import secrets
 import shlex
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -41,14 +43,31 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
+from .files import explain_exhaustion
 from .folders import expand_tilde
 from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals, run_server
 from .parameter_files import parse_value, parse_words, read_parameters
 
 _PATH = dict(parser=expand_tilde)  # of every argument that is a path
 _PATH_OPTION = _PATH | dict(metavar="PATH")
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class _Commands(typer.core.TyperGroup):
+    "Commands that end with a sentence when the machine has no more of what they need, wherever that shows."
+
+    def invoke(self, ctx: typer.Context):
+        try:
+            return super().invoke(ctx)
+        except Exception as e:
+            if reason := explain_exhaustion(e):
+                typer.echo(f"mbs: {reason}", err=True)
+                raise typer.Exit(2) from None
+            raise
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 # %% ../nbs/80_cli.ipynb #0db6a955
@@ -67,9 +86,14 @@ def explain_errors():
         _exit(e, 1)
     except Interrupted as e:
         _exit(e, EXIT_RESUME)
-    except (ValueError, FileNotFoundError) as e:
-        _exit(e, 2)
-    except OSError as e:
+    except Exception as e:
+        reason = explain_exhaustion(e)
+        if reason and reason not in str(e):
+            _exit(reason, 2)
+        if isinstance(e, (ValueError, FileNotFoundError)):
+            _exit(e, 2)
+        if not isinstance(e, OSError):
+            raise
         file = e.filename or "a file"
         _exit(f"{file} cannot be read or written ({e.strerror or e}): expected space and access permission", 2)
 
@@ -89,9 +113,36 @@ def _open_closed_streams():
             setattr(sys, name, open(number, mode, closefd=False, encoding="utf-8", errors="replace"))
 
 
+# %% ../nbs/80_cli.ipynb #09dfdebf
+class _Outlet(io.FileIO):
+    "A standard output that leads nowhere as soon as its reader has ended."
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return len(content)
+
+
+def _outlive_readers():
+    "Let this process go on when the programs that read its outputs end before it."
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
+            continue  # in notebooks and tests
+        if stat.S_ISFIFO(os.fstat(number).st_mode) or stat.S_ISSOCK(os.fstat(number).st_mode):
+            stream.flush()
+            outlet = io.BufferedWriter(_Outlet(number, "wb", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(outlet, stream.encoding, "replace", line_buffering=True))
+
+
+# %% ../nbs/80_cli.ipynb #eea1f28f
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
 
+# %% ../nbs/80_cli.ipynb #a59c159c
 @app.callback()
 def main(
     home: Annotated[Path | None, typer.Option(help=_HOME_HELP, **_PATH_OPTION)] = None,
@@ -100,6 +151,7 @@ def main(
     from mbs.notebooks import replace_unprintable
 
     _open_closed_streams()
+    _outlive_readers()
     replace_unprintable()
     if home is not None:
         os.environ["MBS_HOME"] = str(home.absolute())

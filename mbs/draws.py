@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import Pair
+from .files import explain_exhaustion
 from .lifeline import STOP_SIGNALS
 from .memory import Exemplars, label_exemplar
 from .processes import take_own_share
@@ -148,8 +149,11 @@ def explain_worker_errors() -> Iterator[None]:
     "Turn an error in a dataloader worker, or the worker's death, into a ValueError of one sentence."
     try:
         yield
-    except (RuntimeError, ValueError) as e:
-        if "DataLoader worker" not in str(e):
+    except (OSError, RuntimeError, ValueError) as e:
+        is_worker = "DataLoader worker" in str(e)
+        if (is_worker or isinstance(e, OSError)) and (reason := explain_exhaustion(e)):
+            raise ValueError(f"{reason}; rerun the same command to resume") from None
+        if not is_worker:
             raise
         lines = str(e).strip().splitlines()
         if isinstance(e, ValueError):

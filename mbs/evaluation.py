@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .draws import count_workers, ignore_stop_signals
+from .draws import count_workers, explain_worker_errors, ignore_stop_signals
 from .inference import find_labels, predict_in_windows
 from .metrics import Confusion, class_iou, nan_mean
 from .processes import sum_over_processes, take_own_turns
@@ -76,15 +76,16 @@ def iterate_by_size(
     workers = choose_test_workers(device) if workers is None else workers
     batches = take_own_turns(_batch_by_size(_find_sizes(view), batch))
     generator = torch.Generator()  # a random stream apart from that of training, which this must not change
-    loader = DataLoader(
-        view,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=generator,
-        worker_init_fn=ignore_stop_signals,
-    )
-    yield from move_to_device(loader, view.normalisation, device)
+    with explain_worker_errors():
+        loader = DataLoader(
+            view,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=generator,
+            worker_init_fn=ignore_stop_signals,
+        )
+        yield from move_to_device(loader, view.normalisation, device)
 
 
 # %% ../nbs/41_evaluation.ipynb #4725a813

@@ -8,7 +8,9 @@ __all__ = ["Stopped", "Local", "OnRay"]
 # %% ../nbs/66_executors.ipynb #9c938fad
 import json
 import os
+import secrets
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 
+from .files import check_open_files, explain_exhaustion
 from .lifeline import EXIT_RESUME, make_module_command, start_child, stop_child
 
 
@@ -119,6 +122,7 @@ class Local:
         gpus: int | None = None,  # for each run; None: one for each of its processes if the machine has any
         processes: int = 1,  # of each run
     ):
+        check_open_files()  # the runs inherit the limit
         found = _list_gpus()
         if gpus is None:
             gpus = processes if found else 0
@@ -184,9 +188,39 @@ def _leave_current_folder() -> Iterator[None]:
 
 
 # %% ../nbs/66_executors.ipynb #3cb1319e
+_LOOPBACK = dict(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")  # on every system: a Ray of one machine, at 127.0.0.1
+_TOKEN_MODE = dict(RAY_AUTH_MODE="token")  # releases before 2.52 ignore it
+
+
+def _close_to_others():
+    "Let a Ray that this process starts listen on the loopback only, and ask for a token; ValueError if it is too late."
+    wanted = _LOOPBACK | _TOKEN_MODE
+    if sys.modules.get("ray") and not wanted.items() <= os.environ.items():  # it has read its settings already
+        raise ValueError(
+            "Ray was imported before it could be told to listen on this machine only: "
+            "expected a process that has not imported ray; start Python again"
+        )
+    os.environ.update(wanted)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # an option would be seen by all
+
+
+def _explain_ray(address: str | None, error: Exception) -> str:
+    "Return a sentence about a Ray that cannot be used because of `error`."
+    reason = explain_exhaustion(error) or (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if address:
+        return f"Ray at {address} cannot be used ({reason}): expected host:port of its head, or auto"
+    return (
+        f"Ray cannot be started on this machine ({reason}): expected free memory and processors; "
+        "try again when the machine is less busy, or leave out --executor ray"
+    )
+
+
+# %% ../nbs/66_executors.ipynb #b63b450b
 def _connect_to_ray(address: str | None):
     "Connect to the Ray cluster at `address`, or start Ray here; return the module ray. ValueError if that fails."
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray would drop lines that several runs print alike
+    if not address:
+        _close_to_others()
     try:
         import ray
     except ImportError:
@@ -196,11 +230,9 @@ def _connect_to_ray(address: str | None):
     try:
         with _leave_current_folder():
             ray.init(address=address or "local", include_dashboard=None if address else False, logging_level="warning")
-    except (ConnectionError, ValueError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(
-            f"Ray at {address} cannot be used ({reason}): expected host:port of its head, or auto"
-        ) from None
+    except Exception as e:  # Ray raises all kinds, also plain Exception
+        ray.shutdown()  # of what has been started
+        raise ValueError(_explain_ray(address, e)) from None
     return ray
 
 

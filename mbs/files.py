@@ -18,6 +18,11 @@ __all__ = [
     "check_regular",
     "read_bytes",
     "read_text",
+    "check_open_files",
+    "find_raising_module",
+    "has_no_room",
+    "describe_memory_limit",
+    "explain_exhaustion",
     "find_repeated",
     "parse_json",
     "write_text",
@@ -33,9 +38,11 @@ import json
 import math
 import os
 import re
+import resource
 import secrets
 import shutil
 import stat
+import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -187,6 +194,99 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def read_text(path: Path, limit: int) -> str:
     "Read a regular UTF-8 file of at most `limit` bytes, without the mark that Windows puts first."
     return read_bytes(path, limit).decode("utf-8-sig")
+
+
+# %% ../nbs/03_files.ipynb #d91953de
+_SHARED_MEMORY = Path("/dev/shm")
+_SHARING = ("multiprocessing", "torch.multiprocessing", "torch.storage", "torch.utils.data")  # modules
+_STARTING = ("subprocess", "multiprocessing")  # modules whose EAGAIN is a refused process, not a lock
+_FULL = 1 << 20  # bytes; a folder with less room is full
+
+
+def check_open_files(expected: int = 128):  # a kernel that trains has 70 files open, more with dataloader workers
+    "Raise ValueError if this process and its children may not open `expected` files; raise their limit if possible."
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= expected:
+        return
+    if most == resource.RLIM_INFINITY or most > limit:
+        limit = 4096 if most == resource.RLIM_INFINITY else min(most, 4096)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    if limit < expected:
+        raise ValueError(
+            f"this process may have only {limit} open files: expected at least {expected}; raise the limit with "
+            "ulimit -n 1024"
+        )
+
+
+def _list_causes(error: BaseException) -> list[BaseException]:
+    "List an error and those that led to it, also where `from None` hides them."
+    causes = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes
+
+
+def find_raising_module(error: BaseException) -> str:
+    "Return the name of the module that raised `error`; empty if it was not raised."
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "") if frames else ""
+
+
+def has_no_room(folder: Path | str) -> bool:
+    "Whether less than a megabyte can be written to `folder`."
+    try:
+        return shutil.disk_usage(folder).free < _FULL
+    except OSError:
+        return False
+
+
+def _is_shared_memory(error: BaseException, text: str) -> bool:
+    "Whether an error for lack of room comes from the memory that processes share."
+    if getattr(error, "filename", None):
+        return Path(str(error.filename)).is_relative_to(_SHARED_MEMORY)
+    is_sharing = find_raising_module(error).startswith(_SHARING)
+    return is_sharing or "/torch_" in text or "shared memory" in text
+
+
+# %% ../nbs/03_files.ipynb #f1bb787f
+def describe_memory_limit() -> str:
+    "Describe the limit of this process for addresses, to be appended to a sentence; empty if there is none."
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return "" if limit == resource.RLIM_INFINITY else f"; this process may use {limit >> 20:,} MiB (ulimit -v)"
+
+
+def _explain_cause(error: BaseException) -> str:
+    "Return a sentence if the message or the number of `error` says that something is used up; empty otherwise."
+    text = str(error)
+    code = getattr(error, "errno", None)
+
+    def says(number: int) -> bool:
+        return code == number or f"[Errno {number}]" in text or os.strerror(number) in text
+
+    if says(errno.EMFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"this process has {limit} open files and may have no more: raise the limit with ulimit -n {8 * limit}"
+    if says(errno.ENFILE):
+        return "this machine has no room for more open files: expected fewer processes, or a larger fs.file-max"
+    if (says(errno.ENOSPC) and _is_shared_memory(error, text)) or "Bus error" in text:
+        return (
+            f"{_SHARED_MEMORY} has no room for the pictures that dataloader workers share: enlarge it "
+            "(docker run --shm-size=1g, or mount -o remount,size=1g), or set workers=0"
+        )
+    if says(errno.ENOMEM) or "failed to map segment" in text:  # the second: of a library, whose number is lost
+        return f"there is no memory left: expected more, or a smaller batch, crop or picture{describe_memory_limit()}"
+    if "can't start new thread" in text or (code == errno.EAGAIN and find_raising_module(error).startswith(_STARTING)):
+        return "no further process or thread can be started: expected fewer of them, or a larger limit (ulimit -u)"
+    return ""
+
+
+def explain_exhaustion(error: BaseException | str) -> str:
+    "Return a sentence about what is used up, if `error`, what led to it, or an output says so; empty otherwise."
+    causes = _list_causes(Exception(error) if isinstance(error, str) else error)
+    if isinstance(error, MemoryError):  # not among the causes: readers of damaged files meet it, too
+        causes.append(OSError(errno.ENOMEM, ""))
+    return next(filter(None, map(_explain_cause, causes)), "")
 
 
 # %% ../nbs/03_files.ipynb #769ba861

@@ -29,7 +29,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
-from .files import MAX_NOTEBOOK, read_json, refuse_links
+from mbs.files import (
+    MAX_NOTEBOOK,
+    check_open_files,
+    describe_memory_limit,
+    explain_exhaustion,
+    find_raising_module,
+    read_json,
+    refuse_links,
+)
 from .folders import find_runs_folder
 from mbs.lifeline import (
     EXIT_RESUME,
@@ -50,23 +58,42 @@ class RunFailed(ChildProcessError):
     "A run whose notebook ended with an error."
 
 
+def _read_printed(notebook: Path) -> str:
+    "Return what the failed cell of an executed notebook has printed to stderr; empty if that cannot be read."
+    try:
+        cells = read_json(notebook, MAX_NOTEBOOK)["cells"]
+        failed = [cell for cell in cells if cell["metadata"].get("papermill", {}).get("exception")]
+        outputs = [output for cell in failed for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+        return "".join("".join(output["text"]) for output in outputs)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return ""
+
+
 def _explain_failure(error: Exception, is_asked: bool, output: Path) -> BaseException | None:
     "Return the exception that tells a user why `output` ended with `error`; None if `error` is unexpected."
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError
 
     in_cell = isinstance(error, PapermillExecutionError)
+    error_text = error.evalue if in_cell else str(error)
+    where = f"its notebook {output} shows where"
     if is_asked or (in_cell and error.ename in ("Interrupted", "KeyboardInterrupt")):
-        message = error.evalue if in_cell else ""
-        return Interrupted(message or f"asked to stop: saved work is kept; {_RESUME}")
+        return Interrupted((in_cell and error_text) or f"asked to stop: saved work is kept; {_RESUME}")
+    printed = _read_printed(output) if in_cell and not error_text else ""
+    if reason := explain_exhaustion(error_text + printed if in_cell else error):
+        return ValueError(f"{reason}; {where}; {_RESUME}")
     if in_cell:
-        return RunFailed(f"the run stopped with {error.ename}: {error.evalue}; its notebook {output} shows where")
+        message = error_text or printed.strip().rpartition("\n")[2] or "it left no message"
+        return RunFailed(f"the run stopped with {error.ename}: {message}; {where}")
     if isinstance(error, DeadKernelError):
         reason = "the kernel of the run died without an error message (killed, or out of memory?)"
-        return RunFailed(f"{reason}; its notebook {output} shows where; {_RESUME}")
+        return RunFailed(f"{reason}{describe_memory_limit()}; {where}; {_RESUME}")
     if isinstance(error, OSError):
-        reason = f"notebook {output} cannot be written ({error.strerror or error})"
+        reason = f"{error.filename or f'notebook {output}'} cannot be written ({error.strerror or error})"
         return RunFailed(f"{reason}: expected space and write permission; {_RESUME}")
+    if not find_raising_module(error).startswith("mbs."):  # the program that talks to the kernel
+        reason = f"the kernel of the run did not work ({type(error).__name__}: {error})"
+        return RunFailed(f"{reason}{describe_memory_limit()}; what it has printed may say more; {_RESUME}")
     return None
 
 
@@ -100,12 +127,9 @@ def _forward_signals(asked: list[int], kernel, every: float = 5) -> Iterator[Non
 
 
 # %% ../nbs/64_notebooks.ipynb #e6569786
-_MAX_NOTEBOOK = 128 << 20  # bytes
-
-
 def _list_imports(notebook: Path) -> list[tuple[str, list[str]]]:
     "List modules and names of the lines `from module import names` in the code cells of a notebook."
-    cells = read_json(notebook, _MAX_NOTEBOOK)["cells"]
+    cells = read_json(notebook, MAX_NOTEBOOK)["cells"]
     trees = [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return [(node.module, [alias.name for alias in node.names]) for node in nodes]
@@ -131,7 +155,11 @@ _MAX_SOCKET_FOLDER = 80  # characters; the names of the kernel's sockets need th
 
 def _choose_socket_folder() -> str | None:
     "Return a folder for temporary files whose path is short; None where the usual one is. ValueError if there is none."
-    usual = tempfile.gettempdir()
+    try:
+        usual = tempfile.gettempdir()
+    except FileNotFoundError as e:
+        reason = f"no folder for temporary files can be written ({e.strerror}): expected room and write permission"
+        raise ValueError(f"{reason}; set TMPDIR to another folder") from None
     if len(usual) <= _MAX_SOCKET_FOLDER:
         return None
     folders = (os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp", "/dev/shm")
@@ -158,6 +186,7 @@ def _end_kernel(kernel, now: bool):
 @contextmanager
 def start_kernel(notebook: Path) -> Iterator:
     "Start the kernel of `notebook`, for `execute_notebook`, without waiting for it; it ends with the block."
+    check_open_files()
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_core.utils import run_sync
@@ -190,7 +219,9 @@ def execute_notebook(
     to: TextIO | None = None,  # also receives what the notebook prints
     kernel=None,  # a fresh one from `start_kernel`; None: started here
 ):
-    "Execute a parameterised notebook with papermill; RunFailed if it fails, Interrupted after a stop signal."
+    """Execute a parameterised notebook with papermill; RunFailed if it fails, Interrupted after a stop signal.
+
+    ValueError, also before the start, if the machine has no more of what a kernel needs, see `mbs.files`."""
 
     def stop_if_asked(**_):
         if asked:
@@ -281,11 +312,11 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             with lock_worker(folder):
                 execute_notebook(Path(notebook), Path(output), json.loads(parameters), sys.stdout)
-    except RunFailed as e:
+    except (RunFailed, ValueError) as e:
         sys.exit(str(e))
     except OSError as e:
-        reason = e.strerror or e
-        sys.exit(f"run folder {folder} cannot be written ({reason}): expected space and write permission")
+        reason = f"run folder {folder} cannot be written ({e.strerror or e}): expected space and write permission"
+        sys.exit(explain_exhaustion(e) or reason)
     except Interrupted as e:
         print(e, flush=True)
         sys.exit(EXIT_RESUME)

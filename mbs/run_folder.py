@@ -16,9 +16,11 @@ __all__ = [
 ]
 
 # %% ../nbs/51b_run_folder.ipynb #fa703bbb
+import errno
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,15 @@ from pydantic import BaseModel
 
 from .checkpoint import StepCheckpoints, read_digest, save_model, save_tensors
 from .data import choose_samples
-from .files import open_own, replace_folder_atomically, write_arrays, write_json, write_text
+from mbs.files import (
+    explain_exhaustion,
+    has_no_room,
+    open_own,
+    replace_folder_atomically,
+    write_arrays,
+    write_json,
+    write_text,
+)
 from .identity import Predictor, split_predictor
 from .identity_learning import save_identity
 from .inference import segment
@@ -79,8 +89,24 @@ def refuse_other_run(folder: Path, setup: Setup, model: Segmenter) -> bool:
 
 
 # %% ../nbs/51b_run_folder.ipynb #181c2f4d
+def _find_other_place(folder: Path, error: OSError) -> str:
+    "Return the path that `error` is about if that is not in the run folder; empty if it is, or cannot be known."
+    if error.filename is not None:
+        path = Path(os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "")
+        is_own = folder.absolute() in (path.absolute(), *path.absolute().parents)
+        return "" if is_own or not path.name else str(path)
+    places = (tempfile.gettempdir(), "/dev/shm") if error.errno == errno.ENOSPC and not has_no_room(folder) else ()
+    return next(filter(has_no_room, places), "")
+
+
 def explain_unwritable(folder: Path, error: OSError) -> ValueError:
-    "Return the error for a run folder that cannot be written."
+    "Return the error for a run folder that cannot be written, or for what else `error` names or comes from."
+    kept = f"the content of {folder} is intact, rerun the same command to resume"
+    if reason := explain_exhaustion(error):
+        return ValueError(f"{reason}; {kept}")
+    if other := _find_other_place(folder, error):
+        reason = error.strerror or error
+        return ValueError(f"{other} cannot be read or written ({reason}): expected space and access permission; {kept}")
     return ValueError(
         f"run folder {folder} cannot be written ({error.strerror or error}): expected space and write permission; "
         "its content is intact, rerun the same command to resume"
