@@ -219,6 +219,7 @@ def _explain_ray(address: str | None, error: Exception) -> str:
 def _connect_to_ray(address: str | None):
     "Connect to the Ray cluster at `address`, or start Ray here; return the module ray. ValueError if that fails."
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray would drop lines that several runs print alike
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")  # its own agents start slowly on a busy machine
     if not address:
         _close_to_others()
     try:
