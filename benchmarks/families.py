@@ -116,10 +116,10 @@ def draw_lines(lines):
             for memory, x in means.items():
                 label = f"{memory} exemplars" if name == names[0] else None
                 axis.scatter(x, y, s=36, color="C1" if memory else "C0", label=label, zorder=2)
-        axis.set(title=f"{SCORES[key]} classes", xlabel="mean IoU, %", xlim=(0, 70))
+        axis.set(title=f"{SCORES[key]} classes", xlabel="mean IoU, %", xlim=(-2, 70))
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="lower left")
     animals.save_figure(figure, RESULTS.parents[1] / "images/animals-families.png")
 
 

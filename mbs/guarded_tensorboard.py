@@ -9,6 +9,7 @@ __all__ = ["Application", "guard_application", "run_guarded_tensorboard"]
 import hmac
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
@@ -61,7 +62,6 @@ def guard_application(application: Application, token: str) -> Application:
 # %% ../nbs/71a_guarded_tensorboard.ipynb #293d0d99
 def run_guarded_tensorboard():
     "Run TensorBoard with the arguments of this process, behind the token in `MBS_TOKEN`, until a stop signal."
-    from absl import app
     from tensorboard import default, main_lib, program
 
     class GuardedServer(program.WerkzeugServer):
@@ -74,7 +74,8 @@ def run_guarded_tensorboard():
 
     main_lib.global_init()
     board = program.TensorBoard(plugins=default.get_plugins(), server_class=GuardedServer)
-    app.run(board.main, flags_parser=board.configure)
+    board.configure(sys.argv)
+    sys.exit(board.main())
 
 
 # %% ../nbs/71a_guarded_tensorboard.ipynb #82770ddd
