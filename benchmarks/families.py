@@ -119,7 +119,7 @@ def draw_lines(lines):
         axis.set(title=f"{SCORES[key]} classes", xlabel="mean IoU, %", xlim=(-2, 70))
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].legend(loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     animals.save_figure(figure, RESULTS.parents[1] / "images/animals-families.png")
 
 
