@@ -30,6 +30,7 @@ __all__ = [
 import io
 import json
 import os
+import re
 import secrets
 import shlex
 import stat
@@ -67,7 +68,7 @@ class _Commands(typer.core.TyperGroup):
             raise
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 # %% ../nbs/80_cli.ipynb #0db6a955
@@ -142,10 +143,22 @@ def _outlive_readers():
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
 
+def _print_version(wanted: bool):
+    if wanted:
+        import mbs
+
+        typer.echo(f"mbs {mbs.__version__}")
+        raise typer.Exit
+
+
+_VERSION = dict(is_eager=True, callback=_print_version, help="Show the version and exit.")
+
+
 # %% ../nbs/80_cli.ipynb #a59c159c
 @app.callback()
 def main(
     home: Annotated[Path | None, typer.Option(help=_HOME_HELP, **_PATH_OPTION)] = None,
+    version: Annotated[bool, typer.Option("--version", **_VERSION)] = False,
 ):
     "Class-incremental semantic segmentation: train, inspect and compare."
     from mbs.notebooks import replace_unprintable
@@ -275,7 +288,54 @@ _Words = Annotated[list[str] | None, typer.Argument(metavar="[FILE.yaml] [NAME=V
 _PRINT_CONFIG_HELP = "Print every effective parameter with its source; run nothing."
 
 
-@app.command()
+class _RunCommand(typer.core.TyperCommand):
+    "A command whose help ends with all parameters."
+
+    def format_help(self, ctx: typer.Context, formatter):
+        super().format_help(ctx, formatter)
+        _print_parameters()
+
+
+# %% ../nbs/80_cli.ipynb #84e15a14
+def _write_constants(text: str) -> str:
+    "Write the constants of Python in a text as a command takes them."
+    written = {"None": "null", "True": "true", "False": "false"}
+    return re.sub(r"\b(None|True|False)\b", lambda found: written[found[0]], text)
+
+
+# %% ../nbs/80_cli.ipynb #94a6e93a
+def _print_parameters():
+    "Print all parameters of a run by group, with their defaults and meanings, and the names of the built-in files."
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbs.memory import Memory
+    from mbs.parameter_files import list_built_in
+    from mbs.parameters import describe_fields
+    from mbs.parts import METHODS, Parts
+    from mbs.recipe import RECIPES, Recipe
+    from mbs.settings import Settings
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    for title, group, model in [
+        ("Parameters of a run", "", Settings),
+        ("How a step is trained and tested", "training.", Recipe),
+        ("Parts of a method; the defaults are those of finetune", "parts.", Parts),
+        ("Exemplars of earlier steps", "memory.", Memory),
+    ]:
+        table = Table("parameter", "default", "meaning", box=None, title=title, title_justify="left")
+        for name, default, meaning in describe_fields(model):
+            shown = default if isinstance(default, str) else json.dumps(default)
+            table.add_row(f"{group}{name}", shown, _write_constants(meaning))
+        table.columns[0].no_wrap = True
+        table.columns[1].overflow = "fold"
+        console.print(table, "")
+    for title, names in [("Methods", METHODS), ("Recipes", RECIPES), ("Parameter files", list_built_in())]:
+        console.print(f"{title}: {', '.join(names)}")
+
+
+# %% ../nbs/80_cli.ipynb #3388b7f5
+@app.command(cls=_RunCommand, no_args_is_help=True)
 def run(
     words: _Words = None,
     print_config: Annotated[bool, typer.Option("--print-config", help=_PRINT_CONFIG_HELP)] = False,
@@ -464,7 +524,7 @@ def demo(
 
 # %% ../nbs/80_cli.ipynb #4fa29671
 _OTHER_HELP = "Another run of the same classes and steps, shown beside the first."
-_APP_HELP = "Open a page without code instead of JupyterLab; needs pip install 'mbs[app]'."
+_APP_HELP = r"Open a page without code instead of JupyterLab; needs pip install 'mbs\[app]'."  # [app] would be markup
 
 
 @app.command()

@@ -96,14 +96,14 @@ class Parts(_Answers):
     threshold: float = Field(0.7, ge=0, le=1)  # τ, probability at which the teacher is sure, for pseudo_labels=True
     ignore_uncertain: bool = False  # leave doubtful background out; pseudo_labels="entropy" always does
     adaptive_factor: bool = False  # scale a picture's cross-entropy by ν, the share of pixels not left out
-    feature_distillation: Literal["none", "plain", "adaptive", "old-regions", "local-pod"] = "none"
+    feature_distillation: Literal["none", "plain", "adaptive", "old-regions", "local-pod"] = "none"  # to the teacher's
     feature_weight: float = Field(1, ge=0)  # 1, but 0.01 for local-pod
-    output_distillation: Literal["none", "plain", "label-guided", "unbiased"] = "none"
+    output_distillation: Literal["none", "plain", "label-guided", "unbiased"] = "none"  # to the teacher's
     output_weight: float = Field(25, ge=0)  # λ_od: 25 on VOC, 50 on ADE20K; unbiased: 10 and 100
     output_sum: bool = False  # sum the distillation of the outputs over the channels; False: their mean
     old_pixel_weight: float = Field(1, ge=0)  # of the label-guided distillation where no new class is labelled …
     new_pixel_weight: float = Field(1, ge=0)  # … and where one is
-    orthogonality: bool = False
+    orthogonality: bool = False  # push the tokens of new classes away from all others
     separation: float = Field(0, ge=0)  # weight of the distance to similar classes, for weight_transfer="similar"
     weight_transfer: Literal[False, True, "balanced", "whole", "similar"] = False  # True: as the background's token;
     # "balanced": and share its probability; "whole": and its scale and shift; "similar": from similar old classes

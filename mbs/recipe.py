@@ -45,13 +45,13 @@ class Recipe(Parameters):
     min_iterations: int = Field(1, ge=1)  # of a step whose epochs are shorter
     iterations: int | None = Field(None, ge=1)  # iterations of the base step, instead of epochs
     new_iterations: int | None = Field(None, ge=1)  # iterations of every later step; None: as the base step
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd: with Nesterov momentum
     lr: float = Field(1e-3, gt=0)  # learning rate of the base step
     lr_factor: float = Field(0.1, gt=0)  # factor on it in later steps
     token_factor: float = Field(1, gt=0)  # factor for the tokens of new classes and their mask norm, in later steps
     encoder_factor: Factors = (1, 1)  # factor for the encoder, in the base step and in later steps; 0 freezes it
-    momentum: float = Field(0.9, ge=0, lt=1)  # of SGD (Nesterov)
-    weight_decay: float = Field(1e-5, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(1e-5, ge=0)  # of all parameters
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: linear warm-up over a twentieth, then down to 0
     scale: tuple[float, float] = (0.5, 2)  # range of the random scale
     flip: bool = True  # mirror half of the pictures

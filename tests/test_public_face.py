@@ -1,13 +1,22 @@
 "What a user sees of the package without reading it: names for editors, and short values in a terminal and a notebook."
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import mbs
+from mbs.cli import app
+from mbs.memory import Memory
+from mbs.parameters import describe_fields
+from mbs.parts import Parts
+from mbs.recipe import Recipe
+from mbs.settings import Settings
 
 PACKAGE = Path(mbs.__file__).parent
 
@@ -71,6 +80,34 @@ def test_facts_of_a_run_have_the_names_of_its_files():
     assert card["data"]["train"] == card.data.train and card["settings"]["method"] == "mbs"
     with pytest.raises(KeyError, match="nosuch"):
         card["nosuch"]
+
+
+MODELS = {"": Settings, "training.": Recipe, "parts.": Parts, "memory.": Memory}
+
+
+@pytest.mark.parametrize("group", MODELS)
+def test_every_parameter_says_what_it_means(group):
+    "In its comment; a list of choices is not enough."
+    facts = describe_fields(MODELS[group])
+    assert [fact.name for fact in facts] == list(MODELS[group].model_fields)
+    assert [fact.name for fact in facts if not re.sub(r"^\S+( \| \S+)+; |^\S+( \| \S+)+$", "", fact.meaning)] == []
+
+
+def test_the_help_of_a_run_lists_all_parameters():
+    result = CliRunner().invoke(app, ["run", "--help"])
+    for group, model in MODELS.items():
+        for fact in describe_fields(model):
+            line = next(line for line in result.output.splitlines() if line.split()[:1] == [f"{group}{fact.name}"])
+            assert isinstance(fact.default, dict) or json.dumps(fact.default).strip('"')[:9] in line
+    for word in ["mbs-analytic", "voc-15-1-overlapped", "null: as", "--print-config"]:
+        assert word in result.output
+    assert "None" not in result.output
+    assert CliRunner().invoke(app, ["run"]).output.strip() == result.output.strip()
+
+
+def test_the_command_tells_its_version_and_its_extras():
+    assert CliRunner().invoke(app, ["--version"]).output == f"mbs {mbs.__version__}\n"
+    assert "'mbs[app]'" in CliRunner().invoke(app, ["explore", "--help"]).output
 
 
 def test_encoders_can_be_imported_beside_segmenters():
