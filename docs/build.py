@@ -19,6 +19,9 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 from reference import Module
 
+from mbs.parameters import describe_fields
+from mbs.settings import PARAMETER_GROUPS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 DIRECTIVE = re.compile(r"(?m)^#\|\s*(\w+).*\n?")
@@ -210,16 +213,30 @@ class Site:
         text = self.add_links((HERE / "results.md").read_text(encoding="utf-8"), "docs/results.md")
         self.write("results.md", text.replace("RESULTS\n", "\n\n".join(found)))
 
+    def write_parameters(self):
+        "Write the page of parameters: docs/parameters.md with a table for each group."
+        text = self.add_links((HERE / "parameters.md").read_text(encoding="utf-8"), "docs/parameters.md")
+        tables = ""
+        for title, prefix, model in PARAMETER_GROUPS:
+            tables += f"## {title}\n\n| parameter | default | meaning |\n|---|---|---|\n"
+            for name, default, meaning in describe_fields(model):
+                shown = f"`{default!r}`" if default != {} else ""
+                row = [f"`{prefix}{name}`", shown, html.escape(meaning, quote=False)]
+                tables += "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n"
+            tables += "\n"
+        self.write("parameters.md", text.replace("PARAMETERS\n", self.add_links(tables, "docs/parameters.md")))
+
     def write_pages(self):
         "Write all pages; ValueError when an exported name has no entry."
         for path in self.notebooks:
             self.write_notebook(path)
-        texts = [p for p in HERE.glob("*.md") if p.stem not in ("contents", "reference", "results")]
+        texts = [p for p in HERE.glob("*.md") if p.stem not in ("contents", "parameters", "reference", "results")]
         for path in [*texts, *(ROOT / name for name in TOP_PAGES)]:
             source = path.relative_to(ROOT).as_posix()
             self.write(f"{find_page(source)}.md", self.add_links(path.read_text(encoding="utf-8"), source))
         self.write_reference()
         self.write_results()
+        self.write_parameters()
         if self.unwritten:
             names = ", ".join(sorted(self.unwritten))
             raise ValueError(f"{names} would not be in the reference: expected a definition in an exported cell")

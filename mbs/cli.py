@@ -309,24 +309,18 @@ def _print_parameters():
     from rich.console import Console
     from rich.table import Table
 
-    from mbs.memory import Memory
     from mbs.parameter_files import list_built_in
     from mbs.parameters import describe_fields
-    from mbs.parts import METHODS, Parts
-    from mbs.recipe import RECIPES, Recipe
-    from mbs.settings import Settings
+    from mbs.parts import METHODS
+    from mbs.recipe import RECIPES
+    from mbs.settings import PARAMETER_GROUPS
 
     console = Console(markup=False, emoji=False, highlight=False)
-    for title, group, model in [
-        ("Parameters of a run", "", Settings),
-        ("How a step is trained and tested", "training.", Recipe),
-        ("Parts of a method; the defaults are those of finetune", "parts.", Parts),
-        ("Exemplars of earlier steps", "memory.", Memory),
-    ]:
+    for title, prefix, model in PARAMETER_GROUPS:
         table = Table("parameter", "default", "meaning", box=None, title=title, title_justify="left")
         for name, default, meaning in describe_fields(model):
             shown = default if isinstance(default, str) else json.dumps(default)
-            table.add_row(f"{group}{name}", shown, _write_constants(meaning))
+            table.add_row(f"{prefix}{name}", shown, _write_constants(meaning))
         table.columns[0].no_wrap = True
         table.columns[1].overflow = "fold"
         console.print(table, "")

@@ -172,7 +172,7 @@ def _read_comments(source: str) -> dict[int, str]:
 
 # %% ../nbs/01_parameters.ipynb #b9aef116
 def describe_fields(model: type[BaseModel]) -> list[FieldFacts]:
-    "List the fields of a model that is defined in a file or a notebook, in the order of its source."
+    "List the fields of a model that is defined in a file, in the order of its source; OSError without a source."
     source = dedent(getsource(model))
     comments = _read_comments(source)
     facts = []

@@ -12,11 +12,8 @@ from typer.testing import CliRunner
 
 import mbs
 from mbs.cli import app
-from mbs.memory import Memory
 from mbs.parameters import describe_fields
-from mbs.parts import Parts
-from mbs.recipe import Recipe
-from mbs.settings import Settings
+from mbs.settings import PARAMETER_GROUPS
 
 PACKAGE = Path(mbs.__file__).parent
 
@@ -82,7 +79,7 @@ def test_facts_of_a_run_have_the_names_of_its_files():
         card["nosuch"]
 
 
-MODELS = {"": Settings, "training.": Recipe, "parts.": Parts, "memory.": Memory}
+MODELS = {group.prefix: group.model for group in PARAMETER_GROUPS}
 
 
 @pytest.mark.parametrize("group", MODELS)
