@@ -384,7 +384,7 @@ print("sum", sum(int(x.sum()) for i in range(len(data)) for x in data[i]))
 
 def test_one_of_several_processes_makes_the_cache(folder):
     "It removes the file of a killed process, and all processes read the same."
-    (folder.root / "..mbs-decoded-train.npy.999999").write_bytes(b"half")
+    (folder.root / "..mbs-decoded-train.npy.0123abcd").write_bytes(b"half")
     command = [sys.executable, "-c", BUILDER, str(folder.root)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [p.communicate(timeout=120)[0] for p in processes]

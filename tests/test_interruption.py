@@ -155,7 +155,7 @@ def test_one_writer(tmp_path, monkeypatch, forked):
 
 def test_leftovers_of_a_dead_writer_are_removed(tmp_path):
     "Half-written files with names of `mbs` or of safetensors are removed in any folder; other hidden files are kept."
-    half_written = ["step-01/.model.safetensors.123", "resume/.tmpUclfoe", ".run.json.7"]
+    half_written = ["step-01/.model.safetensors.0123abcd", "resume/.tmpUclfoe", ".run.json.89abcdef"]
     others = [".lock", ".gitignore", "resume/step-01-00000012.safetensors"]
     for name in half_written + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ import mbs.experiment
 import mbs.run_folder
 import mbs.training
 from mbs.experiment import Experiment
+from mbs.files import open_own
 from mbs.notebooks import read_failure
 from mbs.run import load_run
 from mbs.settings import Settings
@@ -60,7 +61,7 @@ class Moments:
         mbs.checkpoint.save_file = self.half(mbs.checkpoint.save_file, 1, "while a checkpoint is written")
         np.savez_compressed = self.half(np.savez_compressed, 0, "while counts or pictures are written")
         Path.write_text = self.half(Path.write_text, 0, "while a text file is written")
-        mbs.run_folder.open = self.half_line
+        mbs.run_folder.open_own = self.half_line
 
     def due(self, what):
         self.seen.append(what)
@@ -101,8 +102,8 @@ class Moments:
 
         return call
 
-    def half_line(self, file, *args, **kwargs):
-        opened = open(file, *args, **kwargs)
+    def half_line(self, file, mode):
+        opened = open_own(file, mode)
         if str(file).endswith("log.jsonl") and self.due("while a line is logged"):
             opened.write('{"step": 0, "itera')
             opened.flush()
