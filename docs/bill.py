@@ -14,12 +14,10 @@ from cyclonedx.model import HashAlgorithm, HashType
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
-from dependencies import find_licence
+from dependencies import EXTRAS, find_licence
 from packageurl import PackageURL
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-EXTRAS = ("pretrained", "coco", "cluster", "app")  # all but `dev`
 
 
 def list_requirements(name: str, extras: frozenset[str] = frozenset()) -> list[tuple[str, frozenset[str]]]:
@@ -65,7 +63,7 @@ def make_component(name: str, wheel: Path) -> Component:
 
 def make_bill(wheel: Path) -> Bom:
     "Make the bill of materials of a wheel of mbs."
-    required = find_closure("mbs", frozenset(EXTRAS))
+    required = find_closure("mbs", frozenset(EXTRAS) - {"requirements", "dev"})
     components = {name: make_component(name, wheel) for name in sorted(required)}
     bill = Bom(components=[component for name, component in components.items() if name != "mbs"])
     bill.metadata.component = components["mbs"]

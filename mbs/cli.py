@@ -59,13 +59,8 @@ class _Commands(typer.core.TyperGroup):
     "Commands that end with a sentence when the machine has no more of what they need, wherever that shows."
 
     def invoke(self, ctx: typer.Context):
-        try:
+        with explain_errors():
             return super().invoke(ctx)
-        except Exception as e:
-            if reason := explain_exhaustion(e):
-                typer.echo(f"mbs: {reason}", err=True)
-                raise typer.Exit(2) from None
-            raise
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -83,6 +78,8 @@ def explain_errors():
     "Turn expected exceptions of the block into one sentence and an exit code."
     try:
         yield
+    except typer.Exit:  # an inner block has explained it
+        raise
     except ChildProcessError as e:
         _exit(e, 1)
     except Interrupted as e:
@@ -319,8 +316,7 @@ def _print_parameters():
     for title, prefix, model in PARAMETER_GROUPS:
         table = Table("parameter", "default", "meaning", box=None, title=title, title_justify="left")
         for name, default, meaning in describe_fields(model):
-            shown = default if isinstance(default, str) else json.dumps(default)
-            table.add_row(f"{prefix}{name}", shown, _write_constants(meaning))
+            table.add_row(f"{prefix}{name}", _write_value(default), _write_constants(meaning))
         table.columns[0].no_wrap = True
         table.columns[1].overflow = "fold"
         console.print(table, "")
@@ -359,6 +355,11 @@ def _read_layers(words: list[str]) -> dict[str, dict]:
     return layers | {"command line": parse_words(words)}
 
 
+def _write_value(value: object) -> str:
+    "Write the value of a parameter as a command takes it."
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _print_origins(rows: list):
     "Print a line for each parameter: its name and value as in a command, and its source."
     from rich.console import Console
@@ -366,8 +367,7 @@ def _print_origins(rows: list):
 
     table = Table("parameter", "value", "from", box=None, header_style="bold")
     for row in rows:
-        value = row.value if isinstance(row.value, str) else json.dumps(row.value, ensure_ascii=False)
-        table.add_row(row.name, value, row.source)
+        table.add_row(row.name, _write_value(row.value), row.source)
     table.columns[1].overflow = "fold"
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     Console(markup=False, emoji=False, highlight=False).print(table)

@@ -10,6 +10,7 @@ __all__ = [
     "choose_workers",
     "ignore_stop_signals",
     "explain_worker_errors",
+    "load_batches",
     "iterate_batches",
 ]
 
@@ -17,7 +18,7 @@ __all__ = [
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import Pair
+from .augment import Normalisation, Pair
 from .files import explain_exhaustion
 from .lifeline import STOP_SIGNALS
 from .memory import Exemplars, label_exemplar
@@ -165,6 +166,26 @@ def explain_worker_errors() -> Iterator[None]:
 
 
 # %% ../nbs/12_draws.ipynb #9fb7b444
+def load_batches(
+    data: StepView | Draws,
+    batches: Sequence[Sequence[int]],  # positions in `data`
+    workers: int,
+    normalisation: Normalisation,
+    device: torch.device | str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    "Yield the batches of pictures (B, 3, H, W) float32 and labels (B, H, W) int64 on `device`."
+    with explain_worker_errors():
+        loader = DataLoader(
+            data,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # so that loading never changes the random numbers of training
+            worker_init_fn=ignore_stop_signals,
+        )
+        yield from move_to_device(loader, normalisation, device)
+
+
 def iterate_batches(
     draws: Draws,
     iterations: range,
@@ -173,13 +194,4 @@ def iterate_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     "Yield this process's share of each batch on `device`: pictures (B, 3, S, S) float32, labels (B, S, S) int64."
     shares = [take_own_share(range(i * draws.batch, (i + 1) * draws.batch)) for i in iterations]
-    with explain_worker_errors():
-        loader = DataLoader(
-            draws,
-            batch_sampler=shares,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # so that loading never changes the random numbers of training
-            worker_init_fn=ignore_stop_signals,
-        )
-        yield from move_to_device(loader, draws.view.normalisation, device)
+    yield from load_batches(draws, shares, workers, draws.view.normalisation, device)

@@ -19,14 +19,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from .draws import count_workers, explain_worker_errors, ignore_stop_signals
+from .draws import count_workers, load_batches
 from .inference import find_labels, predict_in_windows
 from .metrics import Confusion, class_iou, nan_mean
 from .processes import sum_over_processes, take_own_turns
 from .segmenter import Segmenter, find_best_channel
-from .views import StepView, move_to_device
+from .views import StepView
 
 
 # %% ../nbs/41_evaluation.ipynb #560143d2
@@ -75,17 +74,7 @@ def iterate_by_size(
     "Yield the pictures of `view` and their labels once, in batches on `device`; several processes take turns."
     workers = choose_test_workers(device) if workers is None else workers
     batches = take_own_turns(_batch_by_size(_find_sizes(view), batch))
-    generator = torch.Generator()  # a random stream apart from that of training, which this must not change
-    with explain_worker_errors():
-        loader = DataLoader(
-            view,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=generator,
-            worker_init_fn=ignore_stop_signals,
-        )
-        yield from move_to_device(loader, view.normalisation, device)
+    yield from load_batches(view, batches, workers, view.normalisation, device)
 
 
 # %% ../nbs/41_evaluation.ipynb #4725a813

@@ -49,7 +49,7 @@ from .processes import get_processes
 from .protocol import Step
 from .run import Card, Run, load_run, make_card
 from .segmenter import Segmenter
-from .setup import Setup
+from .setup import Setup, list_base_recipe
 from .value_table import join_few
 
 # %% ../nbs/51b_run_folder.ipynb #db906699
@@ -154,17 +154,16 @@ def create_run_folder(folder: Path, setup: Setup, model: Segmenter):
 
 # %% ../nbs/51b_run_folder.ipynb #bebcc6d7
 def _list_base_facts(card: Card) -> dict:
-    "Return what the fingerprint of a base step stands for, as far as a card tells it, as JSON values."
+    "Return what the fingerprint of a base step stands for, as far as a card tells it."
     facts = card.model_dump(mode="json")
-    settings, recipe = facts["settings"], facts["recipe"]
-    later = dict(new_iterations=None, lr_factor=None, token_factor=None, encoder_factor=recipe["encoder_factor"][0])
+    settings = facts["settings"]
     return dict(
         base=card.base,
         data=[card.data.train, card.data.test],
         classes=card.steps[0],
         images=card.images[:1],
         network=[settings["encoder"], settings["encoder_options"], facts["weights"], settings["decoder"]],
-        recipe=recipe | later,
+        recipe=list_base_recipe(card.recipe),
         seed=settings["seed"],
         versions=[card.versions.get("torch"), card.versions.get("timm")],
         head=card.parts.head,

@@ -11,6 +11,7 @@ __all__ = [
     "Setup",
     "Origin",
     "trace_parameters",
+    "list_base_recipe",
     "hash_base_step",
 ]
 
@@ -310,18 +311,21 @@ def _hash_method(method: Method) -> list[str]:
     return [hash_class(kind) for kind in type(method).__mro__ if kind not in Method.__mro__]
 
 
+def list_base_recipe(recipe: Recipe) -> dict:
+    "Return the fields of a recipe with those of later steps left empty."
+    later = dict(new_iterations=None, lr_factor=None, token_factor=None, encoder_factor=recipe.encoder_factor[0])
+    return recipe.model_dump() | later
+
+
 def hash_base_step(setup: Setup, model: Segmenter) -> str:
     "Return a hash of everything that the base step depends on; of `model` only the receipt of its weights counts."
     settings, recipe = setup.settings, setup.recipe
-    later = dict(
-        new_iterations=None, lr_factor=None, token_factor=None, encoder_factor=recipe.encoder_factor[0]
-    )  # of later steps
     facts = dict(
         data=[setup.train.fingerprint, setup.test.fingerprint],
         classes=setup.protocol.steps[0],
         images=setup.positions[0].tolist(),
         network=[settings.encoder, settings.encoder_options, model.encoder.receipt, settings.decoder],
-        recipe=recipe.model_dump() | later,
+        recipe=list_base_recipe(recipe),
         seed=settings.seed,
         versions=[torch.__version__, version("timm")],
         device=make_accelerator(recipe).device.type,

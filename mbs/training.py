@@ -47,11 +47,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .bands import compile_bands
 from .checkpoint import StepCheckpoints, get_optimiser_tensors, load_optimiser, set_random_state, strip_prefix
-from .draws import Draws, ExemplarView, choose_workers, explain_worker_errors, ignore_stop_signals, iterate_batches
+from .draws import Draws, ExemplarView, choose_workers, explain_worker_errors, iterate_batches, load_batches
 from .lifeline import Interrupted, record_signals
 from .memory import Memory
 from .methods import Method
@@ -60,7 +59,7 @@ from .protocol import Step
 from .recipe import Recipe, count_iterations, learning_rate
 from .segmenter import Segmenter, SegmenterOutput
 from .setup import make_accelerator
-from .views import StepView, move_to_device
+from .views import StepView
 
 
 # %% ../nbs/50_training.ipynb #6ab7d623
@@ -536,15 +535,8 @@ def check_channels(student: Segmenter, teacher: Segmenter | None, step: Step):
 # %% ../nbs/50_training.ipynb #cd3e1a90
 def iterate_once(view: StepView, batch: int, workers: int, device: torch.device | str, seed: int = 0) -> Iterator:
     "Yield every picture of `view` with its labels once, in batches on `device`; each process gets all of them."
-    loader = DataLoader(
-        Draws(view, 1, seed),
-        batch,
-        sampler=range(len(view)),
-        num_workers=workers,
-        generator=torch.Generator(),
-        worker_init_fn=ignore_stop_signals,
-    )
-    yield from move_to_device(loader, view.normalisation, device)
+    batches = [range(i, min(i + batch, len(view))) for i in range(0, len(view), batch)]
+    yield from load_batches(Draws(view, 1, seed), batches, workers, view.normalisation, device)
 
 
 # %% ../nbs/50_training.ipynb #d395612b

@@ -12,6 +12,7 @@ import nbformat
 import psutil
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import mbs.files
 import mbs.run_folder
@@ -62,6 +63,15 @@ def test_a_photo_is_not_blamed_for_open_files(monkeypatch, tmp_path, capsys):
         read_image(tmp_path / "a.jpg")
     said = capsys.readouterr().err
     assert ended.value.exit_code == 2 and "ulimit -n" in said and "JPEG" not in said and said.count("\n") == 1
+
+
+def test_a_command_explains_an_error_once(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("mbs.comparison.find_runs", refuse)
+    result = CliRunner().invoke(app, ["report"])
+    assert result.exit_code == 2 and result.output.count("ulimit -n") == result.output.count("\n") == 1
 
 
 SENTENCES = {
