@@ -31,14 +31,11 @@ import io
 import json
 import os
 import re
-import secrets
 import shlex
 import stat
 import sys
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +45,7 @@ import typer.core
 
 from .files import explain_exhaustion
 from .folders import expand_tilde
-from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals, run_server
+from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
 from .parameter_files import parse_value, parse_words, read_parameters
 
 _PATH = dict(parser=expand_tilde)  # of every argument that is a path
@@ -517,49 +514,59 @@ def demo(
 
 
 # %% ../nbs/80_cli.ipynb #4fa29671
+_RUN_HELP = "Run folder, or its name under outputs/."
 _OTHER_HELP = "Another run of the same classes and steps, shown beside the first."
 _APP_HELP = r"Open a page without code instead of JupyterLab; needs pip install 'mbs\[app]'."  # [app] would be markup
+_PORT_HELP = "Port of the server. Default: the first free one from 8888 on."
+_IP_HELP = "Interface that the server listens on. The default can be reached from this machine only, or by ssh."
+_ROOT_HELP = "Let the server run as root, as in a container."
+_SERVER_HELP = "Setting of the Jupyter server, for example ServerApp.base_url=/mbs; can be repeated."
 
 
-@app.command()
-def explore(
-    run: Annotated[Path, typer.Argument(help="Run folder.", **_PATH)],
-    other: Annotated[Path | None, typer.Argument(help=_OTHER_HELP, **_PATH)] = None,
-    as_app: Annotated[bool, typer.Option("--app", help=_APP_HELP)] = False,
-    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
-):
-    "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens, mixed-up classes."
-    with explain_errors():
-        from mbs.explore.explorers import check_comparable, write_tour
-        from mbs.run import load_run
+def _read_server_settings(words: Sequence[str]) -> dict[str, str]:
+    "Split words `name=value`; ValueError for another word."
+    pairs = [word.removeprefix("--").partition("=") for word in words]
+    for name, separator, _ in pairs:
+        if not (name and separator):
+            raise ValueError(f"--server {name} is no setting: expected name=value, as in ServerApp.base_url=/mbs")
+    return {name: value for name, _, value in pairs}
 
-        runs = [load_run(folder) for folder in (run, other) if folder is not None]
-        if len(runs) == 2:
-            check_comparable(*runs, None)
-        if as_app and find_spec("voila") is None:
-            raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
-        code = 0
-        with (
-            suppress(KeyboardInterrupt),
-            interrupt_on_signals(),
-            tempfile.TemporaryDirectory(prefix="mbs-app-") as folder,
-        ):
-            tour = write_tour(*runs, folder=Path(folder) if as_app else None)  # an app executes all its cells
-            code = _serve_notebook(tour, as_app, browser)
-        raise typer.Exit(code)
+
+def _find_run_folder(run: Path) -> Path:
+    "Return a run folder that is given itself or by its name under outputs/."
+    from mbs.folders import home
+
+    return run if run.is_dir() else home("outputs", str(run))
 
 
 # %% ../nbs/80_cli.ipynb #13546a7f
-def _serve_notebook(notebook: Path, as_app: bool, browser: bool) -> int:
-    "Serve `notebook` on this machine only, protected by a token, until a stop signal; return the server's exit code."
-    server = ["jupyterlab", "--ServerApp.ip=127.0.0.1"]
-    if as_app:
-        server = ["voila", "--Voila.ip=127.0.0.1", "--Voila.auto_token=True"]  # voila's default is no token
-    options = [] if browser else ["--no-browser"]
-    token = os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24)
-    environment = dict(JUPYTER_TOKEN=token)  # arguments can be read by every user of the machine
-    with run_server(*server, str(notebook), *options, environment=environment, folder=notebook.parent) as process:
-        return process.wait()
+@app.command()
+def explore(
+    run: Annotated[Path, typer.Argument(help=_RUN_HELP, **_PATH)],
+    other: Annotated[Path | None, typer.Argument(help=_OTHER_HELP, **_PATH)] = None,
+    as_app: Annotated[bool, typer.Option("--app", help=_APP_HELP)] = False,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help=_PORT_HELP)] = None,
+    ip: Annotated[str, typer.Option(metavar="ADDRESS", help=_IP_HELP)] = "127.0.0.1",
+    allow_root: Annotated[bool, typer.Option("--allow-root", help=_ROOT_HELP)] = False,
+    server: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=_SERVER_HELP)] = None,
+):
+    "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens, mixed-up classes."
+    with explain_errors():
+        from mbs.explore.app import serve_app
+        from mbs.explore.explorers import check_comparable
+        from mbs.explore.tour import ServerOptions, serve_tour
+        from mbs.run import load_run
+
+        folders = [_find_run_folder(folder) for folder in (run, other) if folder is not None]
+        runs = [load_run(folder) for folder in folders]
+        if len(runs) == 2:
+            check_comparable(*runs, None)
+        options = ServerOptions(port, ip, allow_root, _read_server_settings(server or []), browser)
+        code = 0
+        with suppress(KeyboardInterrupt), interrupt_on_signals():
+            code = (serve_app if as_app else serve_tour)(folders, options, tell=typer.echo)
+        raise typer.Exit(code)
 
 
 # %% ../nbs/80_cli.ipynb #509c3106
@@ -617,7 +624,7 @@ def curves(
 # %% ../nbs/80_cli.ipynb #9db48744
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder, or its name under outputs/.", **_PATH)],
+    run: Annotated[Path, typer.Argument(help=_RUN_HELP, **_PATH)],
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", **_PATH)],
     out: Annotated[
         Path, typer.Option(help="Folder for <name>-labels.png, <name>-overlay.png and legend.png.", **_PATH_OPTION)
@@ -626,11 +633,10 @@ def predict(
 ):
     "Segment pictures of any size."
     with explain_errors():
-        from mbs.folders import home
         from mbs.predict import list_pictures, predict_files
         from mbs.run import load_run
 
-        loaded = load_run(run if run.is_dir() else home("outputs", str(run)))
+        loaded = load_run(_find_run_folder(run))
         problems = list(predict_files(loaded, list_pictures(images), out, step))
     for problem in problems:
         typer.echo(f"mbs: {problem}", err=True)

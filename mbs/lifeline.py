@@ -30,6 +30,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 # %% ../nbs/04_lifeline.ipynb #28f762b7
 SAFE_PATH = dict(PYTHONSAFEPATH="1")  # environment in which Python takes no code from the current folder
@@ -159,12 +160,14 @@ def run_server(
     environment: dict[str, str] | None = None,  # added to that of this process
     folder: Path | None = None,  # its working directory, from which some servers read settings
     patience: float = 10,  # seconds for it to end
+    output: TextIO | None = None,  # where it writes; None: to the terminal
 ) -> Iterator[subprocess.Popen]:
     "Run the server `module` during the block; it ends with the block and with this process, however they end."
     command = make_module_command("mbs.lifeline", module, *arguments)
     variables = make_safe_environment((environment or {}) | dict(MBS_TIED="stdin"))
     with interrupt_on_signals():
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables, cwd=folder, start_new_session=True)
+        streams = dict(stdin=subprocess.PIPE, stdout=output, stderr=output)
+        process = subprocess.Popen(command, **streams, env=variables, cwd=folder, start_new_session=True)
         try:
             yield process
         finally:

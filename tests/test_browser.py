@@ -16,8 +16,8 @@ from mbs.explore.explorers import (
     explore_confusions,
     explore_features,
     explore_pseudo_labels,
-    write_tour,
 )
+from mbs.explore.tour import write_tour
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
@@ -33,7 +33,7 @@ def chrome():
 @pytest.fixture(scope="module")
 def tour(identified, runs, chrome, tmp_path_factory):
     "The guided tour of two runs, the first with an identity, open in JupyterLab, every cell run."
-    notebook = write_tour(identified, runs[1], tmp_path_factory.mktemp("tour"))
+    notebook = write_tour([identified.folder, runs[1].folder], tmp_path_factory.mktemp("tour"))
     with jupyter_lab(tmp_path_factory.mktemp("lab")) as lab, page_of(chrome) as page:
         open_notebook(page, lab, notebook)
         try:

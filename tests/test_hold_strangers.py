@@ -6,22 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import nbformat
 import pytest
 from typer.testing import CliRunner
 
-import mbs.cli
 import mbs.curves
+import mbs.explore.tour
 from mbs.cli import app
 from mbs.curves import start_tensorboard
-from mbs.explore.explorers import write_tour
-from mbs.folders import find_package_folder
+from mbs.explore.tour import _is_trusted, _prepare_tour, write_tour
 from mbs.guarded_tensorboard import guard_application
 from mbs.lifeline import make_module_command, make_safe_environment, run_server
-from mbs.run import load_run, trained_run
+from mbs.run import trained_run
 
 TRAP = "open('ran', 'w').write('')\n"
 SERVERS = ("jupyterlab", "voila", "tensorboard", "ipywidgets", "mbs", "torch", "numpy", "IPython", "comm")
@@ -37,6 +36,7 @@ def code_of(notebook: Path) -> list[str]:
 def stranger(tmp_path, monkeypatch):
     "A run folder with a notebook, modules and settings of servers that leave a file behind when they run."
     monkeypatch.setenv("MBS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))  # of the signatures of trusted notebooks
     folder = tmp_path / "run"
     shutil.copytree(trained_run("mbs").folder, folder)
     for name in (*SERVERS, "sitecustomize", "jupyter_server_config", "jupyter_config"):
@@ -52,17 +52,16 @@ def served(monkeypatch):
     seen = []
 
     @contextmanager
-    def record(module, *arguments, environment=None, folder=None):
-        notebooks = [code_of(Path(a)) for a in arguments if a.endswith(".ipynb")]
-        seen.append((module, arguments, folder, notebooks))
+    def record(module, *arguments, environment=None, folder=None, output=None):
+        seen.append((module, arguments, folder))
         yield subprocess.Popen([sys.executable, "-c", ""])
 
-    monkeypatch.setattr(mbs.cli, "run_server", record)
+    monkeypatch.setattr(mbs.explore.tour, "run_server", record)
     return seen
 
 
 @pytest.mark.parametrize("as_app", [False, True])
-def test_only_the_tour_that_mbs_wrote_is_opened(stranger, served, monkeypatch, as_app):
+def test_only_the_notebook_that_mbs_wrote_is_opened(stranger, served, monkeypatch, as_app):
     "The notebook of the run folder stays as it is and closed; a server starts in a folder that holds the tour alone."
     if as_app:
         pytest.importorskip("voila")
@@ -70,31 +69,72 @@ def test_only_the_tour_that_mbs_wrote_is_opened(stranger, served, monkeypatch, a
     monkeypatch.chdir(stranger)
     result = CliRunner().invoke(app, ["explore", ".", *["--app"] * as_app, "--no-browser"])
     assert result.exit_code == 0, result.output
-    module, _, folder, (code,) = served[0]
+    module, arguments, folder = served[0]
     assert module == ("voila" if as_app else "jupyterlab")
-    assert code == code_of(find_package_folder("tutorials") / "explore.ipynb")
+    assert (str(folder / "app.ipynb") if as_app else f"--ServerApp.root_dir={folder}") in arguments
     assert stranger not in (folder, *folder.parents) and (stranger / "explore.ipynb").read_bytes() == before
-    assert folder.exists() != as_app, "an app leaves its copy behind, or a tour is lost"
-    if not as_app:
-        assert os.listdir(folder) == ["explore.ipynb"]
+    name = "app" if as_app else "explore"
+    assert sorted(os.listdir(folder)) == [f"{name}.ipynb", f"{name}.log"]
+    assert not [source for source in code_of(folder / f"{name}.ipynb") if TRAP in source]
 
 
-def test_an_app_runs_no_cell_that_was_added_to_a_tour(stranger, served):
-    "Notes in a tour are kept for JupyterLab, which runs nothing by itself; an app gets a new copy."
-    pytest.importorskip("voila")
-    tour = write_tour(load_run(stranger))
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("mine = 1")]), tour)
-    CliRunner().invoke(app, ["explore", str(stranger), "--app", "--no-browser"])
-    CliRunner().invoke(app, ["explore", str(stranger), "--no-browser"])
-    (*_, (in_app,)), (*_, (in_lab,)) = served
-    assert in_app == code_of(find_package_folder("tutorials") / "explore.ipynb") and in_lab == ["mine = 1"]
+class FakeClient:
+    "A kernel that only notes what it was asked to execute."
+
+    def __init__(self):
+        self.sources = []
+
+    def execute_interactive(self, source, **_):
+        self.sources.append(source)
+        return dict(content=dict(status="ok", execution_count=len(self.sources)))
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    "The cells that `mbs explore` executes before it opens a tour."
+    client = FakeClient()
+    monkeypatch.setattr(mbs.explore.tour, "_start_kernel", lambda *_: nullcontext(client))
+    return client.sources
+
+
+def edit(tour, sources):
+    "Replace the code cells after the parameters by cells of these sources, each with an output."
+    notebook = nbformat.read(tour, 4)
+    output = nbformat.v4.new_output("stream", text="mine")
+    cells = [nbformat.v4.new_code_cell(source, outputs=[output]) for source in sources]
+    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + cells
+    nbformat.write(notebook, tour)
+
+
+def test_a_cell_that_was_added_to_a_tour_waits_for_the_user(stranger, executed):
+    tour = write_tour([stranger])
+    own = code_of(tour)
+    edit(tour, [own[0], TRAP, *own[1:]])
+    assert write_tour([stranger]) == tour and TRAP in code_of(tour)
+    parameters = f"run_folder = {str(stranger.resolve())!r}\nother_folder = ''"
+    assert _prepare_tour(tour, "", [parameters, *own]) and executed == [parameters, *own]
+    assert not _is_trusted(nbformat.read(tour, 4)), "foreign outputs were signed"
+
+
+def test_an_edited_tour_that_lacks_cells_is_not_executed(stranger, executed):
+    tour = write_tour([stranger])
+    own = code_of(tour)
+    edit(tour, own[1:])
+    before = tour.read_bytes()
+    assert not _prepare_tour(tour, "", own) and executed == [] and tour.read_bytes() == before
+
+
+def test_a_tour_that_mbs_executed_is_trusted(stranger, executed):
+    tour = write_tour([stranger])
+    assert not _is_trusted(nbformat.read(tour, 4))
+    assert _prepare_tour(tour, "", code_of(tour)) and _is_trusted(nbformat.read(tour, 4))
 
 
 def test_tours_of_runs_of_one_name_are_two(stranger, tmp_path):
     "The folder of a tour depends on the whole path of the run, also of the second one."
-    shutil.copytree(trained_run("mbs").folder, tmp_path / "b" / "run")
-    one, other = load_run(stranger), load_run(tmp_path / "b" / "run")
-    tours = [write_tour(one), write_tour(other), write_tour(one, other), write_tour(other, one)]
+    one, other = stranger, tmp_path / "b" / "run"
+    shutil.copytree(trained_run("mbs").folder, other)
+    tours = [write_tour(folders) for folders in ([one], [other], [one, other], [other, one])]
     assert len(set(tours)) == 4 and all(repr(str(stranger.resolve())) in p.read_text() for p in (tours[0], tours[3]))
 
 

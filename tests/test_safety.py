@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import mbs.cli
+import mbs.explore.tour
 from mbs.cli import app
 from mbs.explore.explorers import (
     explore_class_tokens,
     explore_confusions,
     explore_features,
     explore_pseudo_labels,
-    write_tour,
 )
 from mbs.lifeline import make_module_command, make_safe_environment
 
@@ -167,11 +166,11 @@ def catch_start(words, monkeypatch):
     seen = []
 
     @contextmanager
-    def record(module, *arguments, environment, folder):
+    def record(module, *arguments, environment, folder, output):
         seen.append((make_module_command(module, *arguments), make_safe_environment(environment)))
         yield subprocess.Popen(["true"])
 
-    monkeypatch.setattr(mbs.cli, "run_server", record)
+    monkeypatch.setattr(mbs.explore.tour, "run_server", record)
     result = CliRunner().invoke(app, ["explore", *map(str, words)])
     assert result.exit_code == 0, result.output
     return seen[0]
@@ -221,12 +220,9 @@ def test_servers_answer_only_with_the_token(runs, monkeypatch, tmp_path, as_app)
     if as_app:
         pytest.importorskip("voila")
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
-    command, environment = catch_start([runs[0].folder, *["--app"] * as_app, "--no-browser"], monkeypatch)
-    if as_app:  # its notebook has gone with its temporary folder
-        tour = write_tour(runs[0])
-        command = [str(tour) if word.endswith(".ipynb") else word for word in command]
     port = free_port()
-    command = [*command, f"--port={port}", *([] if as_app else ["--allow-root"])]
+    options = [*["--app"] * as_app, "--no-browser", "--allow-root", f"--port={port}"]
+    command, environment = catch_start([runs[0].folder, *options], monkeypatch)
     token = "s3cret" * 8
     environment = environment | dict(JUPYTER_TOKEN=token)
     monkeypatch.undo()

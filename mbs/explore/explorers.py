@@ -16,11 +16,9 @@ __all__ = [
     "explore_class_tokens",
     "ConfusionExplorer",
     "explore_confusions",
-    "write_tour",
 ]
 
 # %% ../../nbs/61g_explorers.ipynb #4bbe4aaf
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,8 +81,6 @@ from mbs.explore.widgets import (
     make_picture_controls,
     wrap_row,
 )
-from ..files import MAX_NOTEBOOK, read_json, write_text
-from ..folders import find_package_folder, home
 from ..run import Run
 
 
@@ -531,51 +527,3 @@ def explore_confusions(
 ) -> ConfusionExplorer:
     "Explore which class is taken for which after a step, and what the score would be with some of it corrected."
     return ConfusionExplorer(_make_step_states(ConfusionState, run, other, step))
-
-
-# %% ../../nbs/61g_explorers.ipynb #d3490518
-def _fill_tour(run_folder: Path, other_folder: Path | None):
-    "Read the tutorial, fill in the folders of the runs, and remove its outputs."
-    import nbformat
-
-    tour = nbformat.read(find_package_folder("tutorials") / "explore.ipynb", 4)
-    for cell in tour.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-        if "parameters" in cell.metadata.get("tags", []):
-            other = str(other_folder) if other_folder else ""
-            cell.source = f"run_folder = {str(run_folder)!r}\nother_folder = {other!r}"
-    return tour
-
-
-def _choose_tour_folder(run: Run, other: Run | None) -> Path:
-    "Return the folder of the tour of one or two runs, in `tours/` of the home folder, named after their places."
-    places = [str(r.folder.resolve()) for r in (run, other) if r is not None]
-    digest = hashlib.sha256("\n".join(places).encode(errors="surrogateescape")).hexdigest()[:12]
-    return home("tours", f"{run.folder.resolve().name[:40]}-{digest}").absolute()
-
-
-def write_tour(
-    run: Run,
-    other: Run | None = None,
-    folder: Path | None = None,  # of the tour; None: one in `tours/` of the home folder
-) -> Path:
-    """Write the guided tour of one or two runs into a folder outside theirs; return its path.
-
-    A tour that exists is kept, since it may hold notes; ValueError if the file is no notebook."""
-    import nbformat
-
-    name = "explore.ipynb" if other is None else f"explore-{other.folder.resolve().name[:40]}.ipynb"
-    path = (folder or _choose_tour_folder(run, other)) / name
-    if path.is_file():
-        try:
-            nbformat.validate(read_json(path, MAX_NOTEBOOK))
-        except Exception:  # nbformat fails in many ways
-            raise ValueError(
-                f"{path} cannot be read: expected a notebook; remove the file, and the tour is written again"
-            ) from None
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tour = _fill_tour(run.folder.resolve(), other.folder.resolve() if other else None)
-    write_text(path, nbformat.writes(tour))
-    return path
