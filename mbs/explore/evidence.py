@@ -10,6 +10,8 @@ __all__ = [
     "FLOWS",
     "IGNORED_OLD",
     "IGNORED_OTHER",
+    "DIFFERENCES",
+    "SAME",
     "THRESHOLDS",
     "Evidence",
     "collect_evidence",
@@ -21,6 +23,7 @@ __all__ = [
     "hide_later_classes",
     "relabel_background",
     "classify_flow",
+    "classify_difference",
     "count_codes",
     "ThresholdCurve",
     "trace_thresholds",
@@ -46,7 +49,7 @@ from ..inference import to_batch
 from ..protocol import VOID, Step
 from ..pseudo_labels import doubts_background, ignore_doubtful, relabel_confident
 from ..segmenter import normalise_logits
-from ..viz import GREY, SHIFT_COLOURS, UNCOUNTED, VERMILLION, classify_shift
+from ..viz import BLUE, GREEN, GREY, PURPLE, SHIFT_COLOURS, UNCOUNTED, VERMILLION, classify_shift
 
 # %% ../../nbs/61a_evidence.ipynb #88c68f1a
 LEVELS = ("encoder", "decoder", "distilled")  # "distilled": the features that feature distillation compares
@@ -242,6 +245,31 @@ def classify_flow(
     flow[is_ignored & is_old] = IGNORED_OLD
     flow[is_ignored & ~is_old] = IGNORED_OTHER
     return flow
+
+
+# %% ../../nbs/61a_evidence.ipynb #530f4fa2
+DIFFERENCES = {
+    "same prediction": GREY,
+    "only this run is right": GREEN,
+    "only the other run is right": VERMILLION,
+    "both are wrong": PURPLE,
+    "they differ, truth unknown": BLUE,
+}  # name → colour; the position is the code
+SAME = 0
+
+
+def classify_difference(
+    labels: np.ndarray,  # (H, W) prediction of this run
+    others: np.ndarray,  # (H, W) prediction of the other run
+    truth: np.ndarray,  # (H, W) channels seen so far; 255 void or later
+) -> np.ndarray:  # (H, W) uint8 position in `DIFFERENCES`
+    "Say where two predictions differ, and which of them is right."
+    codes = np.full(labels.shape, 3, np.uint8)
+    codes[labels == truth] = 1
+    codes[others == truth] = 2
+    codes[truth == VOID] = 4
+    codes[labels == others] = SAME
+    return codes
 
 
 # %% ../../nbs/61a_evidence.ipynb #3e3c1417

@@ -285,6 +285,7 @@ class View {
     this.arrangePanels(panels.panels);
     this.paintPanels();
     this.heading.textContent = `${this.get("title")}, ${picture.moment}`;
+    this.legend.dataset.title = this.get("title");
     this.note.textContent = picture.note;
     this.help.textContent = picture.help;
     this.drawMarks();
@@ -420,6 +421,8 @@ class View {
         height: `${(100 * Math.min(cell, height - top)) / height}%`,
         width: `${(100 * Math.min(cell, width - left)) / width}%`,
       });
+      mark.style.setProperty("--x", `${(100 * (x + 0.5 - left)) / Math.min(cell, width - left)}%`);
+      mark.style.setProperty("--y", `${(100 * (y + 0.5 - top)) / Math.min(cell, height - top)}%`);
     }
   }
 

@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 
 from .evidence import LEVELS, PREDICTORS, THRESHOLDS
 from mbs.explore.figures import (
-    SHIFT_PANELS,
     add_step_slider,
     draw_confusion_figure,
     draw_feature_figure,
@@ -195,6 +194,8 @@ def _make_canvas(explorer, state: PictureState) -> tuple:  # (canvas, links)
 
     canvas.on_msg(lambda _, message, __: explorer.state.move(message["move"]))
     links = [Observer(state, redraw, explorer.redraw_on), Observer(state, show_pixel, ["pick"])]
+    if getattr(state, "partner", None):
+        links.append(Observer(state.partner, redraw, ["predictor"]))
     return canvas, links + [T.link((state, name), (canvas, name)) for name in explorer.on_canvas]
 
 
@@ -231,7 +232,10 @@ class PictureExplorer(Explorer):
             canvas, links = _make_canvas(self, state)
             self.canvases.append(canvas)
             self._links += links
-        return W.VBox([*self._make_controls(), *self.canvases])
+        box = W.VBox([*self._make_controls(), *self.canvases])
+        if len(self.states) > 1:
+            box.add_class("mbs-pair")
+        return box
 
     def _describe_choice(self) -> str:
         return describe_moment(self.state)
@@ -245,7 +249,7 @@ class PictureExplorer(Explorer):
 
 # %% ../../nbs/61g_explorers.ipynb #03b2cffa
 def _make_run_controls(explorer) -> list:
-    "Make the controls of a `ShiftExplorer` that two runs do not share: rule 2, and the predictor if there are several."
+    "Make the controls of the runs of a `ShiftExplorer`: rule 2, the predictor if there are several, the difference."
     controls = []
     for state in explorer.states:
         whose = f" ({state.run.settings.method})" if explorer.display.is_wide else ""
@@ -253,6 +257,8 @@ def _make_run_controls(explorer) -> list:
         if state.pictures.has_identity:
             options = dict(options=list(PREDICTORS), tooltip="whose prediction after the step is shown")
             controls.append(make_control("Dropdown", f"prediction by{whose}", state, "predictor", **options))
+    if len(explorer.states) > 1:
+        controls.append(make_control("Checkbox", "difference panel", explorer.state, "compare", indent=False))
     return controls
 
 
@@ -261,9 +267,14 @@ class ShiftExplorer(PictureExplorer):
     "Pseudo-labels, flow and distillation weights; see `explore_pseudo_labels`."
 
     kind = "Pseudo-labels"
-    shared = (*PictureExplorer.shared, "tau", "source", "colour_by", "flow_filter")
+    shared = (*PictureExplorer.shared, "tau", "source", "colour_by", "flow_filter", "compare")
     on_canvas = (*PictureExplorer.on_canvas, "tau", "flow_filter")
-    redraw_on = ("shift", "colour_by")
+    redraw_on = ("shift", "colour_by", "compare")
+
+    def __init__(self, states: Sequence[ShiftState], max_side: int, palette: np.ndarray | None):
+        super().__init__(states, max_side, palette)
+        for state in self.states[1:]:
+            state.partner = self.state
 
     def list_dependencies(self, state: ShiftState) -> tuple:
         return state.moment, state.ignore
@@ -280,11 +291,12 @@ class ShiftExplorer(PictureExplorer):
     def describe_saved(self, state: ShiftState) -> dict:
         "Describe the parts, and the panels at every twentieth of τ, at the runs' own and at the chosen τ."
         own = {s.run.card.parts.threshold for s in self.states}
-        names = ("step", "index", "predictor", "ignore", "source", "colour_by")
+        names = ("step", "index", "predictor", "ignore", "source", "colour_by", "compare")
         copied = {name: getattr(state, name) for name in names}
         frames = []
         for tau in sorted({*THRESHOLDS[::5].round(2).tolist(), *own, state.tau}):
             other = ShiftState(state.pictures, tau=tau, **copied)
+            other.partner = state.partner
             frames.append(dict(tau=tau, panels=self.describe_panels(other)))
         return super().describe_saved(state) | dict(frames=frames)
 
@@ -303,8 +315,8 @@ class ShiftExplorer(PictureExplorer):
             wrap_row(source, colour_by, *_make_run_controls(self)),
         ]
 
-    def to_figure(self, panels: Sequence[str] = SHIFT_PANELS, annotate: bool = True) -> Figure:
-        "Draw the state as a matplotlib figure; without `annotate` only the panels."
+    def to_figure(self, panels: Sequence[str] | None = None, annotate: bool = True) -> Figure:
+        "Draw the state as a matplotlib figure; without `annotate` only the panels, of which None means all."
         return draw_shift_figure(self.states, panels, self.display.palette, annotate)
 
     def to_frame(self):

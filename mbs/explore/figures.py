@@ -38,6 +38,7 @@ from PIL import Image
 from .evidence import LEVELS, RUN_PREDICTOR, THRESHOLDS, measure_distance
 from mbs.explore.page import (
     CURVE_LINES,
+    TRUTH_PANELS,
     find_cosine_range,
     format_run,
     list_opinions,
@@ -213,11 +214,14 @@ def _draw_shift_state(fig, state: ShiftState, panels: Sequence[str], palette: np
 # %% ../../nbs/61e_figures.ipynb #a0deb708
 def draw_shift_figure(
     states: Sequence[ShiftState],
-    panels: Sequence[str] = SHIFT_PANELS,
+    panels: Sequence[str] | None = None,  # None: all, those of the ground truth only where it is known
     palette: np.ndarray | None = None,  # (C, 3) uint8 colours of the channels
     annotate: bool = True,  # False: only the panels
 ) -> Figure:
     "Draw pseudo-label states, one below the other."
+    if panels is None:
+        has_truth = any(state.has_truth for state in states)
+        panels = [name for name in SHIFT_PANELS if has_truth or name not in TRUTH_PANELS]
     n_identities = sum(state.pictures.has_identity for state in states)
     height = len(states) * (2.0 + 1.9 * annotate) + (0.3 + 0.3 * n_identities) * annotate
     size = 1.75 * len(panels) + 0.2, height

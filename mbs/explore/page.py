@@ -7,6 +7,7 @@ __all__ = [
     "KEYS",
     "TAU_KEYS",
     "CURVE_LINES",
+    "TRUTH_PANELS",
     "MODEL_NAMES",
     "Display",
     "Panel",
@@ -15,6 +16,7 @@ __all__ = [
     "describe_shift_picture",
     "name_predicted",
     "name_judged",
+    "format_quality",
     "describe_shift_panels",
     "list_opinions",
     "describe_shift_pixel",
@@ -43,9 +45,10 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from .evidence import FLOWS, PREDICTORS, RUN_PREDICTOR, compare_to_patch
+from .evidence import DIFFERENCES, FLOWS, PREDICTORS, RUN_PREDICTOR, compare_to_patch, count_codes
 from mbs.explore.paint import (
     DARKENED,
+    DIFFERENCE_STYLE,
     FATE_STYLE,
     FLOW_STYLE,
     Style,
@@ -176,9 +179,10 @@ CURVE_LINES = {  # field of `ThresholdCurve` → colour and dashes
 
 # %% ../../nbs/61d_page.ipynb #e9ce9093
 def scale_curve(state: ShiftState) -> dict[str, np.ndarray]:
-    "Return the curve over τ as shares, 0..1: fates of the picture's pixels, precision and recall as they are."
-    n_pixels = {name: state.moment.truth.size for name in ("kept", "relabelled", "ignored")}
-    return {name: values / n_pixels.get(name, 1) for name, values in state.curve._asdict().items()}
+    "Return the curve over τ as shares, 0..1: fates of the picture's pixels; with a ground truth precision and recall."
+    fates = ("kept", "relabelled", "ignored")
+    curve = {name: getattr(state.curve, name) / state.moment.truth.size for name in fates}
+    return curve | (dict(precision=state.curve.precision, recall=state.curve.recall) if state.has_truth else {})
 
 
 # %% ../../nbs/61d_page.ipynb #6a712fdf
@@ -196,8 +200,8 @@ def _describe_curve(state: ShiftState) -> dict:
 def _note_differences(state: ShiftState) -> str:
     "Return notes for the reader on what the picture or the run lacks, such as a ground truth or pseudo-labels."
     parts, notes = state.run.card.parts, []
-    if (state.moment.truth == VOID).all():
-        notes.append("This picture has no truth: the flow and what the step's labels hide are unknown.")
+    if not state.has_truth:
+        notes.append("This picture has no ground truth: what the labels of the step hide, and the flow, are unknown.")
     if not parts.pseudo_labels:
         notes.append(
             f"{state.run.settings.method} does not train with pseudo-labels: the panel shows what they would be."
@@ -223,8 +227,9 @@ def describe_shift_picture(state: ShiftState, display: Display) -> dict:
         "group": make_group_style(state.n_old, state.n_channels, len(state.run.names)),
         "fate": FATE_STYLE,
         "flow": FLOW_STYLE,
+        "difference": DIFFERENCE_STYLE,
     }
-    maps = dict(truth=m.truth, view=m.step_labels, predicted=m.prediction)
+    maps = dict(predicted=m.prediction) | (dict(truth=m.truth, view=m.step_labels) if state.has_truth else {})
     note, curve = _note_differences(state), _describe_curve(state)
     return _describe_picture(state, display, maps, styles, note, curve=curve, help=KEYS + TAU_KEYS)
 
@@ -261,29 +266,46 @@ def name_judged(state: ShiftState) -> str:
 
 
 # %% ../../nbs/61d_page.ipynb #a174f00d
+def format_quality(precision: float, recall: float) -> str:
+    "Put precision and recall of the pseudo-labels into words; one that does not exist (NaN) is left out."
+    values = dict(precision=precision, recall=recall)
+    words = [f"{name} {100 * value:.0f} %" for name, value in values.items() if not np.isnan(value)]
+    return f"Pseudo-label {', '.join(words)}" if words else ""
+
+
+# %% ../../nbs/61d_page.ipynb #b68becb5
 def _describe_tables(state: ShiftState) -> list[dict]:
-    "Describe the tables of fates and of flows."
+    "Describe the table of fates, and that of flows if the ground truth is known."
     fates, flows = ({name: state.counts[name] for name in names} for names in (FATES, FLOWS))
-    precision, recall = ("undefined" if np.isnan(v) else f"{100 * v:.1f} %" for v in state.quality)
     judged = name_judged(state) + ("" if state.source == "prediction" else f" at τ = {state.tau:.2f}")
-    return [
+    tables = [
         dict(
             title=f"fate of the pixels at τ = {state.tau:.2f}",
             rows=_describe_rows(fates, FATE_STYLE),
             can_filter=False,
-            lines=[f"{precision} of the relabelled pixels are right, {recall} of the hidden old pixels are back"],
-        ),
-        dict(title=f"flow of the {judged}", rows=_describe_rows(flows, FLOW_STYLE), can_filter=True, lines=[]),
+            lines=[line for line in [format_quality(*state.quality)] if line],
+        )
     ]
+    if state.has_truth:
+        rows = _describe_rows(flows, FLOW_STYLE)
+        tables.append(dict(title=f"flow of the {judged}", rows=rows, can_filter=True, lines=[]))
+    if state.difference is not None:
+        rows = _describe_rows(count_codes(state.difference, DIFFERENCES), DIFFERENCE_STYLE)
+        title = f"difference to {state.partner.run.folder.name}"
+        tables.append(dict(title=title, rows=rows, can_filter=False, lines=[]))
+    return tables
 
 
 # %% ../../nbs/61d_page.ipynb #50e19799
+TRUTH_PANELS = ("truth", "view", "flow")  # that need a ground truth
+
+
 def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
-    "List the six panels; `cell` is the side of a patch in shown pixels."
+    "List the panels, those of the ground truth only if it is known; `cell` is the side of a patch in shown pixels."
     n_pixels, weights = state.moment.truth.size, state.shift.weights
     relabelled, ignored = (state.counts[name] / n_pixels for name in ("relabelled", "ignored"))
     predictor = f": {PREDICTORS[state.predictor]}" if state.pictures.has_identity else ""
-    return [
+    panels = [
         Panel("truth", "truth", "all classes, later ones included", "truth", style="class"),
         Panel(
             "view",
@@ -323,6 +345,11 @@ def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
             cell=cell,
         ),
     ]
+    shown = [panel for panel in panels if state.has_truth or panel.key not in TRUTH_PANELS]
+    if state.difference is not None:
+        title = f"difference to {state.partner.run.folder.name}"
+        shown.append(Panel("difference", title, "who is right where the runs differ", "difference", style="difference"))
+    return shown
 
 
 # %% ../../nbs/61d_page.ipynb #22616978
@@ -331,14 +358,15 @@ def describe_shift_panels(state: ShiftState, display: Display) -> dict:
     m, shift = state.moment, state.shift
     k = choose_thinning(m.truth.shape, display.max_side)
     labels = shift.fate if state.colour_by == "fate" else shift.pseudo_labels
+    optional = dict(flow=shift.flow if state.has_truth else None, difference=state.difference)
     return dict(
         moment=describe_moment(state),
         drawn=f"{describe_moment(state)} {state.tau:.2f} {state.source} {state.colour_by}",
         panels=[panel._asdict() for panel in _list_shift_panels(state, m.teacher.stride / k)],
         maps=dict(
             pseudo=pack(labels[::k, ::k]),
-            flow=pack(shift.flow[::k, ::k]),
             weight=pack(quantise(shift.weights, 0, 1)),
+            **{name: pack(codes[::k, ::k]) for name, codes in optional.items() if codes is not None},
         ),
         tables=_describe_tables(state),
     )
@@ -362,12 +390,8 @@ def describe_shift_pixel(state: ShiftState, n_bars: int = 6) -> dict:
     "Describe the picked pixel: its labels, and the most probable classes of both models."
     m = state.moment
     names = make_class_style(state.run.names).names
-    labels = {
-        "truth": m.truth,
-        "step's label": m.step_labels,
-        "pseudo-label": state.shift.pseudo_labels,
-        "prediction": m.prediction,
-    }
+    labels = {"truth": m.truth, "step's label": m.step_labels} if state.has_truth else {}
+    labels |= {"pseudo-label": state.shift.pseudo_labels, "prediction": m.prediction}
     lines = [f"pixel {state.pick}"]
     lines += [f"{title}: {names[int(values[state.pick])]}" for title, values in labels.items()]
     lines += [*list_opinions(state), f"grey: old model, blue: {name_predicted(state, 'new model')}; dashed line: τ"]

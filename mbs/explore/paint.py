@@ -7,6 +7,7 @@ __all__ = [
     "DARKENED",
     "FATE_STYLE",
     "FLOW_STYLE",
+    "DIFFERENCE_STYLE",
     "Style",
     "make_style",
     "make_class_style",
@@ -27,7 +28,7 @@ from zlib import compress
 import numpy as np
 from PIL import Image
 
-from .evidence import FLOWS, IGNORED_OLD, IGNORED_OTHER
+from .evidence import DIFFERENCES, FLOWS, IGNORED_OLD, IGNORED_OTHER, SAME
 from ..protocol import VOID
 from ..viz import AGREE, BLUE, FATES, ORANGE, PURPLE, find_outlines, hatch, label_colours, to_rgb_bytes
 
@@ -63,6 +64,7 @@ def make_style(
 # %% ../../nbs/61c_paint.ipynb #7c99250c
 FATE_STYLE = make_style(FATES, 200, hatched=[3], darkened=[1])  # ignored; kept background
 FLOW_STYLE = make_style(FLOWS, 235, hatched=[IGNORED_OLD, IGNORED_OTHER], darkened=[AGREE])
+DIFFERENCE_STYLE = make_style(DIFFERENCES, 235, darkened=[SAME])
 
 
 # %% ../../nbs/61c_paint.ipynb #52b7639d

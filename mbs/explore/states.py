@@ -47,6 +47,7 @@ from mbs.explore.evidence import (
     Opinions,
     ThresholdCurve,
     choose_predictor,
+    classify_difference,
     classify_flow,
     collect_evidence,
     collect_opinions,
@@ -326,6 +327,11 @@ class PictureState(PictureChoice):
         return self.run.protocol[self.step].n_channels
 
     @property
+    def has_truth(self) -> bool:
+        "Whether the ground truth of the picture is known."
+        return self.pictures.samples[self.index].truth is not None
+
+    @property
     def patch(self) -> tuple[int, int]:
         "Row and column of the picked patch."
         stride = self.moment.teacher.stride
@@ -430,11 +436,13 @@ class ShiftState(PictureState):
     source = T.Enum(SOURCES, SOURCES[0], help="whose flow is shown: of the prediction, or of the pseudo-labels")
     colour_by = T.Enum(COLOURS, COLOURS[0], help="colours of the pseudo-labels")
     flow_filter = T.List(T.Int(), help="codes of `FLOWS` that stay bright; empty: all")
+    compare = T.Bool(help="show where this run's prediction differs from that of the run beside it")
     shift = T.Instance(Shift, help="what follows; read only")
 
     def __init__(self, pictures: Pictures, **chosen):
         parts = pictures.run.card.parts
         rules = dict(tau=parts.threshold, ignore=parts.ignore_uncertain or not parts.pseudo_labels)
+        self.partner = None  # the state of a run beside this one
         super().__init__(pictures, **rules | chosen)
         self._update_shift()
         self.observe(lambda _: self._update_shift(), ["moment", "tau", "ignore", "source"])
@@ -450,6 +458,13 @@ class ShiftState(PictureState):
     def counts(self) -> dict[str, int]:
         "Pixels of each fate and of each flow, by name."
         return self.shift.counts
+
+    @property
+    def difference(self) -> np.ndarray | None:  # (H, W) position in `DIFFERENCES`
+        "Where the predictions of this run and its partner differ; None without a partner, or if it is not asked for."
+        if self.partner is None or not self.compare:
+            return None
+        return classify_difference(self.moment.prediction, self.partner.moment.prediction, self.moment.seen_truth)
 
     @property
     def curve(self) -> ThresholdCurve:

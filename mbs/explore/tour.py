@@ -339,7 +339,7 @@ def _open_browser(link: str, folder: Path) -> Iterator[None]:
 
 
 # %% ../../nbs/61h_tour.ipynb #b93b1550
-def _prepare_tour(path: Path, link: str, own: Sequence[str], limit: float = 60) -> bool:
+def _prepare_tour(path: Path, link: str, own: Sequence[str], limit: float = 120) -> bool:
     "Execute the tour `path` in the server of `link`; return whether all of its own cells ended well in time."
     tour = _read_tour(path)
     if not set(own) <= {cell.source for cell in tour.cells}:  # some were edited
