@@ -177,10 +177,15 @@ def check_regular(
         raise ValueError(f"{path} has {status.st_size:,} bytes: expected at most {limit:,}")
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    "Open a file without waiting for the other end of a pipe."
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     "Read a regular file of at most `limit` bytes; ValueError for another one, OSError if it cannot be read."
     check_regular(path)  # before it is opened, since opening a device may act on it
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
         check_regular(path, limit, status)
         content = file.read(status.st_size + 1)

@@ -22,6 +22,7 @@ __all__ = [
 # %% ../../nbs/61g_explorers.ipynb #4bbe4aaf
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -567,7 +568,7 @@ def write_tour(
 
     name = "explore.ipynb" if other is None else f"explore-{other.folder.resolve().name[:40]}.ipynb"
     path = (folder or _choose_tour_folder(run, other)) / name
-    if path.is_file():
+    if os.path.lexists(path):
         try:
             nbformat.validate(read_json(path, MAX_NOTEBOOK))
         except Exception:  # nbformat fails in many ways
