@@ -825,6 +825,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'mbs.files.find_repeated': ('files.html#find_repeated', 'mbs/files.py'),
                            'mbs.files.has_no_room': ('files.html#has_no_room', 'mbs/files.py'),
                            'mbs.files.is_temporary': ('files.html#is_temporary', 'mbs/files.py'),
+                           'mbs.files.make_printable': ('files.html#make_printable', 'mbs/files.py'),
                            'mbs.files.open_own': ('files.html#open_own', 'mbs/files.py'),
                            'mbs.files.parse_json': ('files.html#parse_json', 'mbs/files.py'),
                            'mbs.files.read_arrays': ('files.html#read_arrays', 'mbs/files.py'),

@@ -46,7 +46,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from .files import explain_exhaustion
+from .files import explain_exhaustion, make_printable
 from .folders import expand_tilde
 from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals, run_server
 from .parameter_files import parse_value, parse_words, read_parameters
@@ -69,7 +69,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 # %% ../nbs/80_cli.ipynb #0db6a955
 def _exit(sentence: object, code: int):
     "Print one sentence on stderr and exit with `code`."
-    typer.echo(f"mbs: {sentence}", err=True)
+    typer.echo(f"mbs: {make_printable(sentence)}", err=True)
     raise typer.Exit(code) from None
 
 
@@ -264,7 +264,7 @@ def _print_findings(run):
     from mbs.diagnosis import diagnose
 
     for finding in diagnose(run):
-        typer.echo(f"! {finding}")
+        typer.echo(f"! {make_printable(finding)}")
 
 
 def _count_findings(runs: list):
@@ -584,7 +584,7 @@ def report(
         folder = report_notebook(runs, out or remove_link(home("outputs", "report")))
         _print_summary(runs)
         for path, why in left_out.items():
-            typer.echo(f"left out: {path}, {why}")
+            typer.echo(make_printable(f"left out: {path}, {why}"))
         for run in runs:
             if not run.finished:
                 typer.echo(f"unfinished: {run.folder.name}, {run.n_steps} of {len(run.iterations)} steps")
@@ -633,7 +633,7 @@ def predict(
         loaded = load_run(run if run.is_dir() else home("outputs", str(run)))
         problems = list(predict_files(loaded, list_pictures(images), out, step))
     for problem in problems:
-        typer.echo(f"mbs: {problem}", err=True)
+        typer.echo(f"mbs: {make_printable(problem)}", err=True)
     typer.echo(f"label maps, overlays and a legend are in {out}")
     if problems:
         raise typer.Exit(2)
@@ -790,7 +790,7 @@ def check(
         if figure:
             _draw_labelled(checked, figure)
     for problem in checked.problems:
-        typer.echo(problem)
+        typer.echo(make_printable(problem))
     typer.echo(f"{len(checked.problems)} problems" if checked.problems else "nothing wrong")
     if checked.problems:
         raise typer.Exit(2)

@@ -23,6 +23,7 @@ __all__ = [
     "has_no_room",
     "describe_memory_limit",
     "explain_exhaustion",
+    "make_printable",
     "find_repeated",
     "parse_json",
     "write_text",
@@ -292,6 +293,19 @@ def explain_exhaustion(error: BaseException | str) -> str:
     if isinstance(error, MemoryError):  # not among the causes: readers of damaged files meet it, too
         causes.append(OSError(errno.ENOMEM, ""))
     return next(filter(None, map(_explain_cause, causes)), "")
+
+
+# %% ../nbs/03_files.ipynb #fca4c8b8
+_LONGEST = 4000  # characters of a sentence
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # some turn the text around
+
+
+def make_printable(sentence: object) -> str:
+    "Return a sentence with escapes for control characters; of a very long one, its beginning and its end."
+    text = str(sentence)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return _COMMANDS.sub(lambda m: ascii(m[0])[1:-1], text)
 
 
 # %% ../nbs/03_files.ipynb #769ba861

@@ -60,7 +60,7 @@ from mbs.cache import cache_pictures
 from mbs.checkpoint import StepCheckpoints
 from mbs.data import SegmentationFolder
 from mbs.explore.explorers import write_tour
-from mbs.files import write_arrays
+from mbs.files import make_printable, write_arrays
 from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
 from mbs.identity import Identity
@@ -76,7 +76,7 @@ from mbs.run import load_run, read_exemplars, trained_run
 from mbs.weights import make_encoder
 
 forked = test_interruption.forked  # a fixture
-MANY = int(os.environ.get("MBS_CAMPAIGN", 8))  # inputs of each format; 1,100 with make stress
+MANY = int(os.environ.get("MBS_CAMPAIGN", 8))  # inputs of each format; 1,160 with make stress
 SECONDS = 10  # for an input, of computation and waiting together
 MEMORY = 2 << 30  # bytes that a worker process may take in addition
 
@@ -518,7 +518,7 @@ def check_parameters(path: Path, values: dict):
     try:
         settings = check_settings(values)
     except ValueError as e:
-        check_sentence(str(e))
+        check_said(e)
         return
     assert settings.name == (values.get("name") or settings.name)
     assert not {tag for tag, _ in Elements(settings._repr_html_()).found} & {"img", "script", "a", "svg"}
@@ -657,13 +657,20 @@ def change_file(mutants: Mutants, path: Path, data: bytes, neighbour: Path) -> s
     return "changed"
 
 
+def check_said(error: Exception):
+    "Check the sentence that a command prints: one line without commands for the terminal."
+    said = make_printable(error)
+    check_sentence(said)
+    assert not re.search(r"[\x00-\x1f\x7f\u202e]", said)
+
+
 def try_input(form: Format, place: Path, file: Path) -> bool:
     "Read a folder, or a file of it, and check what comes out; return whether it was refused."
     place = file if form.alone else place
     try:
         found = form.read(place)
     except (ValueError, FileNotFoundError) as e:
-        check_sentence(str(e))
+        check_said(e)
         return True
     signal.setitimer(signal.ITIMER_REAL, 0)  # the check is ours
     if found is not None:
