@@ -69,7 +69,8 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 # %% ../nbs/80_cli.ipynb #0db6a955
 def _exit(sentence: object, code: int):
     "Print one sentence on stderr and exit with `code`."
-    typer.echo(f"mbs: {make_printable(sentence)}", err=True)
+    lines = str(sentence).split("\n") if code == 1 else [sentence]  # runs that failed, a line each
+    typer.echo("\n".join(["mbs: " + make_printable(lines[0]), *map(make_printable, lines[1:])]), err=True)
     raise typer.Exit(code) from None
 
 

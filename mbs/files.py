@@ -16,6 +16,7 @@ __all__ = [
     "is_temporary",
     "remove_temporaries",
     "check_regular",
+    "is_file",
     "read_bytes",
     "read_text",
     "check_open_files",
@@ -183,6 +184,14 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def is_file(path: Path | os.DirEntry) -> bool:
+    "Whether there is a file or a link to one; False for names that no file can have, and for links in a circle."
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     "Read a regular file of at most `limit` bytes; ValueError for another one, OSError if it cannot be read."
     check_regular(path)  # before it is opened, since opening a device may act on it
@@ -297,15 +306,18 @@ def explain_exhaustion(error: BaseException | str) -> str:
 
 # %% ../nbs/03_files.ipynb #fca4c8b8
 _LONGEST = 4000  # characters of a sentence
-_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # some turn the text around
+_COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # some turn the text around
+
+
+def _shorten(text: str) -> str:
+    "Leave out the middle of a very long text."
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def make_printable(sentence: object) -> str:
     "Return a sentence with escapes for control characters; of a very long one, its beginning and its end."
-    text = str(sentence)
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-    return _COMMANDS.sub(lambda m: ascii(m[0])[1:-1], text)
+    text = _shorten(str(sentence))
+    return _shorten(_COMMANDS.sub(lambda m: ascii(m[0])[1:-1], text))  # escapes are longer
 
 
 # %% ../nbs/03_files.ipynb #769ba861

@@ -45,7 +45,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from .files import read_text, write_text
+from .files import is_file, read_text, write_text
 from .folders import expand_tilde
 from .parameter_files import read_yaml
 from .parameters import Parameters
@@ -111,21 +111,13 @@ def _make_id(name: str) -> str:
     return unicodedata.normalize("NFC", Path(name).stem)
 
 
-def _is_file(entry: os.DirEntry) -> bool:
-    "Whether an entry of a folder is a regular file, or a link to one."
-    try:
-        return entry.is_file()
-    except OSError:  # links that lead to each other
-        return False
-
-
 def _find_pictures(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     "Find the files in `folder` that end in one of `suffixes`, by id, sorted; those of one id in the order of suffixes."
     found = {}
     if folder.is_dir():
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             suffix = Path(entry.name).suffix.lower()
-            if suffix in suffixes and not entry.name.startswith(".") and _is_file(entry):
+            if suffix in suffixes and not entry.name.startswith(".") and is_file(entry):
                 found.setdefault(_make_id(entry.name), []).append((suffixes.index(suffix), Path(entry)))
     return {i: [path for _, path in sorted(paths)] for i, paths in found.items()}
 
@@ -433,7 +425,7 @@ def _list_unused(root: Path, photos: Container[str], masks: dict[str, list[Path]
     endings = ", ".join(_PHOTO_SUFFIXES)
     for entry in sorted(os.scandir(root / "images"), key=lambda entry: entry.name):
         path, is_read = Path(entry), Path(entry.name).suffix.lower() in _PHOTO_SUFFIXES
-        if entry.name.startswith(".") or entry.name.lower() in _LEFTOVERS or (is_read and _is_file(entry)):
+        if entry.name.startswith(".") or entry.name.lower() in _LEFTOVERS or (is_read and is_file(entry)):
             continue
         if path.is_dir():
             yield f"folder {path} is not read: expected all photos in images/ itself; move its photos there"
