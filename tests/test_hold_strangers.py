@@ -90,6 +90,12 @@ def test_an_app_runs_no_cell_that_was_added_to_a_tour(stranger, served):
     assert in_app == code_of(find_package_folder("tutorials") / "explore.ipynb") and in_lab == ["mine = 1"]
 
 
+def test_a_folder_in_place_of_a_tour_is_refused(stranger, tmp_path):
+    (tmp_path / "tours/explore.ipynb").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"explore\.ipynb cannot be read: expected a notebook; remove the file"):
+        write_tour(load_run(stranger), folder=tmp_path / "tours")
+
+
 def test_tours_of_runs_of_one_name_are_two(stranger, tmp_path):
     "The folder of a tour depends on the whole path of the run, also of the second one."
     shutil.copytree(trained_run("mbs").folder, tmp_path / "b" / "run")
