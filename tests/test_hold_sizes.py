@@ -178,13 +178,15 @@ def test_an_archive_of_holes_is_read_at_once(tmp_path):
 
 def test_coloured_masks_are_decoded_in_bands(tmp_path):
     "Codes of colours take four times the memory of a photo."
-    picture = Image.new("RGB", (1500, 1500))
-    picture.putpixel((1499, 1499), (1, 2, 3))
+    picture = Image.new("RGB", (1200, 1200))
+    picture.putpixel((1199, 1199), (1, 2, 3))
     picture.save(tmp_path / "a.png")
-    mask = read_mask(tmp_path / "a.png", {(0, 0, 0): 0, (1, 2, 3): 7})
+    colours = {(0, 0, 0): 0, (1, 2, 3): 7}
+    mask = read_mask(tmp_path / "a.png", colours)
     assert mask.sum() == mask[-1, -1] == 7
-    with pytest.raises(ValueError, match=r"has the colour \(1, 2, 3\), which stands for no class"):
-        read_mask(tmp_path / "a.png", {(0, 0, 0): 0})
+    Image.new("RGB", (9, 9), (3, 2, 1)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"has the colour \(3, 2, 1\), which stands for no class"):
+        read_mask(tmp_path / "b.png", colours)
 
 
 def test_sentences_are_printable():
