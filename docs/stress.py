@@ -17,7 +17,6 @@ import torch
 HERE = Path(__file__).parent
 GROUPS = {
     "Changed files": ("changed files",),
-    "Batches killed": ("batch under",),
     "Long lives: nothing grows": ("in one life",),
     "Kills and signals": ("kill", "signal", "of these"),
     "Faults of disks, data and processes": ("fault",),
