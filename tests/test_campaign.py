@@ -76,7 +76,7 @@ from mbs.run import load_run, read_exemplars, trained_run
 from mbs.weights import make_encoder
 
 forked = test_interruption.forked  # a fixture
-MANY = int(os.environ.get("MBS_CAMPAIGN", 8))  # inputs of each format; 1,160 with make stress
+MANY = int(os.environ.get("MBS_CAMPAIGN", 3))  # inputs of each format; 1,160 with make stress
 SECONDS = 10  # for an input, of computation and waiting together
 MEMORY = 2 << 30  # bytes that a worker process may take in addition
 
