@@ -227,6 +227,12 @@ class _Member(NamedTuple):
     read: Callable[[], bytes]
 
 
+def _choose_mode(archive: Path) -> str:
+    "Return the mode in which `tarfile` opens a .tar or .tgz file; trying all its modes takes hours for large files."
+    with open(archive, "rb") as file:
+        return "r:gz" if file.read(2) == b"\x1f\x8b" else "r:"
+
+
 def _list_members(archive: Path) -> Iterator[_Member]:
     "Yield the members of a .tar, .tgz or .zip file, without folders."
     check_regular(archive)
@@ -236,7 +242,7 @@ def _list_members(archive: Path) -> Iterator[_Member]:
                 if not i.is_dir():
                     yield _Member(i.filename, True, i.file_size, lambda i=i: z.read(i))
     else:
-        with tarfile.open(archive) as t:
+        with tarfile.open(archive, _choose_mode(archive)) as t:
             for i in t:
                 if not i.isdir():
                     yield _Member(i.name, i.isfile(), i.size, lambda i=i: t.extractfile(i).read())

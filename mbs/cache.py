@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .data import SegmentationFolder
-from .files import is_temporary, replace_atomically
+from .files import check_regular, is_temporary, replace_atomically
 from .folders import home
 from .layouts import Layout
 from .locks import hold_lock
@@ -70,6 +70,7 @@ class DecodedPictures:
 def _map_bytes(file: Path, key: str, n_bytes: int) -> np.ndarray:
     "Map `file` into memory as (n_bytes,) uint8; ValueError when it holds something else or has another key."
     try:
+        check_regular(file)
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # numpy raises errors of many types for damaged files
         raise ValueError(f"{file} cannot be read ({e}): expected decoded pictures") from None

@@ -43,7 +43,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from .files import explain_exhaustion
+from .files import explain_exhaustion, make_printable
 from .folders import expand_tilde
 from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
 from .parameter_files import parse_value, parse_words, read_parameters
@@ -66,7 +66,8 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 # %% ../nbs/80_cli.ipynb #0db6a955
 def _exit(sentence: object, code: int):
     "Print one sentence on stderr and exit with `code`."
-    typer.echo(f"mbs: {sentence}", err=True)
+    lines = str(sentence).split("\n") if code == 1 else [sentence]  # runs that failed, a line each
+    typer.echo("\n".join(["mbs: " + make_printable(lines[0]), *map(make_printable, lines[1:])]), err=True)
     raise typer.Exit(code) from None
 
 
@@ -261,7 +262,7 @@ def _print_findings(run):
     from mbs.diagnosis import diagnose
 
     for finding in diagnose(run):
-        typer.echo(f"! {finding}")
+        typer.echo(f"! {make_printable(finding)}")
 
 
 def _count_findings(runs: list):
@@ -591,7 +592,7 @@ def report(
         folder = report_notebook(runs, out or remove_link(home("outputs", "report")))
         _print_summary(runs)
         for path, why in left_out.items():
-            typer.echo(f"left out: {path}, {why}")
+            typer.echo(make_printable(f"left out: {path}, {why}"))
         for run in runs:
             if not run.finished:
                 typer.echo(f"unfinished: {run.folder.name}, {run.n_steps} of {len(run.iterations)} steps")
@@ -639,7 +640,7 @@ def predict(
         loaded = load_run(_find_run_folder(run))
         problems = list(predict_files(loaded, list_pictures(images), out, step))
     for problem in problems:
-        typer.echo(f"mbs: {problem}", err=True)
+        typer.echo(f"mbs: {make_printable(problem)}", err=True)
     typer.echo(f"label maps, overlays and a legend are in {out}")
     if problems:
         raise typer.Exit(2)
@@ -796,7 +797,7 @@ def check(
         if figure:
             _draw_labelled(checked, figure)
     for problem in checked.problems:
-        typer.echo(problem)
+        typer.echo(make_printable(problem))
     typer.echo(f"{len(checked.problems)} problems" if checked.problems else "nothing wrong")
     if checked.problems:
         raise typer.Exit(2)

@@ -36,7 +36,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, field_validator
 
-from .files import MAX_ANNOTATIONS, read_json
+from .files import MAX_ANNOTATIONS, is_file, read_json
 from .layouts import check_class_names, find_reserved_id
 from .parameters import Parameters
 from .protocol import VOID
@@ -293,6 +293,8 @@ class ExportBuilder:
     def add_picture(self, name: str, file_name: str, size: tuple[int, int], photo: Path | bytes):
         "Add a picture of (H, W) pixels; its `name` is used in sentences about its objects."
         image = CocoImage.checked(id=name, file_name=file_name, height=size[0], width=size[1])
+        if image.id in self.photos:
+            raise ValueError(f"{name} comes twice: expected a different name or id for each picture")
         self.images.append(image)
         self.photos[image.id] = photo
 
@@ -326,12 +328,12 @@ class PhotoFinder:
         "Find the photo `name`, a path with / or \\ between its parts."
         path = PurePosixPath(name.replace("\\", "/"))
         is_plain = not path.is_absolute() and ".." not in path.parts
-        if is_plain and path.name and (self.folder / path).is_file():
+        if is_plain and path.name and is_file(self.folder / path):
             return self.folder / path
         if self.by_name is None:
             self.by_name = {}
             for file in sorted(self.folder.rglob("*")):
-                if file.is_file() and not file.name.startswith("."):
+                if is_file(file) and not file.name.startswith("."):
                     self.by_name.setdefault(file.name, []).append(file)
         found = self.by_name.get(path.name, [])
         return found[0] if len(found) == 1 else None

@@ -12,6 +12,7 @@ __all__ = ["read_label_map", "CvatExport", "read_cvat"]
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from .files import is_file
 from .layouts import check_class_names, find_photos, find_reserved_id, read_lines
 from .pictures import Colours
 
@@ -84,7 +85,7 @@ def read_cvat(
     pairs, lost, remarks = {}, [], []
     for name, mask in masks.items():
         i = PurePosixPath(name).name
-        photo = next((p for e in (".jpg", ".png", ".jpeg") if (p := photos / f"{name}{e}").is_file()), by_stem.get(i))
+        photo = next((p for e in (".jpg", ".png", ".jpeg") if is_file(p := photos / f"{name}{e}")), by_stem.get(i))
         if photo is None:
             lost.append(f"mask {mask} has no photo: expected one of the same name in {photos}")
         elif i in pairs:

@@ -16,6 +16,7 @@ __all__ = [
     "is_temporary",
     "remove_temporaries",
     "check_regular",
+    "is_file",
     "read_bytes",
     "read_text",
     "check_open_files",
@@ -23,6 +24,7 @@ __all__ = [
     "has_no_room",
     "describe_memory_limit",
     "explain_exhaustion",
+    "make_printable",
     "find_repeated",
     "parse_json",
     "write_text",
@@ -177,10 +179,23 @@ def check_regular(
         raise ValueError(f"{path} has {status.st_size:,} bytes: expected at most {limit:,}")
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    "Open a file without waiting for the other end of a pipe."
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def is_file(path: Path | os.DirEntry) -> bool:
+    "Whether there is a file or a link to one; False for names that no file can have, and for links in a circle."
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     "Read a regular file of at most `limit` bytes; ValueError for another one, OSError if it cannot be read."
     check_regular(path)  # before it is opened, since opening a device may act on it
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
         check_regular(path, limit, status)
         content = file.read(status.st_size + 1)
@@ -287,6 +302,22 @@ def explain_exhaustion(error: BaseException | str) -> str:
     if isinstance(error, MemoryError):  # not among the causes: readers of damaged files meet it, too
         causes.append(OSError(errno.ENOMEM, ""))
     return next(filter(None, map(_explain_cause, causes)), "")
+
+
+# %% ../nbs/03_files.ipynb #fca4c8b8
+_LONGEST = 4000  # characters of a sentence
+_COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # some turn the text around
+
+
+def _shorten(text: str) -> str:
+    "Leave out the middle of a very long text."
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
+
+def make_printable(sentence: object) -> str:
+    "Return a sentence with escapes for control characters; of a very long one, its beginning and its end."
+    text = _shorten(str(sentence))
+    return _shorten(_COMMANDS.sub(lambda m: ascii(m[0])[1:-1], text))  # escapes are longer
 
 
 # %% ../nbs/03_files.ipynb #769ba861

@@ -45,7 +45,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from .files import read_text, write_text
+from .files import is_file, read_text, write_text
 from .folders import expand_tilde
 from .parameter_files import read_yaml
 from .parameters import Parameters
@@ -117,7 +117,7 @@ def _find_pictures(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path
     if folder.is_dir():
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             suffix = Path(entry.name).suffix.lower()
-            if suffix in suffixes and not entry.name.startswith(".") and entry.is_file():
+            if suffix in suffixes and not entry.name.startswith(".") and is_file(entry):
                 found.setdefault(_make_id(entry.name), []).append((suffixes.index(suffix), Path(entry)))
     return {i: [path for _, path in sorted(paths)] for i, paths in found.items()}
 
@@ -228,7 +228,7 @@ def _read_voc_parts(root: Path) -> Iterator[Part]:
 def _read_voc_layout(root: Path) -> Layout:
     "Read PASCAL VOC's shape; ValueError when a list is missing, empty, or names an id twice."
     names_file = root / "classes.txt"
-    classes = check_class_names(read_lines(names_file), names_file) if names_file.is_file() else VOC_CLASSES
+    classes = check_class_names(read_lines(names_file), names_file) if os.path.lexists(names_file) else VOC_CLASSES
     dataset = "voc" if classes == VOC_CLASSES else len(classes)
     return Layout(root, dataset, classes, *_read_voc_parts(root))
 
@@ -425,9 +425,9 @@ def _list_unused(root: Path, photos: Container[str], masks: dict[str, list[Path]
     endings = ", ".join(_PHOTO_SUFFIXES)
     for entry in sorted(os.scandir(root / "images"), key=lambda entry: entry.name):
         path, is_read = Path(entry), Path(entry.name).suffix.lower() in _PHOTO_SUFFIXES
-        if entry.name.startswith(".") or entry.name.lower() in _LEFTOVERS or (is_read and entry.is_file()):
+        if entry.name.startswith(".") or entry.name.lower() in _LEFTOVERS or (is_read and is_file(entry)):
             continue
-        if entry.is_dir():
+        if path.is_dir():
             yield f"folder {path} is not read: expected all photos in images/ itself; move its photos there"
         else:
             yield f"file {path} is not read: expected a photo that ends in {endings}; convert or remove it"

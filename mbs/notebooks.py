@@ -284,9 +284,10 @@ def lock_worker(folder: Path) -> Iterator[None]:
 def read_worker(folder: Path) -> dict:
     "Return host, pid and start of the process that works or last worked on the run in `folder`; empty if none."
     try:
-        return read_json(folder / ".worker", 4096)
+        worker = read_json(folder / ".worker", 4096)
     except ValueError:
         return {}
+    return worker if isinstance(worker, dict) else {}
 
 
 # %% ../nbs/64_notebooks.ipynb #ce485b41

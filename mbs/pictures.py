@@ -22,6 +22,7 @@ __all__ = [
 
 # %% ../nbs/07_pictures.ipynb #7085e0b8
 import hashlib
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,22 +169,40 @@ Colours = dict[tuple[int, int, int], int]  # red, green, blue → class id
 Values = dict[int, int]  # stored value → class id
 
 
+def _encode_colours(pixels: np.ndarray) -> np.ndarray:  # (H, W, 3) uint8 → (H, W) uint32
+    "Return colours as numbers of 24 bits."
+    red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
+@lru_cache(2)
+def _make_colour_table(colours: tuple[tuple[tuple[int, int, int], int], ...]) -> np.ndarray:  # (2²⁴,) int16
+    "Return the class id of each number of `_encode_colours`; -1 for colours without a class."
+    table = np.full(1 << 24, -1, np.int16)
+    for (red, green, blue), i in colours:
+        table[red << 16 | green << 8 | blue] = i
+    return table
+
+
 def _decode_colours(
     pixels: np.ndarray,  # (H, W, 3) uint8
     colours: Colours,
     path: Path,  # named in errors
 ) -> np.ndarray:  # (H, W) uint8
     "Replace colours by class ids; ValueError for a colour that is not in the table."
-    codes = pixels.astype(np.int64) @ [1 << 16, 1 << 8, 1]
-    id_of = {(r << 16) + (g << 8) + b: i for (r, g, b), i in colours.items()}
-    found, position = np.unique(codes, return_inverse=True)
-    for code in found.tolist():
-        if code not in id_of:
+    table = _make_colour_table(tuple(colours.items()))
+    ids = np.empty(pixels.shape[:2], np.uint8)
+    n_rows = max(1, (1 << 20) // pixels.shape[1])  # at a time, because codes take four times the memory of ids
+    for first in range(0, len(pixels), n_rows):
+        codes = _encode_colours(pixels[first : first + n_rows])
+        found = table[codes]
+        if (found < 0).any():
+            code = int(codes[found < 0].min())
             colour = (code >> 16, code >> 8 & 255, code & 255)
             known = list(colours)[:8]
             raise ValueError(f"mask {path} has the colour {colour}, which stands for no class: expected one of {known}")
-    ids = np.array([id_of[code] for code in found.tolist()], np.uint8)
-    return ids[position].reshape(pixels.shape[:2])
+        ids[first : first + n_rows] = found
+    return ids
 
 
 # %% ../nbs/07_pictures.ipynb #aa3dcecd

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 # %% ../nbs/51_run.ipynb #12db863e
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -238,7 +239,7 @@ def read_log(file: Path) -> list[dict]:
 
     A last line that a kill cut short is skipped; ValueError for a line that is no record.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         return []
     try:
         records = [parse_json(line) for line in read_text(file, _MAX_LOG).split("\n")[:-1]]
@@ -461,7 +462,7 @@ class _RunModels(_RunFiles):
         "Load the tensors that the method kept after `step` (negative: from the end); none for most methods."
         file = self.step_path(range(self.n_steps)[step], "method.safetensors")
         try:
-            return load_tensors(file)[0] if file.is_file() else {}
+            return load_tensors(file)[0] if os.path.lexists(file) else {}
         except (SafetensorError, OSError, ValueError) as e:
             raise _damaged(file, " ".join(str(e).split())) from None
 

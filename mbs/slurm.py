@@ -69,9 +69,10 @@ class Outcome:
 
     @classmethod
     def read(cls, run_folder: Path, job: str) -> "Outcome":
-        "Read the outcome of `job`; that of a job that has not ended if there is none."
+        "Read the outcome of `job`; that of a job that has not ended if there is none, or what is damaged."
         facts = _read_facts(_locate(run_folder, f"{job}_outcome.json"))
-        return cls(**{k: v for k, v in facts.items() if k in cls.__dataclass_fields__})
+        types = dict(ended=bool, reason=str | None, is_stopped=bool, n_idle=int)
+        return cls(**{name: facts[name] for name, kind in types.items() if isinstance(facts.get(name, ...), kind)})
 
     def write(self, run_folder: Path, job: str):
         write_json(_locate(run_folder, f"{job}_outcome.json"), vars(self))

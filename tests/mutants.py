@@ -1,10 +1,19 @@
-"Random changes of bytes, JSON, YAML, PNG and .safetensors files for test_mutations.py, from a seed."
+"Random changes of bytes and of files in every format that mbs reads, from a seed."
 
 import copy
+import io
 import json
+import os
 import random
+import re
+import stat
 import struct
+import zipfile
 import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
 
 NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 CODE = "__import__('os').system('touch owned')"
@@ -243,3 +252,155 @@ def change_safetensors(mutants: Mutants, data: bytes) -> bytes:
     text = json.dumps(header).encode()
     length = len(text) if r.random() < 0.9 else r.choice((0, 1, 2**30, 2**63, len(text) - 1))
     return struct.pack("<Q", length) + text + body
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    "&lt;script&gt;",
+    r"\input{z} 50% & _x_ #1 ~ ^ {y}",
+    "a $x^2$ b",
+    "=HYPERLINK(1)",
+    "\t=A1",
+    "@SUM(A1)",
+    "[red]old[/red]",
+    "net[/old]",
+    "[link](javascript:alert(1))",
+    "a\x1b[2Jb",
+    "a\x07b\x00c",
+    "\u202egnp.exe",
+    "$HOME/`id`",
+    "../../x",
+    "/etc/passwd",
+    "~root",
+    "-rf",
+    "x" * 2000,
+    "con.",
+    "é",
+    "e\u0301",
+)  # names: HTML, LaTeX, formulas, mark-up of Rich and Markdown, control characters, paths, the forms of an accent
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+def rename(mutants: Mutants, text: str, is_json: bool) -> bytes:
+    "Return `text` with one name replaced, wherever it stands, by a hostile one."
+    names = sorted(set(_NAME.findall(text))) or [""]
+    hostile = mutants.random.choice(HOSTILE)
+    hostile = json.dumps(hostile)[1:-1] if is_json else hostile
+    return text.replace(mutants.random.choice(names), hostile).encode("utf-8", "surrogatepass")
+
+
+def blow_up(mutants: Mutants, data: bytes) -> bytes:
+    "Return `data` with a stretch, a line, a number or brackets that come very often."
+    r = mutants.random
+    kind, at = r.randrange(6), r.randrange(len(data) + 1)
+    if kind == 0:
+        return data[:at] + data[at : at + r.choice((1, 20, 500))] * 2000 + data[at:]
+    if kind == 1:
+        return data * (1 + 300_000 // (len(data) + 1))
+    if kind == 2:
+        return data[:at] + r.choice((b"[", b'{"a":', b"- ")) * 50_000 + data[at:]
+    if kind == 3:
+        return re.sub(rb"\d+", lambda m: r.choice((m[0] * 400, m[0] + b"e999", m[0] + b"0" * 9, m[0])), data)
+    if kind == 4:
+        aliases = b"".join(b"a%d: &a%d [%s]\n" % (k + 1, k + 1, b"*a%d, " % k * 10) for k in range(20))
+        return b"a0: &a0 [x]\n" + aliases + data
+    return data + bytes(1 << 20)
+
+
+def make_zeros(shape: tuple, size: int) -> bytes:
+    "Return a .npz whose array 'counts' promises `shape` and holds `size` zeros, which take a thousandth of that."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("counts.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, dict(descr="|u1", fortran_order=False, shape=shape))
+        member.write(bytes(size))
+    return buffer.getvalue()
+
+
+_BOMBS = cache(lambda: [make_zeros((64 << 20,), 64 << 20), make_zeros((1 << 40,), 9), make_zeros((3, -1), 9)])
+_TYPES = ("<f8", "<i2", "|b1", "<c16", "<U3", "|S2", "|O", "<M8[Y]", "|u1", ">i8")
+
+
+def change_arrays(mutants: Mutants, data: bytes) -> bytes:
+    "Return a .npz with an array of another type, shape or name, with other values, or with a bomb."
+    r = mutants.random
+    if r.random() < 0.1:
+        return r.choice(_BOMBS())
+    with np.load(io.BytesIO(data)) as loaded:
+        arrays = dict(loaded)
+    name = r.choice(list(arrays))
+    array = arrays[name]
+    kind = r.randrange(6)
+    with np.errstate(all="ignore"):
+        if kind == 0 and array.dtype.kind in "iufb":
+            arrays[name] = np.zeros(array.shape, r.choice([t for t in _TYPES if t != "|O"]))
+        elif kind == 1:
+            arrays[name] = array.reshape(-1)[: r.randrange(array.size + 1)]
+        elif kind == 2:
+            arrays[name] = array[None]
+        elif kind == 3:
+            arrays[r.choice(("x", "../x", "a" * 300, name + ".npy", "é"))] = arrays.pop(name)
+        elif kind == 4 and array.dtype.kind in "iu":
+            arrays[name] = array.copy()
+            arrays[name].reshape(-1)[r.randrange(array.size)] = r.choice((0, 1, 7, 77, 127))
+        else:
+            arrays[name] = arrays[r.choice(list(arrays))]
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+PLACES = ("gone", "empty", "folder", "holes", "pipe", "socket", "device", "link", "dangling", "loop", "folder link")
+
+
+def put(kind: str, path: Path, neighbour: Path):
+    "Put something else in the place of the file `path`; `neighbour`: a folder of somebody else, with a file 'file'."
+    path.unlink(missing_ok=True)
+    if kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "holes":
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, 0o600 | stat.S_IFSOCK)
+    elif kind != "gone":
+        targets = dict(device="/dev/zero", dangling=neighbour / "new", loop=path.name)
+        targets |= {"link": neighbour / "file", "folder link": neighbour}
+        path.symlink_to(targets[kind])
+
+
+def change_any(mutants: Mutants, data: bytes, name: str) -> bytes:
+    "Return the content of the file `name` after a change of a random kind that fits its format."
+    r = mutants.random
+    ending = name.rpartition(".")[2]
+    kind = r.randrange(5)
+    if kind == 0 or ending not in ("png", "npz", "safetensors", *_TEXTS):
+        return mutants.change(data, 6)
+    if ending == "png" and data[:4] != b"\x89PNG":
+        return mutants.change(data, 6)
+    if ending == "png":
+        return change_png(mutants, data)
+    if ending == "npz":
+        return change_arrays(mutants, data)
+    if ending == "safetensors":
+        return change_safetensors(mutants, data)
+    is_json = ending in _JSON
+    if kind == 1:
+        return rename(mutants, data.decode(), is_json)
+    if kind == 2 and r.random() < 0.3:
+        return blow_up(mutants, data)
+    if ending == "jsonl":
+        lines = data.splitlines()
+        at = r.randrange(len(lines))
+        lines[at] = json.dumps(mutants.change_tree(json.loads(lines[at]))).encode()
+        return b"\n".join(lines) + b"\n"
+    if is_json:
+        return json.dumps(mutants.change_tree(json.loads(data))).encode()
+    return mutants.change_text(data.decode())
+
+
+_JSON = ("json", "jsonl", "ipynb", "worker")
+_TEXTS = (*_JSON, "yaml", "txt")

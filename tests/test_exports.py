@@ -352,6 +352,17 @@ def test_every_label_studio_object_is_drawn_or_named(tmp_path_factory, kinds, ha
         assert (f"object {k} of" in said and f"object {k} of task 100" in said.replace("picture ", "")) == (k in lost)
 
 
+def test_tasks_of_one_id_are_not_mixed(tmp_path):
+    "The photo of one would be stored with the mask of the other."
+    for k in range(3):
+        save_photo(tmp_path / f"photos/p{k}.jpg", k)
+    file = write_label_studio(tmp_path, [[polygon()]] * 3)
+    file.write_text(file.read_text().replace('"id": 101', '"id": 100'))
+    with pytest.raises(ValueError, match=r"^task 100 comes twice: expected a different name or id for each picture$"):
+        prepare_label_studio(file, tmp_path / "photos", tmp_path / "made", skip=True)
+    assert not (tmp_path / "made").exists()
+
+
 def test_annotations_of_several_people_are_not_mixed(tmp_path):
     for k in range(4):
         save_photo(tmp_path / f"photos/p{k}.jpg", k)

@@ -7,21 +7,27 @@ import shutil
 import socket
 import tracemalloc
 import zipfile
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mbs.archives import read_archive
+from mbs.cache import DecodedPictures
 from mbs.checkpoint import load_model, load_tensors, save_tensors
 from mbs.coco import CocoObject, draw_object, read_coco
 from mbs.data import find_problems
-from mbs.files import parse_json, read_arrays, read_bytes, read_json
+from mbs.files import make_printable, parse_json, read_arrays, read_bytes, read_json
 from mbs.folders import hash_file
+from mbs.layouts import find_layout, read_lines
 from mbs.notebooks import read_failure, read_worker
 from mbs.parameter_files import is_within_limits, parse_value, parse_words, read_yaml
 from mbs.pictures import read_image, read_mask
 from mbs.run import load_run, read_log, trained_run
+from mbs.scenes import write_scenes
+from mbs.slurm import Outcome
 
 LIMIT = 64 << 20  # bytes that a refusal may take
 
@@ -66,7 +72,14 @@ def make_device(path):
     return "a device"
 
 
+def read_decoded(path):
+    return DecodedPictures(path, "0" * 64, np.ones((1, 2), np.int64))
+
+
 READERS = dict(
+    archive=lambda path: list(read_archive(path, PurePosixPath)),
+    decoded=read_decoded,
+    lines=read_lines,
     json=read_json,
     arrays=read_arrays,
     bytes=lambda path: read_bytes(path, 100),
@@ -121,6 +134,64 @@ def test_a_data_set_with_a_pipe_is_checked(tmp_path):
     (tmp_path / "dataset.yaml").write_text("classes: [x]\ntest: 0.5\n")
     problems = "\n".join(map(str, find_problems(tmp_path)))
     assert "images/a.png" in problems
+
+
+def test_class_names_in_a_pipe_are_not_those_of_voc(tmp_path):
+    "Without classes.txt, masks have VOC's classes; what cannot be read is no reason to take them."
+    root = write_scenes(tmp_path / "data", 4, 2, size=16)
+    (root / "classes.txt").unlink()
+    make_pipe(root / "classes.txt")
+    with pytest.raises(ValueError, match=r"classes\.txt cannot be read .* is a pipe"):
+        find_layout(root)
+
+
+def test_links_that_lead_to_each_other_are_no_pictures(tmp_path):
+    root = write_scenes(tmp_path / "data", 4, 2, size=16)
+    mask = next((root / "SegmentationClassAug").iterdir())
+    mask.unlink()
+    mask.symlink_to(mask.name)
+    assert any(mask.name in str(problem) and "cannot be read" in str(problem) for problem in find_problems(root))
+
+
+def test_a_folder_in_place_of_a_file_leaves_nothing_open(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    n_open = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match="Is a directory"):
+        read_json(tmp_path / "a.json")
+    assert len(os.listdir("/proc/self/fd")) == n_open
+
+
+def test_damaged_notes_of_workers_and_jobs_say_nothing(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / ".worker").write_text("[1]")
+    (tmp_path / "slurm/7_outcome.json").write_text('{"ended": "x", "reason": [1], "is_stopped": true, "n_idle": 1.5}')
+    assert read_worker(tmp_path) == {}
+    assert Outcome.read(tmp_path, "7") == Outcome(is_stopped=True)
+
+
+def test_an_archive_of_holes_is_read_at_once(tmp_path):
+    "Readers of compressed archives skip zeros, for hours."
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.truncate(1 << 40)
+    assert list(read_archive(tmp_path / "a.tar", PurePosixPath)) == []
+
+
+def test_coloured_masks_are_decoded_in_bands(tmp_path):
+    "Codes of colours take four times the memory of a photo."
+    picture = Image.new("RGB", (1200, 1200))
+    picture.putpixel((1199, 1199), (1, 2, 3))
+    picture.save(tmp_path / "a.png")
+    colours = {(0, 0, 0): 0, (1, 2, 3): 7}
+    mask = read_mask(tmp_path / "a.png", colours)
+    assert mask.sum() == mask[-1, -1] == 7
+    Image.new("RGB", (9, 9), (3, 2, 1)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"has the colour \(3, 2, 1\), which stands for no class"):
+        read_mask(tmp_path / "b.png", colours)
+
+
+def test_sentences_are_printable():
+    assert make_printable("a\x1b[2J\0\n\u202e é") == r"a\x1b[2J\x00\n\u202e é"
+    assert len(make_printable("\0" * 10**6)) < 4100
 
 
 # --- JSON

@@ -130,6 +130,12 @@ def test_a_tour_that_mbs_executed_is_trusted(stranger, executed):
     assert _prepare_tour(tour, "", code_of(tour)) and _is_trusted(nbformat.read(tour, 4))
 
 
+def test_a_folder_in_place_of_a_tour_is_refused(stranger, tmp_path):
+    (tmp_path / "tours/explore.ipynb").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"explore\.ipynb cannot be read: expected a notebook; remove the file"):
+        write_tour([stranger], tmp_path / "tours")
+
+
 def test_tours_of_runs_of_one_name_are_two(stranger, tmp_path):
     "The folder of a tour depends on the whole path of the run, also of the second one."
     one, other = stranger, tmp_path / "b" / "run"

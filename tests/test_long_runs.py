@@ -14,6 +14,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import pytest
 from figures import kept
 
 LONG = int(os.environ.get("MBS_LONG", 1))
@@ -268,6 +269,86 @@ def test_closed_explorers_leave_nothing(tmp_path):
     assert late["timers"] - early["timers"] < 5, found  # the kernel has its own timer
     assert late["objects"] - early["objects"] < 50 * found["count"], found  # matplotlib caches texts
     kept("explorers opened and closed, nothing left", found["count"])
+
+
+def measure_life(act, count: int) -> dict:
+    "Call `act` `count` times after a warm-up; return memory and handles after a third and at the end."
+    for _ in range(max(2, count // 10)):
+        act()
+    used = []
+    for k in range(count):
+        act()
+        if k >= count // 3:
+            gc.collect()
+            used.append(measure_memory())
+        if k == count // 3:
+            handles = count_handles()
+    third = max(1, len(used) // 3)
+    early, late = statistics.median(used[:third]), statistics.median(used[-third:])
+    return dict(count=count, early=early, late=late, handles=handles, at_end=count_handles())
+
+
+def run_predictions():
+    "Predict one picture at a time, as programs do, and folders of pictures, as the command does."
+    import numpy as np
+    from PIL import Image
+
+    from mbs.predict import predict_files
+    from mbs.run import trained_run
+
+    run, pictures = trained_run("mbs"), [Path(f"{k}.png") for k in range(20)]
+    for k, path in enumerate(pictures):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (32 + k, 40, 3)).astype(np.uint8)).save(path)
+
+    def act():
+        for path in pictures[:10]:
+            run.predict(path)
+        assert list(predict_files(run, pictures[10:], Path("out"))) == []
+
+    life = measure_life(act, 5 if LONG == 1 else 100)
+    return life | dict(count=20 * life["count"])
+
+
+def run_reports():
+    "Write reports of three runs, with tables and pictures; of one run in small numbers."
+    from mbs.report import write_report
+    from mbs.run import trained_run
+
+    runs = [trained_run(name) for name in ("finetune", "kd", "mbs")[: 1 if LONG == 1 else 3]]
+    return measure_life(lambda: write_report(runs, Path("report")), 2 if LONG == 1 else 50)
+
+
+def run_batches():
+    "Open and run batches whose runs are finished; the first one trains them here."
+    from mbs.batch import Batch
+    from mbs.experiment import Experiment
+
+    parameters = dict(
+        protocol="7-1",
+        share_base=False,
+        scenes=dict(n_train=24, n_test=6, size=32),
+        training=dict(crop=32, batch=4, iterations=2, optimizer="adamw"),
+        **NETWORK,
+    )
+    grid = dict(name="g", parameters=parameters, grid=dict(seed=[0, 1]))
+    for job in Batch(grid).jobs:
+        Experiment(job.settings).run()
+
+    def act():
+        batch = Batch(grid)
+        batch.plan()
+        assert len(batch.run(show=lambda table: None, every=0)) == 2
+
+    return measure_life(act, 5 if LONG == 1 else 20)
+
+
+@pytest.mark.parametrize("what", ["predictions", "reports", "batches"])
+def test_a_long_life_grows_nothing(tmp_path, what):
+    "Memory, files, threads and processes are those of a third of the way."
+    life = run_alone(f"run_{what}", tmp_path)
+    assert life["at_end"] == life["handles"], life
+    assert life["late"] - life["early"] < (8 if LONG > 1 else 24), life
+    kept(f"{what} in one life", life["count"])
 
 
 if __name__ == "__main__":

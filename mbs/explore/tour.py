@@ -100,7 +100,7 @@ def write_tour(
     folders = [Path(one).resolve() for one in folders]
     name = "explore.ipynb" if len(folders) == 1 else f"explore-{folders[1].name[:40]}.ipynb"
     path = (folder or choose_tour_folder(folders)) / name
-    if path.is_file() and _is_edited(_read_tour(path)):
+    if os.path.lexists(path) and _is_edited(_read_tour(path)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, nbformat.writes(_fill_tour(folders)))
