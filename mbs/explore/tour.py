@@ -46,7 +46,7 @@ def _hash_sources(tour) -> str:
 
 def _is_edited(tour) -> bool:
     "Tell whether a tour is not what `mbs` has written."
-    return tour.metadata.get("mbs", {}).get("written") != _hash_sources(tour)
+    return tour.metadata.get("mbs") != {"written": _hash_sources(tour)}
 
 
 def _fill_tour(folders: Sequence[Path]):
@@ -76,10 +76,12 @@ def choose_tour_folder(folders: Sequence[Path]) -> Path:
 def _read_tour(path: Path):
     "Read a tour; ValueError if the file is no notebook."
     import nbformat
+    from nbformat.v4.rwbase import rejoin_lines
 
     try:
-        tour = nbformat.reads(json.dumps(read_json(path, MAX_NOTEBOOK)), as_version=4)
+        tour = nbformat.from_dict(read_json(path, MAX_NOTEBOOK))
         nbformat.validate(tour)
+        tour = rejoin_lines(tour)
     except Exception:  # nbformat fails in many ways
         raise ValueError(
             f"{path} cannot be read: expected a notebook; remove the file, and the tour is written again"
