@@ -33,6 +33,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import stat
 import sys
 import tempfile
@@ -148,6 +149,7 @@ def _print_version(wanted: bool):
         raise typer.Exit
 
 
+_home_words: list[str] = []  # the option --home of this call, for commands that are printed
 _VERSION = dict(is_eager=True, callback=_print_version, help="Show the version and exit.")
 
 
@@ -163,6 +165,7 @@ def main(
     _open_closed_streams()
     _outlive_readers()
     replace_unprintable()
+    _home_words[:] = [] if home is None else ["--home", str(home)]
     if home is not None:
         os.environ["MBS_HOME"] = str(home.absolute())
 
@@ -279,6 +282,44 @@ def _count_findings(runs: list):
             typer.echo(f"! {run.folder.name}: " + ", ".join(f"{kind} ({n})" for kind, n in kinds.items()))
 
 
+# %% ../nbs/80_cli.ipynb #7a0f80b9
+def _name_program() -> list[str]:
+    "Return the words that call this program again: mbs, or the words of this call where mbs is another or no program."
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return [sys.executable, "-m", "mbs"]
+    found = shutil.which("mbs")
+    is_other = called.name == "mbs" and not (found and called.exists() and called.samefile(found))
+    return [sys.argv[0]] if is_other else ["mbs"]
+
+
+def _show_path(path: Path) -> str:
+    "Write a path as it is found from the current folder: without that folder if it is inside."
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+# %% ../nbs/80_cli.ipynb #7053086c
+def _write_command(command: str, *paths: Path) -> str:
+    "Write a command on `paths` that can be pasted into the terminal, with the home folder of this call."
+    return shlex.join([*_name_program(), *_home_words, command, *map(_show_path, paths)])
+
+
+def _print_next(*commands: str):
+    "Print the commands that come next, each on a line of its own."
+    typer.echo("\n".join(["Next:", *(f"  {command}" for command in commands)]))
+
+
+# %% ../nbs/80_cli.ipynb #dd351de9
+def _print_end(runs: list):
+    "Print the folder and the notebook of each run."
+    for run in runs:
+        notebook = run.folder / "train.ipynb"
+        typer.echo(f"Folder: {_show_path(run.folder)}")
+        if notebook.is_file():  # a run from Python has none
+            typer.echo(f"Notebook: {_show_path(notebook)}")
+
+
 # %% ../nbs/80_cli.ipynb #3bf83acd
 _WORDS_HELP = "Parameter file or built-in name, then parameters."
 _Words = Annotated[list[str] | None, typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP)]
@@ -343,6 +384,8 @@ def run(
         runs = _run_with_progress([Settings.from_layers(*layers.values())])
         _print_summary(runs)
         _print_findings(runs[0])
+        _print_end(runs)
+        _print_next(*(_write_command(command, runs[0].folder) for command in ("explore", "report")))
 
 
 # %% ../nbs/80_cli.ipynb #3cafd95a
@@ -428,7 +471,9 @@ def batch(
         runs = chosen.run(chosen_executor)
         _print_summary(runs)
         _count_findings(runs)
-        typer.echo(f"Compare all runs: mbs report {runs[0].folder.parent}")
+        folder = runs[0].folder.parent
+        typer.echo(f"Folder: {_show_path(folder)}, with the notebook train.ipynb of each run")
+        _print_next(*(_write_command(command, folder) for command in ("report", "curves")))
 
 
 # %% ../nbs/80_cli.ipynb #66e6502f
@@ -512,8 +557,10 @@ def demo(
 
         folder = write_report(runs, remove_link(home("outputs", "demo")))
         _print_summary(runs)
-        typer.echo(f"\nThe comparison as a picture: {folder / 'comparison.png'}")
-        typer.echo(f"Each run as a notebook with pictures: {home('outputs')}/demo-*/train.ipynb")
+        _print_end(runs)
+        typer.echo(f"The comparison as a picture: {_show_path(folder / 'comparison.png')}")
+        folders = [run.folder for run in runs]
+        _print_next(_write_command("explore", folders[-1]), _write_command("report", *folders))
 
 
 # %% ../nbs/80_cli.ipynb #4fa29671
