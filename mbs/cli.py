@@ -170,28 +170,6 @@ def main(
         os.environ["MBS_HOME"] = str(home.absolute())
 
 
-# %% ../nbs/80_cli.ipynb #7f86f552
-def _make_progress():
-    "Make the progress display: name, bar, iterations, elapsed time, remaining time."
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(16),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-
-
 # %% ../nbs/80_cli.ipynb #436c240b
 def _print_own_recipe(setup):
     "Print what the recipe `own` has taken from the pictures of `setup`; nothing for another recipe."
@@ -204,34 +182,77 @@ def _print_own_recipe(setup):
 
 
 # %% ../nbs/80_cli.ipynb #aad938e1
+def _make_progress(experiment, status=None):
+    "Make the progress of a run from its status; None: it waits for its turn."
+    from mbs.live import Progress
+
+    name, iterations = experiment.settings.name, experiment.setup.iterations()
+    if status is None:
+        return Progress(name, "queued")
+    if status.steps == len(iterations):
+        miou = f", mIoU {100 * status.miou:.1f} %"
+        return Progress(name, f"done{miou}", step=status.steps)
+    before = sum(iterations[: status.steps])
+    return Progress(
+        name,
+        "" if status.iterations else "starting",
+        share=status.iterations / sum(iterations),
+        step=status.steps,
+        n_steps=len(iterations),
+        iteration=status.iterations - before,
+        n_iterations=iterations[status.steps],
+        loss=status.loss,
+        miou=status.miou,
+        seconds_left=status.seconds_left,
+    )
+
+
+# %% ../nbs/80_cli.ipynb #abe37ab2
+def _execute_runs(experiments: list, kernel, close_kernel) -> list:
+    "Execute `experiments` one after the other and show how far they are; the first takes `kernel`, closed after it."
+    from mbs.batch import Status, run_notebook
+    from mbs.live import show_progress
+    from mbs.run import load_run
+
+    lines = [_make_progress(experiment) for experiment in experiments]
+    runs = []
+    with show_progress() as show:
+        for k, experiment in enumerate(experiments):
+
+            def report(status, k=k, experiment=experiment):
+                lines[k] = _make_progress(experiment, status)
+                show(lines)
+
+            is_known = (experiment.folder / "run.json").is_file() and load_run(experiment.folder).finished
+            if is_known:
+                lines[k] = lines[k]._replace(state="finished already: nothing to train")
+                show(lines)
+            else:
+                report(Status())
+            runs.append(run_notebook(experiment, report, kernel))
+            close_kernel()
+            kernel = None  # the next run starts its own
+    return runs
+
+
+# %% ../nbs/80_cli.ipynb #0ce6f332
 def _run_with_progress(plan: list) -> list:
-    "Execute the runs with the settings of `plan` one after the other, each with a progress bar."
+    "Execute the runs with the settings of `plan` one after the other, and show how far they are."
     from mbs.folders import find_runs_folder
     from mbs.notebooks import start_kernel
     from mbs.settings import check_settings
 
     for settings in plan:
         check_settings(settings)
+    typer.echo("Preparing " + ", ".join(f"{settings.name} ({settings.method})" for settings in plan) + " …")
     with ExitStack() as kernels:  # the first one loads PyTorch while this process does
         kernel = kernels.enter_context(start_kernel(find_runs_folder() / "train.ipynb"))
-        from mbs.batch import prepare_experiment, run_notebook
+        from mbs.batch import prepare_experiment
 
         experiments = [prepare_experiment(settings) for settings in plan]
         for experiment in experiments:
             _print_own_recipe(experiment.setup)
-        runs = []
-        with _make_progress() as bars:
-            tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
-            for experiment, task in zip(experiments, tasks):
-
-                def show(done: int, total: int, task=task):
-                    bars.update(task, completed=done, total=total)
-
-                bars.start_task(task)
-                runs.append(run_notebook(experiment, show, kernel))
-                kernels.close()
-                kernel = None  # the next run starts its own
-    return runs
+        return _execute_runs(experiments, kernel, kernels.close)
 
 
 # %% ../nbs/80_cli.ipynb #be5a3f9d
@@ -286,7 +307,7 @@ def _count_findings(runs: list):
 def _name_program() -> list[str]:
     "Return the words that call this program again: mbs, or the words of this call where mbs is another or no program."
     called = Path(sys.argv[0])
-    if called.name == "__main__.py":
+    if called.parts[-2:] == ("mbs", "__main__.py"):
         return [sys.executable, "-m", "mbs"]
     found = shutil.which("mbs")
     is_other = called.name == "mbs" and not (found and called.exists() and called.samefile(found))
