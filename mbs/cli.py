@@ -9,6 +9,7 @@ __all__ = [
     "explain_errors",
     "main",
     "run",
+    "files",
     "batch",
     "demo",
     "explore",
@@ -51,6 +52,7 @@ from .files import explain_exhaustion
 from .folders import expand_tilde
 from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals, run_server
 from .parameter_files import parse_value, parse_words, read_parameters
+from .protocol import refuse_unknown
 
 _PATH = dict(parser=expand_tilde)  # of every argument that is a path
 _PATH_OPTION = _PATH | dict(metavar="PATH")
@@ -342,7 +344,7 @@ def _print_end(runs: list):
 
 
 # %% ../nbs/80_cli.ipynb #3bf83acd
-_WORDS_HELP = "Parameter file or built-in name, then parameters."
+_WORDS_HELP = "Parameter file or built-in name (mbs files lists them), then parameters."
 _Words = Annotated[list[str] | None, typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP)]
 _PRINT_CONFIG_HELP = "Print every effective parameter with its source; run nothing."
 
@@ -384,6 +386,7 @@ def _print_parameters():
         console.print(table, "")
     for title, names in [("Methods", METHODS), ("Recipes", RECIPES), ("Parameter files", list_built_in())]:
         console.print(f"{title}: {', '.join(names)}")
+    console.print("mbs files says what each file is.")
 
 
 # %% ../nbs/80_cli.ipynb #3388b7f5
@@ -437,6 +440,26 @@ def _print_origins(rows: list):
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
+# %% ../nbs/80_cli.ipynb #deb32e20
+@app.command()
+def files():
+    "List the built-in files: parameters for mbs run, and batches for mbs batch."
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbs.folders import find_runs_folder
+    from mbs.parameter_files import describe_built_in
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    for command, kind in (("run", "protocols"), ("batch", "grids")):
+        table = Table("name", "what it is", box=None, title=f"mbs {command} NAME", title_justify="left")
+        table.columns[0].no_wrap = True
+        for name, meaning in describe_built_in(kind).items():
+            table.add_row(name, meaning)
+        console.print(table, "")
+    typer.echo(f"They are in {find_runs_folder()}; copy one and change it, or change values: mbs run NAME name=value")
+
+
 # %% ../nbs/80_cli.ipynb #f90ee458
 _DRY_RUN_HELP = "Show existing runs, remaining work and estimated cost; run nothing."
 _EXECUTOR_HELP = "local: processes of this machine; slurm: jobs of a Slurm cluster; ray: a Ray cluster."
@@ -452,7 +475,7 @@ _MEASURE_HELP = "With --dry-run: time an iteration on this machine where no fini
 
 @app.command()
 def batch(
-    grid: Annotated[str, typer.Argument(metavar="GRID.yaml", help="File or built-in name, e.g. voc-methods.")],
+    grid: Annotated[str, typer.Argument(metavar="GRID.yaml", help="File or built-in name (mbs files lists them).")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN_HELP)] = False,
     measure: Annotated[bool, typer.Option(help=_MEASURE_HELP)] = True,
     executor: Annotated[str, typer.Option(help=_EXECUTOR_HELP)] = "local",
@@ -509,7 +532,7 @@ _EXECUTOR_OPTIONS = dict(
 def _check_executor(kind: str, given: Iterable[str]):
     "Raise ValueError for an unknown executor or an option that it does not have."
     if kind not in _EXECUTOR_OPTIONS:
-        raise ValueError(f"executor {kind!r} is not known: expected local, slurm or ray")
+        raise refuse_unknown("executor", kind, _EXECUTOR_OPTIONS)
     for name in given:
         if name not in _EXECUTOR_OPTIONS[kind]:
             kinds = " or ".join(k for k, names in _EXECUTOR_OPTIONS.items() if name in names)

@@ -36,7 +36,7 @@ from .files import read_arrays, write_arrays
 from .folders import expand_tilde, home
 from .layouts import Layout, Part, find_layout, warn_of_unused
 from .pictures import PairFacts, read_image, read_mask, read_pair_facts
-from .protocol import VOID, Protocol
+from .protocol import VOID, Protocol, refuse_unknown
 from .scenes import write_scenes
 
 
@@ -405,9 +405,12 @@ def split_for_tuning(
 
 
 # %% ../nbs/10_data.ipynb #29b0a17d
+_NAMED = {"voc", "ade"}  # data sets that `mbs data` prepares
+
+
 def locate_data(name: str) -> Path:
     "Return the folder of the data set `name` ('voc', 'ade' or a folder); ValueError when it does not exist."
-    if name in ("voc", "ade"):
+    if name in _NAMED:
         if not home("data", name).is_dir():
             raise ValueError(
                 f"data set {name!r} is not at {home('data', name)}: expected it there; "
@@ -415,9 +418,8 @@ def locate_data(name: str) -> Path:
             )
         return home("data", name)
     if not expand_tilde(name).is_dir():
-        raise ValueError(
-            f"data set {name!r} is not known: expected 'scenes', 'voc', 'ade' or a folder with pictures and masks"
-        )
+        expected = "'scenes', 'voc', 'ade' or a folder with pictures and masks"
+        raise refuse_unknown("data set", name, _NAMED | {"scenes"}, expected)
     return expand_tilde(name)
 
 

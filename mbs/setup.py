@@ -41,7 +41,7 @@ from .methods import Method
 from .parameter_files import REPLACE, find_sources
 from .parts import Parts, list_part_layers
 from .processes import get_processes
-from .protocol import Protocol, Step
+from .protocol import Protocol, Step, refuse_unknown
 from .recipe import Recipe, count_iterations, fit_recipe, list_recipe_layers, make_recipe
 from .scenes import write_scenes
 from .segmenter import MaskTransformer, Segmenter
@@ -107,7 +107,7 @@ def _find_class_ids(names: list[str] | None, classes: tuple[str, ...]) -> list[i
     if names is None:
         return None
     if unknown := [name for name in names if name not in classes]:
-        raise ValueError(f"class {unknown[0]!r} is not in the data set: expected some of {', '.join(classes)}")
+        raise refuse_unknown("class", unknown[0], classes, f"some of {', '.join(classes)}, those of the data set")
     return [classes.index(name) + 1 for name in names]
 
 
@@ -123,13 +123,16 @@ def build_network(settings: Settings, parts: Parts, weights: str, crop: int, siz
         raise ValueError(
             f"encoder_options {settings.encoder_options} do not suit {settings.encoder}: {reason}"
         ) from None
+    options = _list_defaults(MaskTransformer)
+    if unknown := settings.decoder.keys() - options.keys():
+        raise refuse_unknown("decoder option", min(unknown), options)
     try:
         return Segmenter(encoder, [1, *sizes], parts.head, **settings.decoder)
     except ValueError:
         raise
     except Exception as e:
         raise ValueError(
-            f"decoder options {settings.decoder} are not known ({e}): expected dim, depth, heads, mlp_ratio, drop_path"
+            f"decoder options {settings.decoder} do not fit ({e}): expected values that a mask transformer can have"
         ) from None
 
 

@@ -266,7 +266,7 @@ def test_names():
         (dict(grid=dict(metod=["kd"])), "parameter 'metod' is not known"),
         (dict(grid=dict(method=[])), "grid of 'method' is empty"),
         (dict(grid={}), "the batch has no runs"),
-        (dict(gird=dict(seed=[0])), "parameter 'gird' is not known: expected 'grid'?"),
+        (dict(gird=dict(seed=[0])), "parameter 'gird' is not known: expected one of"),
         (dict(grid=dict(seed=0)), "'grid.seed' cannot be 0"),
         (dict(runs=[dict(seed=1), dict(seed=1)]), "have the name 's1'"),
         (dict(runs=[dict(seed=1)], grid=dict(seed=[1])), "is in runs and in grid"),

@@ -61,3 +61,57 @@ def test_a_command_names_the_program_that_was_called(monkeypatch, tmp_path):
     assert mbs.cli._write_command("report") == "mbs report"
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "mbs" / "__main__.py")])
     assert mbs.cli._write_command("report") == f"{sys.executable} -m mbs report"
+
+
+MISSPELT = {
+    "run methd=3": "'method'",
+    "run lr=1e-3": "'training.lr'",
+    "run threshold=0.5": "'parts.threshold'",
+    "run parts.treshold=0.5": "'threshold'",
+    "run method=MBZ": "'mib' or 'mbs'",
+    "run recipe=papr": "'paper'",
+    "run setting=overlaped": "'overlapped'",
+    "run data=voc protocol=15-l": "'15-1_l'",
+    "run voc-15-1": "voc-15-1-disjoint or voc-15-1-overlapped",
+    "run scenes.n_trian=3": "'n_train'",
+    "batch voc-method": "voc-methods",
+    "data check vco": "'voc'",
+    "data chekc voc": "'check'",
+    "bacth demo": "'batch'",
+    "orders --orders similar-fist": "'similar-first'",
+}
+
+
+@pytest.mark.parametrize("words", MISSPELT)
+def test_a_misspelt_name_is_met_with_what_was_meant(words):
+    answer = CliRunner().invoke(app, words.split())
+    assert answer.exit_code == 2
+    assert "did you mean " + MISSPELT[words] in answer.output.replace("Did", "did"), answer.output
+
+
+@pytest.mark.parametrize(
+    "changes,meant",
+    [
+        (dict(encoder="vit_tiny_patch16_244"), "'vit_tiny_patch16_224'"),
+        (dict(decoder=dict(dpth=2)), "'depth'"),
+        (dict(classes=["strar"]), "'star'"),
+    ],
+)
+def test_what_only_the_setup_knows_is_suggested_too(changes, meant, finished, home, monkeypatch):
+    from mbs.settings import Settings
+    from mbs.setup import Setup
+
+    monkeypatch.setenv("MBS_HOME", str(home))
+    with pytest.raises(ValueError, match=f"is not known: .*did you mean {meant}"):
+        setup = Setup(Settings(scenes=finished.settings.scenes, **changes))
+        setup.model()
+
+
+def test_the_built_in_files_are_listed_with_what_they_are():
+    answer = CliRunner().invoke(app, ["files"], terminal_width=200)
+    assert answer.exit_code == 0
+    for line in ("mbs run NAME", "mbs batch NAME", "demo", "voc-methods"):
+        assert line in answer.output
+    from mbs.parameter_files import describe_built_in
+
+    assert all(meaning for kind in ("protocols", "grids") for meaning in describe_built_in(kind).values())
