@@ -24,7 +24,7 @@ from .experiment import Experiment
 from .files import read_last_lines
 from .folders import expand_tilde, find_runs_folder, home
 from .grid import Grid, expand_grid, read_grid
-from .inspect import time_iteration
+from .inspect import StepCost, measure_cost
 from .lifeline import Interrupted, interrupt_on_signals, record_signals
 from .live import STATES, show_live
 from .notebooks import RunFailed, execute_notebook, lock_worker, read_failure, read_worker
@@ -32,7 +32,7 @@ from .rehearsal import Rehearsal, probe_folder
 from .run import Card, Run, load_run, make_card
 from .run_folder import refuse_other_run, warn_of_neighbours
 from .settings import Settings
-from .setup import Setup
+from .setup import Setup, outline_setup
 from .slurm import OnSlurm
 from .tables import Table, format_duration
 
@@ -164,14 +164,17 @@ Executor = Local | OnRay | OnSlurm
 class _PlannedRun:
     "A run of a batch: its settings and its status."
 
-    def __init__(self, settings: Settings, rehearsal: Rehearsal):
-        experiment = Experiment(settings)
-        model = experiment.setup.model()
-        refuse_other_run(experiment.folder, experiment.setup, model)
+    def __init__(self, settings: Settings, rehearsal: Rehearsal, may_lack_data: bool = False):
+        outline = outline_setup(settings) if may_lack_data else None
+        self.is_outline = outline is not None  # its data set is not on this machine
+        setup = outline or Experiment(settings).setup
+        model = setup.model()
         self.settings = settings
-        self.folder = experiment.folder
+        self.folder = home("outputs", settings.name)
+        if not self.is_outline:
+            refuse_other_run(self.folder, setup, model)
         self.notebook = self.folder / "train.ipynb"  # the executed copy
-        self.card = make_card(experiment.setup, model)
+        self.card = make_card(setup, model)
         self.name = settings.name.partition("/")[2]
         self.iterations = self.card.iterations  # of each step
         self.base = self.card.base if settings.share_base else None  # fingerprint of the base step
@@ -181,12 +184,16 @@ class _PlannedRun:
         self.state = "done" if self.finished else "queued"
         if self.reason:
             self.state = "failed"
-        if self.state == "queued":
-            rehearsal.try_out(experiment.setup, model)
+        if self.state == "queued" and not self.is_outline:
+            rehearsal.try_out(setup, model)
         self.earlier_error = "" if self.finished else read_failure(self.notebook)
         self.future: Future | None = None
         self.steps_before = 0  # complete steps when it was submitted
         self.worker: dict = {}  # that the folder named when it was submitted
+
+    def make_setup(self) -> Setup:
+        "Make the setup of the run, for a measurement."
+        return outline_setup(self.settings) or Setup(self.settings)
 
     def _refresh_status(self):
         "Read the status from the folder; where it is damaged, keep the last one and note the reason."
@@ -339,12 +346,18 @@ def _find_notebook(grid: Grid) -> Path:
 class _Plan:
     "The runs of a grid and their remaining work."
 
-    def __init__(self, grid: Grid | Path | str | dict):
+    def __init__(
+        self,
+        grid: Grid | Path | str | dict,
+        may_lack_data: bool = False,  # plan runs of VOC or ADE20K without their pictures; they cannot be run
+    ):
         self.grid = read_grid(grid)
         self.notebook = _find_notebook(self.grid)
         settings = expand_grid(self.grid)
         rehearsal = Rehearsal()
-        self.jobs = [Job(one, rehearsal) for one in tqdm(settings, "checking runs", leave=False, disable=None)]
+        self.jobs = [
+            Job(one, rehearsal, may_lack_data) for one in tqdm(settings, "checking runs", leave=False, disable=None)
+        ]
         self.processes = max(one.processes for one in settings)
 
     def trainer(self, job: Job) -> Job:
@@ -473,7 +486,8 @@ def _raise_unfinished(jobs: list[Job]):
 
 # %% ../nbs/70_batch.ipynb #f9be3349
 _FROM_RUNS = "finished runs"
-_TIMED = "an iteration timed here, without loading and evaluation"
+_TIMED = "an iteration, a batch and a test timed here"
+_TIMED_ALONE = "an iteration timed here, without loading and tests"
 
 
 def _list_work(batch: Batch, job: Job) -> list[tuple[int, str, int]]:
@@ -483,17 +497,18 @@ def _list_work(batch: Batch, job: Job) -> list[tuple[int, str, int]]:
 
 def _estimate_seconds(batch: Batch, measure: bool) -> tuple[list[float | None], set[str]]:
     "Estimate the remaining seconds of each job (None: unknown) and name the sources; `measure`: time what is unknown."
-    known = {work: (seconds, _FROM_RUNS) for work, seconds in _collect_seconds(home("outputs")).items()}
+    known = {work: (StepCost(seconds), _FROM_RUNS) for work, seconds in _collect_seconds(home("outputs")).items()}
     estimates = []
     sources = set()
     for job in batch.jobs:
         todo = _list_work(batch, job)
         for step, work, _ in todo:
             if measure and work not in known:
-                known[work] = (time_iteration(Setup(job.settings), step), _TIMED)
+                known[work] = (measure_cost(job.make_setup(), step), _TIMED_ALONE if job.is_outline else _TIMED)
         sources |= {known[work][1] for _, work, _ in todo if work in known}
         is_known = all(work in known for _, work, _ in todo)
-        estimates.append(sum(n * known[work][0] for _, work, n in todo) if is_known else None)
+        recipe = job.card.recipe
+        estimates.append(sum(known[work][0].estimate(recipe, n) for _, work, n in todo) if is_known else None)
     return estimates, sources
 
 
@@ -568,4 +583,6 @@ def _make_plan_table(batch: Batch, seconds: list[float | None], sources: set[str
         f"{iterations:,} iterations",
         _describe_cost(seconds, sources) if iterations else "nothing to do",
     ]
+    if lacking := sorted({job.settings.data for job in batch.jobs if job.is_outline}):
+        parts.append(f"planned without the pictures of {' and '.join(lacking)}: get them with mbs data {lacking[0]}")
     return Table(f"{batch.grid.name}: {len(batch.jobs)} runs", _PLAN_COLUMNS, rows, "; ".join(parts))

@@ -501,7 +501,7 @@ def batch(
     with explain_errors(), interrupt_on_signals():
         from mbs.batch import Batch
 
-        chosen = Batch(grid)
+        chosen = Batch(grid, may_lack_data=dry_run)
         if dry_run:
             _print_plan(chosen.plan(measure))
             return
@@ -941,7 +941,9 @@ def inspect(
         if measure:
             rows = time_steps(setup, rows)
         _print_steps(setup, rows)
-        _print_views(count_views(setup))
+        if rows[0]["again"] is not None:
+            _print_views(count_views(setup))
+        _print_lacking(data)
         if measure:
             _print_cost(setup, rows)
         if figure:
@@ -959,9 +961,21 @@ def _make_setup(words: list[str], chosen: dict):
 
     settings = Settings.from_layers(_PUBLISHED | chosen, parse_words(words))
     check_settings(settings)
-    from mbs.setup import Setup  # seconds later
+    from mbs.setup import Setup, outline_setup  # seconds later
 
-    return Setup(settings)
+    return outline_setup(settings) or Setup(settings)
+
+
+def _print_lacking(data: str):
+    "Say what a table is made of where the pictures of `data` are not on this machine."
+    from mbs.data import lacks_pictures
+    from mbs.folders import home
+
+    if lacks_pictures(data):
+        typer.echo(
+            f"The pictures of {data} are not at {home('data', data)}: the table is made of what is known of its "
+            f"published lists; run mbs data {data} before training"
+        )
 
 
 def _print_views(counts: list[int]):
@@ -977,7 +991,7 @@ def _print_cost(setup, rows: list[dict]):
 
     network = f"{setup.settings.encoder}, crop {setup.recipe.crop}, batch {setup.recipe.batch}"
     seconds = sum(row["seconds"] for row in rows)
-    typer.echo(f"in all {format_duration(seconds)} of computation with {network}, without loading and evaluation")
+    typer.echo(f"in all {format_duration(seconds)} of computation with {network}")
 
 
 # %% ../nbs/80_cli.ipynb #202a1e9a
@@ -987,6 +1001,11 @@ def _name_classes(names: list[str]) -> str:
 
 
 # %% ../nbs/80_cli.ipynb #a0544f8b
+def _format_share(share: float | None) -> str:
+    "Format a share as percent; – where it is not known."
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
 def _format_step(row: dict) -> list[str]:
     "Format the cells of a row of `inspect_steps`."
     from mbs.tables import format_duration
@@ -995,9 +1014,9 @@ def _format_step(row: dict) -> list[str]:
         str(row["step"]),
         _name_classes(row["classes"]),
         f"{row['images']:,}",
-        f"{row['again']:,}",
-        f"{100 * row['hidden_old']:.1f} %",
-        f"{100 * row['hidden_future']:.1f} %",
+        "–" if row["again"] is None else f"{row['again']:,}",
+        _format_share(row["hidden_old"]),
+        _format_share(row["hidden_future"]),
         f"{row['iterations']:,}",
     ]
     return cells + ([format_duration(row["seconds"])] if "seconds" in row else [])

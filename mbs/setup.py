@@ -9,6 +9,7 @@ __all__ = [
     "make_test_view",
     "build_network",
     "Setup",
+    "outline_setup",
     "Origin",
     "trace_parameters",
     "list_base_recipe",
@@ -33,7 +34,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from .augment import IMAGENET, Normalisation, ReleasedTransform, TestTransform, TrainTransform
-from .data import SegmentationFolder, locate_data, open_data
+from .data import Outline, SegmentationFolder, lacks_pictures, locate_data, open_data, open_outline
 from .fingerprint import hash_class, hash_code
 from .layouts import find_layout
 from .memory import Memory
@@ -41,7 +42,7 @@ from .methods import Method
 from .parameter_files import REPLACE, find_sources
 from .parts import Parts, list_part_layers
 from .processes import get_processes
-from .protocol import Protocol, Step, refuse_unknown
+from .protocol import VOC_CLASSES, Protocol, Step, refuse_unknown
 from .recipe import Recipe, count_iterations, fit_recipe, list_recipe_layers, make_recipe
 from .scenes import write_scenes
 from .segmenter import MaskTransformer, Segmenter
@@ -177,10 +178,15 @@ def _fit(settings: Settings, train: SegmentationFolder) -> dict:
 class Setup:
     "Data, protocol, recipe and method that `settings` describe; ValueError for what does not fit."
 
-    def __init__(self, settings: Settings, method: type[Method] = Method):
+    def __init__(
+        self,
+        settings: Settings,
+        method: type[Method] = Method,
+        parts: tuple[SegmentationFolder | Outline, SegmentationFolder | Outline] | None = None,  # None: opened
+    ):
         check_settings(settings, method)
         self.settings = settings
-        self.train, self.test = open_data(settings.data, settings.scenes, settings.tuning)
+        self.train, self.test = parts or open_data(settings.data, settings.scenes, settings.tuning)
         dataset, classes = self.train.dataset, self.train.classes
         order = _find_class_ids(settings.classes, classes)
         self.method = method(settings.method, dataset, **settings.parts)
@@ -191,7 +197,7 @@ class Setup:
         seen = [step.select(self.train.index, settings.shots, settings.seed) for step in self.protocol]
         self.held_out = [self._hold_out(positions) for positions in seen]  # positions by step
         self.positions = [np.setdiff1d(all_, held) for all_, held in zip(seen, self.held_out)]  # that train, by step
-        for step in self.protocol:
+        for step in self.protocol if parts is None else ():
             _check_pictures(self, step)
 
     def _hold_out(self, positions: np.ndarray) -> np.ndarray:
@@ -218,6 +224,18 @@ class Setup:
         if self.recipe.normalisation == "imagenet":
             return IMAGENET
         return Normalisation(model.encoder.mean, model.encoder.std)
+
+
+# %% ../nbs/48a_setup.ipynb #966f17f6
+def outline_setup(settings: Settings) -> Setup | None:
+    "Make the setup of a data set whose pictures are not on this machine; None if they are, or are no named data set."
+    if settings.tuning or not lacks_pictures(settings.data):
+        return None
+    check_settings(settings)
+    order = _find_class_ids(settings.classes, VOC_CLASSES) if settings.data == "voc" else None
+    protocol = Protocol(settings.protocol, settings.data, settings.protocol_setting, order)
+    unweighted = settings.model_copy(update=dict(weights="none"))  # a plan needs no download
+    return Setup(unweighted, parts=open_outline(protocol))
 
 
 # %% ../nbs/48a_setup.ipynb #fe944c12

@@ -115,3 +115,50 @@ def test_the_built_in_files_are_listed_with_what_they_are():
     from mbs.parameter_files import describe_built_in
 
     assert all(meaning for kind in ("protocols", "grids") for meaning in describe_built_in(kind).values())
+
+
+def inspect(*words):
+    answer = CliRunner().invoke(app, ["inspect", *words], terminal_width=120)
+    assert answer.exit_code == 0, answer.output
+    return answer.output
+
+
+@pytest.mark.parametrize("setting,first,second", [("overlapped", "9,568", "487"), ("disjoint", "8,437", "378")])
+def test_a_protocol_of_voc_is_inspected_without_its_pictures(tmp_path, monkeypatch, setting, first, second):
+    "The pictures of a step are as many as in the lists of the released program."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    rows = [line.split() for line in inspect("voc", "15-1", "--setting", setting).splitlines()]
+    images = {row[0]: row[-7] for row in rows if row and row[0] in ("0", "1") and len(row) > 6}
+    assert images == {"0": first, "1": second}
+    assert "run mbs data voc before training" in inspect("voc", "15-1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_ade_only_the_published_splits_are_known_without_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    assert "20,192" in inspect("ade", "100-10") and "–" in inspect("ade", "100-10")
+    answer = CliRunner().invoke(app, ["inspect", "ade", "30-10"])
+    assert answer.exit_code == 2 and "run mbs data ade" in answer.output
+
+
+def test_a_batch_is_planned_without_its_pictures_but_not_run(tmp_path, monkeypatch):
+    from mbs.batch import Batch
+
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    small = {"encoder": "vit_tiny_patch16_224", "encoder_options": {"embed_dim": 16, "depth": 1, "num_heads": 1}}
+    grid = dict(name="plan", base="voc-15-1-overlapped", parameters=small, grid=dict(method=["kd", "mbs"]))
+    plan = Batch(grid, may_lack_data=True).plan(measure=False)
+    assert [row[3:5] for row in plan.rows] == [("to train", "23,712"), ("from kd", "4,576")]
+    assert "without the pictures of voc" in plan.note
+    with pytest.raises(ValueError, match="data set 'voc' is not at"):
+        Batch(grid)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cost_of_a_step_counts_its_tests():
+    from mbs.inspect import StepCost
+    from mbs.recipe import make_recipe
+
+    cost = StepCost(iteration=2, test=100)
+    assert cost.estimate(make_recipe("clean"), 50) == 200
+    assert cost.estimate(make_recipe("paper"), 1000) == 2000 + 100 * (1 + 10)
