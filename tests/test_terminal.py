@@ -1,5 +1,6 @@
 "What a terminal shows: how runs end, how far they are, what is meant by a misspelt name."
 
+import json
 import shlex
 import sys
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 import mbs.cli
 from mbs.cli import app
+from mbs.live import Progress, write_progress
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,97 @@ def test_the_cost_of_a_step_counts_its_tests():
     cost = StepCost(iteration=2, test=100)
     assert cost.estimate(make_recipe("clean"), 50) == 200
     assert cost.estimate(make_recipe("paper"), 1000) == 2000 + 100 * (1 + 10)
+
+
+def test_curves_have_times_rates_throughput_and_pictures(finished, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mbs.curves import CurveWriter, collect_scalars
+    from mbs.recipe import learning_rate
+
+    CurveWriter([finished.folder], tmp_path)
+    events = EventAccumulator(str(tmp_path / "brief")).Reload()
+    laps, recipe = finished.laps(), finished.card.recipe
+    trained = [lap for lap in laps if lap.iterations]
+    ends = [11 * lap.step + lap.iteration for lap in trained]
+
+    rates = events.Scalars("training/learning_rate")
+    expected = [learning_rate(recipe, lap.step, lap.iteration - 1, 11) for lap in trained]
+    assert [(e.step, e.value) for e in rates] == [(n, pytest.approx(rate)) for n, rate in zip(ends, expected)]
+    assert [e.wall_time for e in rates] == [pytest.approx(lap.time, abs=0.02) for lap in trained]
+    speeds = events.Scalars("training/pictures_per_second")
+    seconds = [recipe.batch * lap.iterations / e.value for lap, e in zip(trained, speeds)]
+    assert seconds == [pytest.approx(lap.seconds, rel=1e-3) for lap in trained]
+    tested = [lap.time for lap in laps if not lap.iterations]
+    assert [e.wall_time for e in events.Scalars("mIoU/all")] == [pytest.approx(time, abs=0.02) for time in tested]
+    pictures = events.Images("photo, truth, prediction/0")
+    assert [(p.step, p.height, p.width) for p in pictures] == [(11 * t, 48, 3 * 48) for t in (1, 2, 3, 4)]
+    assert len(collect_scalars(finished)) > len(trained)
+
+
+def test_a_run_without_laps_is_still_drawn(finished, tmp_path):
+    "Runs of earlier versions have none; damaged lines count as none."
+    import shutil
+
+    from mbs.curves import collect_scalars
+    from mbs.run import load_run
+
+    folder = shutil.copytree(finished.folder, tmp_path / "old")
+    (folder / "laps.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 9, "iteration": 1, "iterations": 1}\n')
+    points = collect_scalars(load_run(folder))
+    assert {point.time for point in points} == {None}
+    assert not any("second" in point.name for point in points)
+
+
+def test_the_time_left_counts_every_step_and_its_test(finished, tmp_path):
+    "From the laps of earlier attempts, too: base step and later steps have paces of their own."
+    import shutil
+
+    from mbs.batch import _read_status
+    from mbs.run import Lap, load_run
+
+    folder = shutil.copytree(finished.folder, tmp_path / "part")
+    for step in (2, 3):
+        shutil.rmtree(folder / f"step-{step:02d}")
+    log = [record for record in load_run(folder).log() if record["step"] < 2]
+    log.append(log[-1] | dict(step=2, iteration=10))
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    laps = [Lap(0, 11, 11, 1.1, 0), Lap(0, 11, 0, 3.0, 0), Lap(1, 11, 11, 22.0, 0), Lap(1, 11, 0, 5.0, 0)]
+    (folder / "laps.jsonl").write_text("".join(json.dumps(lap._asdict()) + "\n" for lap in laps))
+    status = _read_status(folder)
+    assert (status.steps, status.iterations) == (2, 32)
+    assert status.seconds_left == pytest.approx((1 + 11) * 2.0 + 2 * 4.0)
+    assert _read_status(finished.folder).seconds_left == 0
+
+
+LINE = Progress("demo-mbs-s0", "", 0.53, 1, 4, 30, 100, 0.7214, 0.603, 95)
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_a_line_fits_the_terminal_and_keeps_what_matters_most(width):
+    line = write_progress(LINE, width)
+    assert len(line) <= width and "53 %" in line
+    assert ("ETA 1.6 min" in line) == (width >= 40) and ("iteration 30 of 100" in line) == (width > 80)
+    assert len(write_progress(LINE._replace(name="n" * 300), width)) <= width
+
+
+def test_lines_of_a_log_file_come_with_each_step_and_rarely_between(monkeypatch, capsys):
+    from mbs import live
+
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    with live.show_progress() as show:
+        for second in range(100):
+            now[0] = float(second)
+            show([LINE._replace(step=1 + second // 50, iteration=second)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("iteration ")[1].split()[0] for line in lines] == ["0", "31", "50", "81"]
+
+
+def test_a_waiting_run_says_for_whom(tmp_path, capsys):
+    from mbs.notebooks import _tell_worker
+
+    _tell_worker(tmp_path / "run", '{"host": "node7", "pid": 42, "since": 1.0}')
+    assert capsys.readouterr().out == "waiting for process 42 on node7, which works on the run run\n"
+    _tell_worker(tmp_path / "run", "")
+    assert "waiting for another process" in capsys.readouterr().out
