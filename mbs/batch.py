@@ -467,8 +467,8 @@ def _attach_jobs(jobs: list[Job], executor: Executor):
 def _explain_stop(is_going_on: bool) -> str:
     "Return a sentence about a batch that was asked to stop."
     if is_going_on:
-        return "the batch was asked to stop: its jobs go on; rerun the same command to watch or to stop them"
-    return "the batch was asked to stop: its runs have saved; rerun the same command to resume"
+        return "asked to stop: the jobs of the batch continue; rerun the command to watch or to stop them"
+    return "asked to stop: checkpoints of the running runs saved; rerun the command to resume"
 
 
 def _raise_unfinished(jobs: list[Job]):
@@ -476,11 +476,11 @@ def _raise_unfinished(jobs: list[Job]):
     failed = [job for job in jobs if job.state == "failed"]
     if failed:
         reasons = [f"{job.settings.name}: {job.reason}" for job in failed]
-        first_line = f"{len(failed)} of {len(jobs)} runs failed; rerun the same call to try them again"
+        first_line = f"{len(failed)} of {len(jobs)} runs failed; rerun the command to try them again"
         raise RunFailed("\n".join([first_line, *reasons]))
     stopped = [job.settings.name for job in jobs if job.state == "stopped"]
     if stopped:
-        first_part = f"{len(stopped)} of {len(jobs)} runs were asked to stop; rerun the same call to resume"
+        first_part = f"{len(stopped)} of {len(jobs)} runs were asked to stop; rerun the command to resume"
         raise Interrupted(f"{first_part}: {', '.join(stopped)}")
 
 
@@ -535,10 +535,10 @@ _PLAN_COLUMNS = ("run", "state", "steps", "base step", "iterations", "time", "ea
 
 
 def _name_plan_state(job: Job) -> str:
-    "Name the state of a job before a batch starts: done, broken (unfinished) or new."
+    "Name the state of a job before a batch starts: done, unfinished or new."
     if job.finished:
         return "done"
-    return "broken" if (job.folder / "run.json").is_file() or job.earlier_error else "new"
+    return "unfinished" if (job.folder / "run.json").is_file() or job.earlier_error else "new"
 
 
 def _name_base_step(batch: Batch, job: Job) -> str:

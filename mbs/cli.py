@@ -178,7 +178,7 @@ def _print_own_recipe(setup):
     if setup.settings.recipe == "own":
         recipe, iterations = setup.recipe, ", ".join(f"{n:,}" for n in setup.iterations())
         typer.echo(
-            f"recipe own: crops of {recipe.crop} pixels, batches of {recipe.batch}, iterations {iterations}; "
+            f"Recipe own: crops of {recipe.crop} pixels, batches of {recipe.batch}, iterations {iterations}; "
             "all parameters: --print-config"
         )
 
@@ -497,7 +497,7 @@ def batch(
     sbatch: Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help=_SBATCH_HELP)] = None,
     detach: Annotated[bool, typer.Option("--detach", help=_DETACH_HELP)] = False,
 ):
-    "Train many runs, each an executed notebook and a folder in outputs/NAME; rerun the same command to resume."
+    "Train many runs, each an executed notebook and a folder in outputs/NAME; rerun the command to resume."
     with explain_errors(), interrupt_on_signals():
         from mbs.batch import Batch
 
@@ -563,7 +563,7 @@ def _detach(batch, executor):
     "Submit the unfinished runs of a batch as jobs, and print their numbers."
     jobs = batch.detach(executor)
     if not jobs:
-        typer.echo("nothing to do: all runs are finished")
+        typer.echo("All runs are finished; nothing to do")
         return
     typer.echo(f"{len(jobs)} jobs are in Slurm's queue: {', '.join(jobs)}")
     typer.echo("Watch them with the same command without --detach; squeue --me lists them.")
@@ -675,10 +675,10 @@ def report(
         folder = report_notebook(runs, out or remove_link(home("outputs", "report")))
         _print_summary(runs)
         for path, why in left_out.items():
-            typer.echo(f"left out: {path}, {why}")
+            typer.echo(f"Left out: {path}, {why}")
         for run in runs:
             if not run.finished:
-                typer.echo(f"unfinished: {run.folder.name}, {run.n_steps} of {len(run.iterations)} steps")
+                typer.echo(f"Unfinished: {run.folder.name}, {run.n_steps} of {len(run.iterations)} steps")
         typer.echo(f"The report of {len(runs)} runs: {folder / 'report.html'}")
 
 
@@ -699,7 +699,7 @@ def curves(
         paths = paths or [home("outputs")]
         if write_only:
             n_runs = len(CurveWriter(paths, write_only).written)
-            typer.echo(f"wrote the curves of {n_runs} runs to {write_only}")
+            typer.echo(f"Curves of {n_runs} runs written to {write_only}")
             return
         with suppress(KeyboardInterrupt), interrupt_on_signals():
             serve_curves(paths, port)
@@ -725,7 +725,7 @@ def predict(
         problems = list(predict_files(loaded, list_pictures(images), out, step))
     for problem in problems:
         typer.echo(f"mbs: {problem}", err=True)
-    typer.echo(f"label maps, overlays and a legend are in {out}")
+    typer.echo(f"Label maps, overlays and a legend: {out}")
     if problems:
         raise typer.Exit(2)
 
@@ -882,7 +882,9 @@ def check(
             _draw_labelled(checked, figure)
     for problem in checked.problems:
         typer.echo(problem)
-    typer.echo(f"{len(checked.problems)} problems" if checked.problems else "nothing wrong")
+    n = len(checked.problems)
+    n_pairs = sum(len(getattr(checked.layout, part).ids) for part in ("train", "test"))
+    typer.echo(f"{n or 'No'} problem{'s' * (n != 1)} in {n_pairs:,} image–mask pairs")
     if checked.problems:
         raise typer.Exit(2)
 
@@ -981,7 +983,7 @@ def _print_lacking(data: str):
 def _print_views(counts: list[int]):
     "Print how many images are seen in 0, 1, 2 … steps, without the zeros."
     parts = [f"{k} step{'s' * (k != 1)}: {n:,}" for k, n in enumerate(counts) if n]
-    typer.echo("images seen in " + ", ".join(parts))
+    typer.echo("Images seen in " + ", ".join(parts))
 
 
 # %% ../nbs/80_cli.ipynb #bef22253
@@ -991,7 +993,7 @@ def _print_cost(setup, rows: list[dict]):
 
     network = f"{setup.settings.encoder}, crop {setup.recipe.crop}, batch {setup.recipe.batch}"
     seconds = sum(row["seconds"] for row in rows)
-    typer.echo(f"in all {format_duration(seconds)} of computation with {network}")
+    typer.echo(f"Total: {format_duration(seconds)} of computation with {network}")
 
 
 # %% ../nbs/80_cli.ipynb #202a1e9a
@@ -1060,7 +1062,7 @@ _ORDERS_HELP = "Names of orders, separated by commas; a number n stands for n ra
 _FEATURES_HELP = (
     "Run whose encoder measures similarity, a folder or its name under outputs/. Default: the settings' own."
 )
-_ORDERS_FIGURE_HELP = "Also draw the orders, with look-alikes in one colour (.png, .pdf, .svg)."
+_ORDERS_FIGURE_HELP = "Also draw the orders, with similar classes in one colour (.png, .pdf, .svg)."
 
 
 @app.command()

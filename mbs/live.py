@@ -22,7 +22,7 @@ STATES = {
     "queued": "dim",
     "done": "green",
     "new": "dim",
-    "broken": "yellow",
+    "unfinished": "yellow",
 }
 
 

@@ -52,7 +52,7 @@ from mbs.lifeline import (
 from .locks import hold_lock
 
 # %% ../nbs/64_notebooks.ipynb #54c6a2c3
-_RESUME = "rerun the same command to resume"
+_RESUME = "rerun the command to resume"
 
 
 class RunFailed(ChildProcessError):
@@ -79,7 +79,7 @@ def _explain_failure(error: Exception, is_asked: bool, output: Path) -> BaseExce
     error_text = error.evalue if in_cell else str(error)
     where = f"its notebook {output} shows where"
     if is_asked or (in_cell and error.ename in ("Interrupted", "KeyboardInterrupt")):
-        return Interrupted((in_cell and error_text) or f"asked to stop: saved work is kept; {_RESUME}")
+        return Interrupted((in_cell and error_text) or f"asked to stop: checkpoints are kept; {_RESUME}")
     printed = _read_printed(output) if in_cell and not error_text else ""
     if reason := explain_exhaustion(error_text + printed if in_cell else error):
         return ValueError(f"{reason}; {where}; {_RESUME}")

@@ -411,7 +411,7 @@ class _RunFiles:
         self.folder = Path(folder)
         file = self.folder / "run.json"
         if not file.is_file():
-            raise ValueError(f"{folder} is no run folder: expected a run.json in it")
+            raise ValueError(f"{folder} is not a run folder (run.json missing): expected the folder of a run")
         self.card = read_card(file)
         self.protocol = make_protocol(self.card, file)
         self.settings = self.card.settings

@@ -103,7 +103,7 @@ def _find_other_place(folder: Path, error: OSError) -> str:
 
 def explain_unwritable(folder: Path, error: OSError) -> ValueError:
     "Return the error for a run folder that cannot be written, or for what else `error` names or comes from."
-    kept = f"the content of {folder} is intact, rerun the same command to resume"
+    kept = f"the content of {folder} is intact, rerun the command to resume"
     if reason := explain_exhaustion(error):
         return ValueError(f"{reason}; {kept}")
     if other := _find_other_place(folder, error):
@@ -111,7 +111,7 @@ def explain_unwritable(folder: Path, error: OSError) -> ValueError:
         return ValueError(f"{other} cannot be read or written ({reason}): expected space and access permission; {kept}")
     return ValueError(
         f"run folder {folder} cannot be written ({error.strerror or error}): expected space and write permission; "
-        "its content is intact, rerun the same command to resume"
+        "its content is intact, rerun the command to resume"
     )
 
 
