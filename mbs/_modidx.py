@@ -367,6 +367,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mbs.diagnosis._find_unsure_teacher': ('diagnosis.html#_find_unsure_teacher', 'mbs/diagnosis.py'),
                                'mbs.diagnosis._name_iterations': ('diagnosis.html#_name_iterations', 'mbs/diagnosis.py'),
                                'mbs.diagnosis._name_rate': ('diagnosis.html#_name_rate', 'mbs/diagnosis.py'),
+                               'mbs.diagnosis._percent': ('diagnosis.html#_percent', 'mbs/diagnosis.py'),
                                'mbs.diagnosis.bound_probability': ('diagnosis.html#bound_probability', 'mbs/diagnosis.py'),
                                'mbs.diagnosis.diagnose': ('diagnosis.html#diagnose', 'mbs/diagnosis.py'),
                                'mbs.diagnosis.diagnose_step': ('diagnosis.html#diagnose_step', 'mbs/diagnosis.py')},
