@@ -264,16 +264,16 @@ def name_judged(state: ShiftState) -> str:
 def _describe_tables(state: ShiftState) -> list[dict]:
     "Describe the tables of fates and of flows."
     fates, flows = ({name: state.counts[name] for name in names} for names in (FATES, FLOWS))
-    precision, recall = ("undefined" if np.isnan(v) else f"{100 * v:.1f} %" for v in state.quality)
+    precision, recall = ("–" if np.isnan(v) else f"{100 * v:.0f} %" for v in state.quality)
     judged = name_judged(state) + ("" if state.source == "prediction" else f" at τ = {state.tau:.2f}")
     return [
         dict(
             title=f"fate of the pixels at τ = {state.tau:.2f}",
             rows=_describe_rows(fates, FATE_STYLE),
             can_filter=False,
-            lines=[f"{precision} of the relabelled pixels are right, {recall} of the hidden old pixels are back"],
+            lines=[f"Pseudo-label precision {precision}, recall {recall}"],
         ),
-        dict(title=f"flow of the {judged}", rows=_describe_rows(flows, FLOW_STYLE), can_filter=True, lines=[]),
+        dict(title=f"Error map for the {judged}", rows=_describe_rows(flows, FLOW_STYLE), can_filter=True, lines=[]),
     ]
 
 
@@ -308,7 +308,7 @@ def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
         ),
         Panel(
             "flow",
-            f"flow of the {name_judged(state)}",
+            f"Error map for the {name_judged(state)}",
             "direction in which each pixel moved, see the table",
             "flow",
             style="flow",
