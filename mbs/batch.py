@@ -74,6 +74,7 @@ def _estimate_run(
     for is_later in (False, True):
         trained = [lap for lap in laps if lap.iterations and (lap.step > 0) == is_later]
         if trained:
+            trained = trained[1:] or trained  # the first one also starts the libraries
             paces[is_later] = sum(lap.seconds for lap in trained) / sum(lap.iterations for lap in trained)
     if not paces:
         return None

@@ -499,6 +499,8 @@ def batch(
 ):
     "Train many runs, each an executed notebook and a folder in outputs/NAME; rerun the command to resume."
     with explain_errors(), interrupt_on_signals():
+        if not dry_run:
+            typer.echo(f"Preparing the batch {grid} …")
         from mbs.batch import Batch
 
         chosen = Batch(grid, may_lack_data=dry_run)

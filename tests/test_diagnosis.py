@@ -101,7 +101,8 @@ def test_a_class_that_was_not_learnt_is_named_with_what_it_became(healthy):
     kinds, text = find(healthy, 2)
     run = Run(healthy)
     assert kinds == {"class not learnt": 1}
-    assert f"{run.names[7]} was not learnt: IoU 0 %" in text and "100 % of its pixels are predicted as background" in text
+    assert f"{run.names[7]} was not learnt: IoU 0 %" in text
+    assert "100 % of its pixels are predicted as background" in text
     assert "training.lr_factor (now 0.3)" in text
 
 
