@@ -180,7 +180,7 @@ def _download_archive(archive: Archive, path: Path, pause: float = 1.0) -> Path:
     why = "; ".join(failures) or "no address is known"
     advice = f"download it by hand and put it at {path}, or pass its path with --from"
     if n := _count_bytes(part):
-        advice += f"; {n:,} bytes are kept, rerun the same command to resume"
+        advice += f"; {n:,} bytes are kept, rerun the command to resume"
     raise ValueError(f"{archive.name} could not be downloaded ({why}): {advice}")
 
 

@@ -9,6 +9,7 @@ __all__ = [
     "explain_errors",
     "main",
     "run",
+    "files",
     "batch",
     "demo",
     "explore",
@@ -32,6 +33,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
 import sys
 from collections.abc import Iterable, Sequence
@@ -47,6 +49,7 @@ from .files import explain_exhaustion, make_printable
 from .folders import expand_tilde
 from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
 from .parameter_files import parse_value, parse_words, read_parameters
+from .protocol import refuse_unknown
 
 _PATH = dict(parser=expand_tilde)  # of every argument that is a path
 _PATH_OPTION = _PATH | dict(metavar="PATH")
@@ -146,6 +149,7 @@ def _print_version(wanted: bool):
         raise typer.Exit
 
 
+_home_words: list[str] = []  # the option --home of this call, for commands that are printed
 _VERSION = dict(is_eager=True, callback=_print_version, help="Show the version and exit.")
 
 
@@ -161,30 +165,9 @@ def main(
     _open_closed_streams()
     _outlive_readers()
     replace_unprintable()
+    _home_words[:] = [] if home is None else ["--home", str(home)]
     if home is not None:
         os.environ["MBS_HOME"] = str(home.absolute())
-
-
-# %% ../nbs/80_cli.ipynb #7f86f552
-def _make_progress():
-    "Make the progress display: name, bar, iterations, elapsed time, remaining time."
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(16),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
 
 
 # %% ../nbs/80_cli.ipynb #436c240b
@@ -193,40 +176,83 @@ def _print_own_recipe(setup):
     if setup.settings.recipe == "own":
         recipe, iterations = setup.recipe, ", ".join(f"{n:,}" for n in setup.iterations())
         typer.echo(
-            f"recipe own: crops of {recipe.crop} pixels, batches of {recipe.batch}, iterations {iterations}; "
+            f"Recipe own: crops of {recipe.crop} pixels, batches of {recipe.batch}, iterations {iterations}; "
             "all parameters: --print-config"
         )
 
 
 # %% ../nbs/80_cli.ipynb #aad938e1
+def _make_progress(experiment, status=None):
+    "Make the progress of a run from its status; None: it waits for its turn."
+    from mbs.live import Progress
+
+    name, iterations = experiment.settings.name, experiment.setup.iterations()
+    if status is None:
+        return Progress(name, "queued")
+    if status.steps == len(iterations):
+        miou = f", mIoU {100 * status.miou:.1f} %"
+        return Progress(name, f"done{miou}", step=status.steps)
+    before = sum(iterations[: status.steps])
+    return Progress(
+        name,
+        "" if status.iterations else "starting",
+        share=status.iterations / sum(iterations),
+        step=status.steps,
+        n_steps=len(iterations),
+        iteration=status.iterations - before,
+        n_iterations=iterations[status.steps],
+        loss=status.loss,
+        miou=status.miou,
+        seconds_left=status.seconds_left,
+    )
+
+
+# %% ../nbs/80_cli.ipynb #abe37ab2
+def _execute_runs(experiments: list, kernel, close_kernel) -> list:
+    "Execute `experiments` one after the other and show how far they are; the first takes `kernel`, closed after it."
+    from mbs.batch import Status, run_notebook
+    from mbs.live import show_progress
+    from mbs.run import load_run
+
+    lines = [_make_progress(experiment) for experiment in experiments]
+    runs = []
+    with show_progress() as show:
+        for k, experiment in enumerate(experiments):
+
+            def report(status, k=k, experiment=experiment):
+                lines[k] = _make_progress(experiment, status)
+                show(lines)
+
+            is_known = (experiment.folder / "run.json").is_file() and load_run(experiment.folder).finished
+            if is_known:
+                lines[k] = lines[k]._replace(state="finished already: nothing to train")
+                show(lines)
+            else:
+                report(Status())
+            runs.append(run_notebook(experiment, report, kernel))
+            close_kernel()
+            kernel = None  # the next run starts its own
+    return runs
+
+
+# %% ../nbs/80_cli.ipynb #0ce6f332
 def _run_with_progress(plan: list) -> list:
-    "Execute the runs with the settings of `plan` one after the other, each with a progress bar."
+    "Execute the runs with the settings of `plan` one after the other, and show how far they are."
     from mbs.folders import find_runs_folder
     from mbs.notebooks import start_kernel
     from mbs.settings import check_settings
 
     for settings in plan:
         check_settings(settings)
+    typer.echo("Preparing " + ", ".join(f"{settings.name} ({settings.method})" for settings in plan) + " …")
     with ExitStack() as kernels:  # the first one loads PyTorch while this process does
         kernel = kernels.enter_context(start_kernel(find_runs_folder() / "train.ipynb"))
-        from mbs.batch import prepare_experiment, run_notebook
+        from mbs.batch import prepare_experiment
 
         experiments = [prepare_experiment(settings) for settings in plan]
         for experiment in experiments:
             _print_own_recipe(experiment.setup)
-        runs = []
-        with _make_progress() as bars:
-            tasks = [bars.add_task(e.settings.name, total=sum(e.setup.iterations()), start=False) for e in experiments]
-            for experiment, task in zip(experiments, tasks):
-
-                def show(done: int, total: int, task=task):
-                    bars.update(task, completed=done, total=total)
-
-                bars.start_task(task)
-                runs.append(run_notebook(experiment, show, kernel))
-                kernels.close()
-                kernel = None  # the next run starts its own
-    return runs
+        return _execute_runs(experiments, kernel, kernels.close)
 
 
 # %% ../nbs/80_cli.ipynb #be5a3f9d
@@ -277,8 +303,46 @@ def _count_findings(runs: list):
             typer.echo(f"! {run.folder.name}: " + ", ".join(f"{kind} ({n})" for kind, n in kinds.items()))
 
 
+# %% ../nbs/80_cli.ipynb #7a0f80b9
+def _name_program() -> list[str]:
+    "Return the words that call this program again: mbs, or the words of this call where mbs is another or no program."
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("mbs", "__main__.py"):
+        return [sys.executable, "-m", "mbs"]
+    found = shutil.which("mbs")
+    is_other = called.name == "mbs" and not (found and called.exists() and called.samefile(found))
+    return [sys.argv[0]] if is_other else ["mbs"]
+
+
+def _show_path(path: Path) -> str:
+    "Write a path as it is found from the current folder: without that folder if it is inside."
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+# %% ../nbs/80_cli.ipynb #7053086c
+def _write_command(command: str, *paths: Path) -> str:
+    "Write a command on `paths` that can be pasted into the terminal, with the home folder of this call."
+    return shlex.join([*_name_program(), *_home_words, command, *map(_show_path, paths)])
+
+
+def _print_next(*commands: str):
+    "Print the commands that come next, each on a line of its own."
+    typer.echo("\n".join(["Next:", *(f"  {command}" for command in commands)]))
+
+
+# %% ../nbs/80_cli.ipynb #dd351de9
+def _print_end(runs: list):
+    "Print the folder and the notebook of each run."
+    for run in runs:
+        notebook = run.folder / "train.ipynb"
+        typer.echo(f"Folder: {_show_path(run.folder)}")
+        if notebook.is_file():  # a run from Python has none
+            typer.echo(f"Notebook: {_show_path(notebook)}")
+
+
 # %% ../nbs/80_cli.ipynb #3bf83acd
-_WORDS_HELP = "Parameter file or built-in name, then parameters."
+_WORDS_HELP = "Parameter file or built-in name (mbs files lists them), then parameters."
 _Words = Annotated[list[str] | None, typer.Argument(metavar="[FILE.yaml] [NAME=VALUE]...", help=_WORDS_HELP)]
 _PRINT_CONFIG_HELP = "Print every effective parameter with its source; run nothing."
 
@@ -320,6 +384,7 @@ def _print_parameters():
         console.print(table, "")
     for title, names in [("Methods", METHODS), ("Recipes", RECIPES), ("Parameter files", list_built_in())]:
         console.print(f"{title}: {', '.join(names)}")
+    console.print("mbs files says what each file is.")
 
 
 # %% ../nbs/80_cli.ipynb #3388b7f5
@@ -341,6 +406,8 @@ def run(
         runs = _run_with_progress([Settings.from_layers(*layers.values())])
         _print_summary(runs)
         _print_findings(runs[0])
+        _print_end(runs)
+        _print_next(*(_write_command(command, runs[0].folder) for command in ("explore", "report")))
 
 
 # %% ../nbs/80_cli.ipynb #3cafd95a
@@ -371,6 +438,26 @@ def _print_origins(rows: list):
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
+# %% ../nbs/80_cli.ipynb #deb32e20
+@app.command()
+def files():
+    "List the built-in files: parameters for mbs run, and batches for mbs batch."
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbs.folders import find_runs_folder
+    from mbs.parameter_files import describe_built_in
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    for command, kind in (("run", "protocols"), ("batch", "grids")):
+        table = Table("name", "what it is", box=None, title=f"mbs {command} NAME", title_justify="left")
+        table.columns[0].no_wrap = True
+        for name, meaning in describe_built_in(kind).items():
+            table.add_row(name, meaning)
+        console.print(table, "")
+    typer.echo(f"They are in {find_runs_folder()}; copy one and change it, or change values: mbs run NAME name=value")
+
+
 # %% ../nbs/80_cli.ipynb #f90ee458
 _DRY_RUN_HELP = "Show existing runs, remaining work and estimated cost; run nothing."
 _EXECUTOR_HELP = "local: processes of this machine; slurm: jobs of a Slurm cluster; ray: a Ray cluster."
@@ -386,7 +473,7 @@ _MEASURE_HELP = "With --dry-run: time an iteration on this machine where no fini
 
 @app.command()
 def batch(
-    grid: Annotated[str, typer.Argument(metavar="GRID.yaml", help="File or built-in name, e.g. voc-methods.")],
+    grid: Annotated[str, typer.Argument(metavar="GRID.yaml", help="File or built-in name (mbs files lists them).")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN_HELP)] = False,
     measure: Annotated[bool, typer.Option(help=_MEASURE_HELP)] = True,
     executor: Annotated[str, typer.Option(help=_EXECUTOR_HELP)] = "local",
@@ -408,11 +495,13 @@ def batch(
     sbatch: Annotated[list[str] | None, typer.Option(metavar="NAME[=VALUE]", help=_SBATCH_HELP)] = None,
     detach: Annotated[bool, typer.Option("--detach", help=_DETACH_HELP)] = False,
 ):
-    "Train many runs, each an executed notebook and a folder in outputs/NAME; rerun the same command to resume."
+    "Train many runs, each an executed notebook and a folder in outputs/NAME; rerun the command to resume."
     with explain_errors(), interrupt_on_signals():
+        if not dry_run:
+            typer.echo(f"Preparing the batch {grid} …")
         from mbs.batch import Batch
 
-        chosen = Batch(grid)
+        chosen = Batch(grid, may_lack_data=dry_run)
         if dry_run:
             _print_plan(chosen.plan(measure))
             return
@@ -426,7 +515,9 @@ def batch(
         runs = chosen.run(chosen_executor)
         _print_summary(runs)
         _count_findings(runs)
-        typer.echo(f"Compare all runs: mbs report {runs[0].folder.parent}")
+        folder = runs[0].folder.parent
+        typer.echo(f"Folder: {_show_path(folder)}, with the notebook train.ipynb of each run")
+        _print_next(*(_write_command(command, folder) for command in ("report", "curves")))
 
 
 # %% ../nbs/80_cli.ipynb #66e6502f
@@ -441,7 +532,7 @@ _EXECUTOR_OPTIONS = dict(
 def _check_executor(kind: str, given: Iterable[str]):
     "Raise ValueError for an unknown executor or an option that it does not have."
     if kind not in _EXECUTOR_OPTIONS:
-        raise ValueError(f"executor {kind!r} is not known: expected local, slurm or ray")
+        raise refuse_unknown("executor", kind, _EXECUTOR_OPTIONS)
     for name in given:
         if name not in _EXECUTOR_OPTIONS[kind]:
             kinds = " or ".join(k for k, names in _EXECUTOR_OPTIONS.items() if name in names)
@@ -472,7 +563,7 @@ def _detach(batch, executor):
     "Submit the unfinished runs of a batch as jobs, and print their numbers."
     jobs = batch.detach(executor)
     if not jobs:
-        typer.echo("nothing to do: all runs are finished")
+        typer.echo("All runs are finished; nothing to do")
         return
     typer.echo(f"{len(jobs)} jobs are in Slurm's queue: {', '.join(jobs)}")
     typer.echo("Watch them with the same command without --detach; squeue --me lists them.")
@@ -510,8 +601,10 @@ def demo(
 
         folder = write_report(runs, remove_link(home("outputs", "demo")))
         _print_summary(runs)
-        typer.echo(f"\nThe comparison as a picture: {folder / 'comparison.png'}")
-        typer.echo(f"Each run as a notebook with pictures: {home('outputs')}/demo-*/train.ipynb")
+        _print_end(runs)
+        typer.echo(f"The comparison as a picture: {_show_path(folder / 'comparison.png')}")
+        folders = [run.folder for run in runs]
+        _print_next(_write_command("explore", folders[-1]), _write_command("report", *folders))
 
 
 # %% ../nbs/80_cli.ipynb #4fa29671
@@ -592,10 +685,10 @@ def report(
         folder = report_notebook(runs, out or remove_link(home("outputs", "report")))
         _print_summary(runs)
         for path, why in left_out.items():
-            typer.echo(make_printable(f"left out: {path}, {why}"))
+            typer.echo(make_printable(f"Left out: {path}, {why}"))
         for run in runs:
             if not run.finished:
-                typer.echo(f"unfinished: {run.folder.name}, {run.n_steps} of {len(run.iterations)} steps")
+                typer.echo(f"Unfinished: {run.folder.name}, {run.n_steps} of {len(run.iterations)} steps")
         typer.echo(f"The report of {len(runs)} runs: {folder / 'report.html'}")
 
 
@@ -616,7 +709,7 @@ def curves(
         paths = paths or [home("outputs")]
         if write_only:
             n_runs = len(CurveWriter(paths, write_only).written)
-            typer.echo(f"wrote the curves of {n_runs} runs to {write_only}")
+            typer.echo(f"Curves of {n_runs} runs written to {write_only}")
             return
         with suppress(KeyboardInterrupt), interrupt_on_signals():
             serve_curves(paths, port)
@@ -641,7 +734,7 @@ def predict(
         problems = list(predict_files(loaded, list_pictures(images), out, step))
     for problem in problems:
         typer.echo(f"mbs: {make_printable(problem)}", err=True)
-    typer.echo(f"label maps, overlays and a legend are in {out}")
+    typer.echo(f"Label maps, overlays and a legend: {out}")
     if problems:
         raise typer.Exit(2)
 
@@ -798,7 +891,9 @@ def check(
             _draw_labelled(checked, figure)
     for problem in checked.problems:
         typer.echo(make_printable(problem))
-    typer.echo(f"{len(checked.problems)} problems" if checked.problems else "nothing wrong")
+    n = len(checked.problems)
+    n_pairs = sum(len(getattr(checked.layout, part).ids) for part in ("train", "test"))
+    typer.echo(f"{n or 'No'} problem{'s' * (n != 1)} in {n_pairs:,} image–mask pairs")
     if checked.problems:
         raise typer.Exit(2)
 
@@ -857,7 +952,9 @@ def inspect(
         if measure:
             rows = time_steps(setup, rows)
         _print_steps(setup, rows)
-        _print_views(count_views(setup))
+        if rows[0]["again"] is not None:
+            _print_views(count_views(setup))
+        _print_lacking(data)
         if measure:
             _print_cost(setup, rows)
         if figure:
@@ -875,15 +972,27 @@ def _make_setup(words: list[str], chosen: dict):
 
     settings = Settings.from_layers(_PUBLISHED | chosen, parse_words(words))
     check_settings(settings)
-    from mbs.setup import Setup  # seconds later
+    from mbs.setup import Setup, outline_setup  # seconds later
 
-    return Setup(settings)
+    return outline_setup(settings) or Setup(settings)
+
+
+def _print_lacking(data: str):
+    "Say what a table is made of where the pictures of `data` are not on this machine."
+    from mbs.data import lacks_pictures
+    from mbs.folders import home
+
+    if lacks_pictures(data):
+        typer.echo(
+            f"The pictures of {data} are not at {home('data', data)}: the table is made of what is known of its "
+            f"published lists; run mbs data {data} before training"
+        )
 
 
 def _print_views(counts: list[int]):
     "Print how many images are seen in 0, 1, 2 … steps, without the zeros."
     parts = [f"{k} step{'s' * (k != 1)}: {n:,}" for k, n in enumerate(counts) if n]
-    typer.echo("images seen in " + ", ".join(parts))
+    typer.echo("Images seen in " + ", ".join(parts))
 
 
 # %% ../nbs/80_cli.ipynb #bef22253
@@ -893,7 +1002,7 @@ def _print_cost(setup, rows: list[dict]):
 
     network = f"{setup.settings.encoder}, crop {setup.recipe.crop}, batch {setup.recipe.batch}"
     seconds = sum(row["seconds"] for row in rows)
-    typer.echo(f"in all {format_duration(seconds)} of computation with {network}, without loading and evaluation")
+    typer.echo(f"Total: {format_duration(seconds)} of computation with {network}")
 
 
 # %% ../nbs/80_cli.ipynb #202a1e9a
@@ -903,6 +1012,11 @@ def _name_classes(names: list[str]) -> str:
 
 
 # %% ../nbs/80_cli.ipynb #a0544f8b
+def _format_share(share: float | None) -> str:
+    "Format a share as percent; – where it is not known."
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
 def _format_step(row: dict) -> list[str]:
     "Format the cells of a row of `inspect_steps`."
     from mbs.tables import format_duration
@@ -911,9 +1025,9 @@ def _format_step(row: dict) -> list[str]:
         str(row["step"]),
         _name_classes(row["classes"]),
         f"{row['images']:,}",
-        f"{row['again']:,}",
-        f"{100 * row['hidden_old']:.1f} %",
-        f"{100 * row['hidden_future']:.1f} %",
+        "–" if row["again"] is None else f"{row['again']:,}",
+        _format_share(row["hidden_old"]),
+        _format_share(row["hidden_future"]),
         f"{row['iterations']:,}",
     ]
     return cells + ([format_duration(row["seconds"])] if "seconds" in row else [])
@@ -957,7 +1071,7 @@ _ORDERS_HELP = "Names of orders, separated by commas; a number n stands for n ra
 _FEATURES_HELP = (
     "Run whose encoder measures similarity, a folder or its name under outputs/. Default: the settings' own."
 )
-_ORDERS_FIGURE_HELP = "Also draw the orders, with look-alikes in one colour (.png, .pdf, .svg)."
+_ORDERS_FIGURE_HELP = "Also draw the orders, with similar classes in one colour (.png, .pdf, .svg)."
 
 
 @app.command()

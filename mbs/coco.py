@@ -39,7 +39,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, field_vali
 from .files import MAX_ANNOTATIONS, is_file, read_json
 from .layouts import check_class_names, find_reserved_id
 from .parameters import Parameters
-from .protocol import VOID
+from .protocol import VOID, refuse_unknown
 
 
 # %% ../nbs/08a_coco.ipynb #17e5e4af
@@ -250,7 +250,7 @@ def choose_categories(coco: Coco, classes: Sequence[str] | None, file: Path) -> 
     id_of = {category.name: category.id for category in by_id}
     chosen = list(classes or id_of)
     if unknown := [name for name in chosen if name not in id_of]:
-        raise ValueError(f"category {unknown[0]!r} is not in {file}: expected some of {', '.join(id_of)}")
+        raise refuse_unknown("category", unknown[0], id_of, f"some of those in {file}: {', '.join(id_of)}")
     check_class_names(chosen, file)
     return {name: id_of[name] for name in chosen}
 

@@ -12,6 +12,9 @@ __all__ = [
     "SegmentationFolder",
     "split_for_tuning",
     "locate_data",
+    "Outline",
+    "lacks_pictures",
+    "open_outline",
     "open_data",
     "choose_samples",
 ]
@@ -33,10 +36,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .files import read_arrays, write_arrays
-from .folders import expand_tilde, home
+from .folders import expand_tilde, find_runs_folder, home
 from .layouts import Layout, Part, find_layout, warn_of_unused
+from .parameter_files import read_yaml
 from .pictures import PairFacts, read_image, read_mask, read_pair_facts
-from .protocol import VOID, Protocol
+from .protocol import N_CLASSES, VOC_CLASSES, VOID, Protocol, refuse_unknown
 from .scenes import write_scenes
 
 
@@ -405,9 +409,12 @@ def split_for_tuning(
 
 
 # %% ../nbs/10_data.ipynb #29b0a17d
+_NAMED = {"voc", "ade"}  # data sets that `mbs data` prepares
+
+
 def locate_data(name: str) -> Path:
     "Return the folder of the data set `name` ('voc', 'ade' or a folder); ValueError when it does not exist."
-    if name in ("voc", "ade"):
+    if name in _NAMED:
         if not home("data", name).is_dir():
             raise ValueError(
                 f"data set {name!r} is not at {home('data', name)}: expected it there; "
@@ -415,10 +422,72 @@ def locate_data(name: str) -> Path:
             )
         return home("data", name)
     if not expand_tilde(name).is_dir():
-        raise ValueError(
-            f"data set {name!r} is not known: expected 'scenes', 'voc', 'ade' or a folder with pictures and masks"
-        )
+        expected = "'scenes', 'voc', 'ade' or a folder with pictures and masks"
+        raise refuse_unknown("data set", name, _NAMED | {"scenes"}, expected)
     return expand_tilde(name)
+
+
+# %% ../nbs/10_data.ipynb #59018a49
+class Outline:
+    "A part of a data set of which only counts are known; it serves where no picture is opened."
+
+    def __init__(self, dataset: str, counts: np.ndarray, has_pixels: bool):
+        self.dataset = dataset
+        numbered = tuple(f"class {i}" for i in range(1, 1 + N_CLASSES[dataset]))
+        self.classes = VOC_CLASSES if dataset == "voc" else numbered
+        self.root = Path(dataset)
+        self.counts = counts  # (N, n_classes + 2) pixels
+        self.index = counts[:, :-1] > 0  # (N, n_classes + 1) bool
+        self.sizes = np.tile((375, 500), (len(counts), 1))  # (N, 2), the most frequent one of VOC
+        self.has_pixels = has_pixels  # whether the counts are those of pixels
+        self.fingerprint = f"outline of {dataset}"
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+# %% ../nbs/10_data.ipynb #d71164df
+def _read_combinations(text: str, n_classes: int) -> np.ndarray:  # (N, n_classes + 2) pixels
+    "Read lines 'pictures ids … : pixels … void', and repeat the mean pixels of a line for each of its pictures."
+    counts = []
+    for line in text.splitlines():
+        names, _, pixels = line.partition(":")
+        n, *ids = map(int, names.split())
+        row = np.zeros(n_classes + 2, np.int64)
+        row[[*ids, -1]] = list(map(int, pixels.split()))
+        counts.append(np.tile(row, (n, 1)))
+    return np.concatenate(counts)
+
+
+def _make_step_counts(protocol: Protocol, pictures: dict[str, dict[str, list[int]]]) -> np.ndarray:
+    "Make rows that each step of a published split sees as many of as are known: its pictures, with its first class."
+    name, setting = ("offline", "overlapped") if protocol.setting == "joint" else (protocol.name, protocol.setting)
+    known = pictures.get(name, {}).get(setting)
+    if known is None or protocol.order != list(range(1, 1 + protocol.n_classes)):
+        raise ValueError(
+            f"what {protocol.dataset} {name} {setting} sees is not known without its pictures: expected a published "
+            f"split, overlapped or disjoint; run mbs data {protocol.dataset}"
+        )
+    counts = np.zeros((sum(known), protocol.n_classes + 2), np.int64)
+    counts[np.arange(len(counts)), np.repeat([classes[0] for classes in protocol.steps], known)] = 1
+    return counts
+
+
+# %% ../nbs/10_data.ipynb #9c880055
+def lacks_pictures(name: str) -> bool:
+    "Whether `name` is a data set that `mbs data` prepares and that is not on this machine yet."
+    return name in _NAMED and not home("data", name).is_dir()
+
+
+def open_outline(protocol: Protocol) -> tuple[Outline, Outline]:
+    "Return the outlines of the train and the test part of VOC 2012 or ADE20K; ValueError for what is not known."
+    dataset = protocol.dataset
+    known = read_yaml(find_runs_folder() / "outlines.yaml")[dataset]
+    is_voc = dataset == "voc"
+    n_classes = protocol.n_classes
+    train = _read_combinations(known["train"], n_classes) if is_voc else _make_step_counts(protocol, known["train"])
+    test = np.ones((known["n_test"], n_classes + 2), np.int64)
+    return Outline(dataset, train, is_voc), Outline(dataset, test, False)
 
 
 # %% ../nbs/10_data.ipynb #8d4b835d

@@ -76,6 +76,11 @@ BACKGROUND = 0.001
 
 
 # %% ../nbs/51c_diagnosis.ipynb #46abd313
+def _percent(share: float, digits: int = 0) -> str:
+    "Write a share 0..1 as percent."
+    return f"{100 * share:.{digits}f} %"
+
+
 def _average_fifths(records: list[dict]) -> np.ndarray:
     "Return the mean cross-entropy over each fifth of a step's log records; empty when fewer than five have one."
     values = [r["cross_entropy"] for r in records if "cross_entropy" in r]
@@ -122,7 +127,8 @@ def _find_skipped(run: Run, step: int, records: list[dict]) -> Iterator[Finding]
     "Yield the iterations of `step` that its log `records` count as skipped."
     share = sum(r.get("left_out", 0) for r in records) / run.iterations[step]
     if share > SKIPPED:
-        text = f"{share:.0%} of the iterations were skipped, because the gradient was not finite; lower training.lr"
+        skipped = f"{_percent(share)} of the iterations were skipped"
+        text = f"{skipped}, because the gradient was not finite; lower training.lr"
         yield Finding(step, "skipped iterations", text)
 
 
@@ -139,8 +145,9 @@ def _find_unlearnt(run: Run, step: int) -> Iterator[Finding]:
             others = [(shares[channel, other], other) for other in range(len(counts)) if other != channel]
             share, other = max(others)
             text = (
-                f"{run.names[channel]} was not learnt: IoU {iou[channel]:.0%}, the base classes had {base:.0%}; "
-                f"{share:.0%} of its pixels are predicted as {run.names[other]}; raise training.lr_factor "
+                f"{run.names[channel]} was not learnt: IoU {_percent(iou[channel])}, "
+                f"the base classes had {_percent(base)}; "
+                f"{_percent(share)} of its pixels are predicted as {run.names[other]}; raise training.lr_factor "
                 f"(now {run.card.recipe.lr_factor:g}) or {_name_iterations(run, step)} (now {run.iterations[step]})"
             )
             yield Finding(step, "class not learnt", text)
@@ -156,8 +163,8 @@ def _find_forgotten(run: Run, step: int) -> Iterator[Finding]:
     if lost:
         names = ", ".join(run.names[c] for c in lost)
         text = (
-            f"the step made {names} forgotten: mean IoU {before[lost].mean():.0%} before it and "
-            f"{after[lost].mean():.0%} after it; lower training.lr_factor (now {run.card.recipe.lr_factor:g})"
+            f"the step made {names} forgotten: mean IoU {_percent(before[lost].mean())} before it and "
+            f"{_percent(after[lost].mean())} after it; lower training.lr_factor (now {run.card.recipe.lr_factor:g})"
         )
         if run.card.parts.distils_outputs:
             text += f" or raise parts.output_weight (now {run.card.parts.output_weight:g})"
@@ -181,7 +188,7 @@ def _find_unsure_teacher(run: Run, step: int) -> Iterator[Finding]:
     quality = run.metrics(step).get("pseudo_labels", {})
     if not (run.card.parts.pseudo_labels and quality.get("recall", 1) < SURE):
         return
-    parts, text = run.card.parts, f"the teacher relabels {quality['recall']:.1%} of the hidden old pixels"
+    parts, text = run.card.parts, f"the teacher relabels {_percent(quality['recall'], 1)} of the hidden old pixels"
     if parts.pseudo_labels is True and parts.head == "softmax":
         norm = run.model(step - 1, identity=False).decoder.mask_norm
         highest = bound_probability(torch.cat(list(norm.weight)), torch.cat(list(norm.bias)))[1:].max()
@@ -197,11 +204,12 @@ def _find_ignored(run: Run, step: int) -> Iterator[Finding]:
     "Yield that most labels of `step` are void, or that most of its background is left out."
     void = run.metrics(step).get("labels", {}).get("void", 0)
     if void > IGNORED:
-        yield Finding(step, "most pixels ignored", f"{void:.0%} of the training pixels are void; look at the masks")
+        text = f"{_percent(void)} of the training pixels are void; look at the masks"
+        yield Finding(step, "most pixels ignored", text)
     ignored = run.metrics(step).get("pseudo_labels", {}).get("ignored", 0)
     if ignored > IGNORED:
         text = (
-            f"{ignored:.0%} of the step's background is left out, because the teacher doubts it; "
+            f"{_percent(ignored)} of the step's background is left out, because the teacher doubts it; "
             "set parts.ignore_uncertain=false, or train the step before longer"
         )
         yield Finding(step, "most pixels ignored", text)

@@ -153,7 +153,7 @@ def explain_worker_errors() -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as e:
         is_worker = "DataLoader worker" in str(e)
         if (is_worker or isinstance(e, OSError)) and (reason := explain_exhaustion(e)):
-            raise ValueError(f"{reason}; rerun the same command to resume") from None
+            raise ValueError(f"{reason}; rerun the command to resume") from None
         if not is_worker:
             raise
         lines = str(e).strip().splitlines()
@@ -161,7 +161,7 @@ def explain_worker_errors() -> Iterator[None]:
             raise ValueError(lines[-1].removeprefix("ValueError: ")) from None
         raise ValueError(
             f"a dataloader worker died ({lines[-1]}): expected enough memory for all; "
-            "rerun the same command to resume, with workers=0 to load pictures without workers"
+            "rerun the command to resume, with workers=0 to load pictures without workers"
         ) from None
 
 

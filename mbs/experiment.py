@@ -338,6 +338,7 @@ def _train_and_write(
     views = _make_validation_views(setup, step, normalisation)
     validators = {name: Validator(partial(_score_iterate, setup, view=view)) for name, view in views.items()}
     train_view = make_train_view(setup.train, step, normalisation, recipe, setup.positions[step.number])
+    writer.clock.start()
     student = train_step(
         student,
         teacher,
@@ -345,7 +346,7 @@ def _train_and_write(
         train_view,
         recipe,
         **choices,
-        log=writer.log,
+        log=writer.log_training,
         validators=list(validators.values()),
         checkpoints=writer.checkpoints(step),
         exemplars=_make_exemplar_view(experiment, train_view),
@@ -369,4 +370,5 @@ def _train_and_write(
     facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), compiled=compiled, **setup.method.found)
     experiment.exemplars = _select_exemplars(experiment, student, step)
     writer.finish_step(step, predictor, confusion, ways | columns, facts, teacher, experiment.exemplars)
+    writer.clock.stop(step.number, setup.iterations()[step.number])
     return student

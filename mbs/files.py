@@ -19,6 +19,7 @@ __all__ = [
     "is_file",
     "read_bytes",
     "read_text",
+    "read_last_lines",
     "check_open_files",
     "find_raising_module",
     "has_no_room",
@@ -209,6 +210,20 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def read_text(path: Path, limit: int) -> str:
     "Read a regular UTF-8 file of at most `limit` bytes, without the mark that Windows puts first."
     return read_bytes(path, limit).decode("utf-8-sig")
+
+
+# %% ../nbs/03_files.ipynb #fb79ba4a
+def read_last_lines(path: Path, size: int) -> list[str]:
+    "Read the complete lines in the last `size` bytes of a file that may be growing; none if it cannot be read."
+    try:
+        check_regular(path)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            start = max(0, os.fstat(file.fileno()).st_size - size)
+            file.seek(start)
+            lines = file.read(size).decode(errors="replace").split("\n")[:-1]
+    except (OSError, ValueError):
+        return []
+    return lines[1:] if start else lines  # the first may have lost its beginning
 
 
 # %% ../nbs/03_files.ipynb #d91953de

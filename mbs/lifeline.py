@@ -106,7 +106,7 @@ def stop_child(process: subprocess.Popen, patience: float = 60):  # seconds for 
 
 # %% ../nbs/04_lifeline.ipynb #73c70363
 NODES = "MBS_NODES"  # environment variable: nodes over which a run is spread, set for its job and read by `mbs.launch`
-EXIT_RESUME = 75  # exit code: stopped on request, rerun the same command to resume (EX_TEMPFAIL)
+EXIT_RESUME = 75  # exit code: stopped on request, rerun the command to resume (EX_TEMPFAIL)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -146,7 +146,7 @@ def interrupt_on_signals() -> Iterator[None]:
 
     def stop(number):
         name = signal.Signals(number).name
-        raise Interrupted(f"asked to stop ({name}): saved work is kept; rerun the same command to resume")
+        raise Interrupted(f"asked to stop ({name}): checkpoints are kept; rerun the command to resume")
 
     with _handle_signals(stop):
         yield

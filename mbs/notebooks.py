@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -51,7 +52,7 @@ from mbs.lifeline import (
 from .locks import hold_lock
 
 # %% ../nbs/64_notebooks.ipynb #54c6a2c3
-_RESUME = "rerun the same command to resume"
+_RESUME = "rerun the command to resume"
 
 
 class RunFailed(ChildProcessError):
@@ -78,7 +79,7 @@ def _explain_failure(error: Exception, is_asked: bool, output: Path) -> BaseExce
     error_text = error.evalue if in_cell else str(error)
     where = f"its notebook {output} shows where"
     if is_asked or (in_cell and error.ename in ("Interrupted", "KeyboardInterrupt")):
-        return Interrupted((in_cell and error_text) or f"asked to stop: saved work is kept; {_RESUME}")
+        return Interrupted((in_cell and error_text) or f"asked to stop: checkpoints are kept; {_RESUME}")
     printed = _read_printed(output) if in_cell and not error_text else ""
     if reason := explain_exhaustion(error_text + printed if in_cell else error):
         return ValueError(f"{reason}; {where}; {_RESUME}")
@@ -271,11 +272,19 @@ def read_failure(notebook: Path) -> str:
 
 
 # %% ../nbs/64_notebooks.ipynb #39f90e34
+def _tell_worker(folder: Path, holder: str):
+    "Print for which process the run in `folder` waits; `holder` is what that one wrote into the file of the lock."
+    with suppress(ValueError, TypeError):
+        worker = json.loads(holder)
+        holder = f"process {worker['pid']} on {worker['host']}"
+    print(f"waiting for {holder or 'another process'}, which works on the run {folder.name}", flush=True)
+
+
 @contextmanager
 def lock_worker(folder: Path) -> Iterator[None]:
     "Be the only process that works on the run in `folder` during the block; wait for any other to end."
     refuse_links(folder)
-    with hold_lock(folder / ".worker", lambda holder: print(f"waiting for {holder}", flush=True)) as file:
+    with hold_lock(folder / ".worker", partial(_tell_worker, folder)) as file:
         json.dump(dict(host=socket.gethostname(), pid=os.getpid(), since=time.time()), file)
         file.flush()
         yield

@@ -66,7 +66,7 @@ from .evaluation import iterate_by_size
 from .files import read_arrays, write_arrays
 from .fingerprint import hash_code
 from .identity import measure_coverage
-from .protocol import Protocol
+from .protocol import Protocol, refuse_unknown
 from .run import Run
 from .segmenter import Segmenter
 from .settings import Settings
@@ -90,7 +90,7 @@ def list_order_names(
         is_number = type(order) is int and 1 <= order <= MOST_ORDERS
         if not is_number and order not in SIMILAR and not (isinstance(order, str) and _RANDOM.fullmatch(order)):
             expected = f"a number of random orders, order1, order2 …, or one of {', '.join(SIMILAR)}"
-            raise ValueError(f"class order {order!r} is not known: expected {expected}")
+            raise refuse_unknown("class order", order, SIMILAR, expected)
         names += [f"order{k}" for k in range(1, order + 1)] if is_number else [order]
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:

@@ -8,6 +8,7 @@ __all__ = [
     "is_within_limits",
     "read_yaml",
     "list_built_in",
+    "describe_built_in",
     "find_parameter_file",
     "register_model",
     "read_parameters",
@@ -35,6 +36,7 @@ from pydantic import BaseModel
 from .files import find_repeated, read_bytes
 from .folders import expand_tilde, find_runs_folder
 from .parameters import find_entry_type, find_item_type, takes_none, takes_text
+from .protocol import find_similar
 
 # %% ../nbs/03b_parameter_files.ipynb #af19fb35
 _MAX_BYTES = 4 << 20  # of a file
@@ -185,6 +187,14 @@ def list_built_in(kind: str = "protocols") -> list[str]:
 
 
 # %% ../nbs/03b_parameter_files.ipynb #b249deb6
+def describe_built_in(kind: str) -> dict[str, str]:
+    "Return the built-in files of a `kind` by name, with the comment of their first line."
+    files = {name: find_runs_folder() / kind / f"{name}.yaml" for name in list_built_in(kind)}
+    first_lines = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in files.items()}
+    return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in first_lines.items()}
+
+
+# %% ../nbs/03b_parameter_files.ipynb #9b3346ec
 def find_parameter_file(path: Path | str, kind: str = "protocols") -> Path:
     "Find the file `path`, or the built-in file of that name; ValueError if neither exists."
     candidates = (expand_tilde(path), find_runs_folder() / kind / f"{path}.yaml")
@@ -193,8 +203,10 @@ def find_parameter_file(path: Path | str, kind: str = "protocols") -> Path:
     except (OSError, ValueError):
         found = None  # no file can have such a name
     if found is None:
-        known = ", ".join(list_built_in(kind))
-        raise ValueError(f"parameter file {path} does not exist: expected a YAML file or one of {known}")
+        similar = find_similar(str(path), list_built_in(kind))
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        expected = "expected a YAML file, or a built-in one that `mbs files` lists"
+        raise ValueError(f"parameter file {path} does not exist: {expected}{hint}")
     return found
 
 

@@ -18,7 +18,6 @@ __all__ = [
 import ast
 import tokenize
 from dataclasses import dataclass
-from difflib import get_close_matches
 from inspect import getsource
 from io import StringIO
 from textwrap import dedent
@@ -27,6 +26,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from typing_extensions import Self
+
+from .protocol import refuse_unknown
 
 
 # %% ../nbs/01_parameters.ipynb #2bd9622d
@@ -54,6 +55,18 @@ class Parameters(BaseModel):
 
 
 # %% ../nbs/01_parameters.ipynb #9dd2a27b
+def _explain_unknown(model: type[BaseModel], name: str) -> str:
+    "Describe a name that `model` does not have; a name of one of its groups is suggested with the group."
+    inside = []
+    for field, facts in model.model_fields.items():
+        names_of = next((one for one in facts.metadata if isinstance(one, NamesOf)), None)
+        inside += [f"{field}.{name}" for group in (names_of.models if names_of else ()) if name in group.model_fields]
+    if inside:
+        return f"parameter {name!r} is not known: did you mean {' or '.join(map(repr, inside))}?"
+    return str(refuse_unknown("parameter", name, model.model_fields))
+
+
+# %% ../nbs/01_parameters.ipynb #28e00f4d
 def _explain_refusal(model: type[BaseModel], error: ValidationError) -> str:
     "Describe the first problem of `error`: what is wrong and what was expected."
     first = error.errors()[0]
@@ -61,9 +74,7 @@ def _explain_refusal(model: type[BaseModel], error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        near = get_close_matches(name, model.model_fields, 1)
-        expected = f"{near[0]!r}?" if near else f"one of {', '.join(model.model_fields)}"
-        return f"parameter {name!r} is not known: expected {expected}"
+        return _explain_unknown(model, name)
     if first["type"] == "missing":
         return f"{name!r} is missing"
     if first["type"] == "value_error":

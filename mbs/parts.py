@@ -37,6 +37,7 @@ from typing import Literal
 from pydantic import Field
 
 from .parameters import Parameters
+from .protocol import refuse_unknown
 
 
 # %% ../nbs/29_parts.ipynb #60022fe5
@@ -165,7 +166,7 @@ ADE_PARTS = {
 def list_part_layers(name: str, dataset: str | int) -> dict[str, dict]:
     "Return what a method and a data set change in `Parts`, by source; ValueError for an unknown method."
     if name not in METHODS:
-        raise ValueError(f"method {name!r} is not known: expected one of {', '.join(METHODS)}")
+        raise refuse_unknown("method", name, METHODS)
     layers = {f"method {name}": METHODS[name].model_dump(exclude_unset=True)}
     if dataset == "ade" and name in ADE_PARTS:
         layers["data set ade"] = ADE_PARTS[name]

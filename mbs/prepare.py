@@ -38,6 +38,7 @@ from .label_studio import read_label_studio
 from .labelme import read_labelme
 from .layouts import Layout, describe_folder, find_photos
 from .pictures import PhotoFacts, read_mask, read_photo_facts
+from .protocol import refuse_unknown
 
 
 # %% ../nbs/09_prepare.ipynb #7f970c46
@@ -213,7 +214,7 @@ def _check_photo_size(size: tuple[int, int], photo: PhotoFacts, orientation: str
     "Raise ValueError when a photo does not have the (H, W) of `source`, as `orientation` says that it was seen."
     sizes = dict(stored=[photo.size], shown=[photo.shown_size], auto=[photo.size, photo.shown_size])
     if orientation not in sizes:
-        raise ValueError(f"orientation {orientation!r} is not known: expected one of {', '.join(sizes)}")
+        raise refuse_unknown("orientation", orientation, sizes)
     if size not in sizes[orientation]:
         height, width = size
         raise ValueError(f"photo {name} has another size: expected {width}×{height} pixels as in {source}")

@@ -10,6 +10,8 @@ __all__ = [
     "SETTINGS",
     "ORDERS",
     "SPLITS",
+    "find_similar",
+    "refuse_unknown",
     "name_split",
     "parse_split",
     "Protocol",
@@ -18,11 +20,41 @@ __all__ = [
 
 # %% ../nbs/00_protocol.ipynb #9966a446
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from html import escape
 
 import numpy as np
+
+# %% ../nbs/00_protocol.ipynb #90b4c575
+_FEW = 15  # names that a sentence may list although it has something to suggest
+
+
+def find_similar(name: str, known: Iterable[str]) -> list[str]:
+    "Find up to three of the `known` names that `name` may stand for, those that it begins first."
+    spelt = {other.lower(): other for other in known}
+    begun = sorted(other for other in spelt if name and other.startswith(name.lower()))
+    close = get_close_matches(name.lower(), spelt, 3)
+    return [spelt[other] for other in dict.fromkeys([*begun, *close])][:3]
+
+
+def refuse_unknown(
+    kind: str,
+    name: object,
+    known: Iterable[str],
+    expected: str = "",  # in place of the list of the known names
+) -> ValueError:
+    "Make the error of a name that is not known: what is expected, and what was perhaps meant."
+    known = list(known)
+    similar = find_similar(name, known) if isinstance(name, str) else []
+    sentence = f"{kind} {name!r:.80} is not known"
+    hint = f"did you mean {' or '.join(map(repr, similar))}?"
+    if similar and len(known) > _FEW and not expected:
+        return ValueError(f"{sentence}: {hint}")
+    sentence += f": expected {expected or 'one of ' + ', '.join(known)}"
+    return ValueError(f"{sentence}; {hint}" if similar else sentence)
+
 
 # %% ../nbs/00_protocol.ipynb #b36e0a8f
 VOID = 255  # pixels that neither train nor test anything: object borders, classes not yet seen, ignored pseudo-labels
@@ -105,11 +137,11 @@ def parse_split(
     if re.fullmatch(_EXACT, name):
         return _check_sizes(name, [int(size) for size in re.findall(r"\d+", name)], n)
     if not (m := re.fullmatch(r"(\d+)-(\d+)", name)):
-        raise ValueError(
-            f"protocol {name!r} is not known: expected 'A-B' (A classes first, then B at a time), "
-            "'A-B-C' (the classes of each step, three steps or more) or a list of them, 'offline', "
-            f"or on VOC one of {', '.join(ORDERS)}"
+        expected = (
+            "'A-B' (A classes first, then B at a time), 'A-B-C' (the classes of each step, three steps or more) "
+            f"or a list of them, 'offline', or on VOC '{min(ORDERS)}' to '{max(ORDERS)}'"
         )
+        raise refuse_unknown("protocol", name, dict.fromkeys([*SPLITS["voc"], *SPLITS["ade"]]), expected)
     base, new = map(int, m.groups())
     if not 0 < base <= n or (new == 0 and base < n):
         raise ValueError(
@@ -131,11 +163,9 @@ def _check_order(order: Sequence[int], n_classes: int) -> list[int]:
 def _check_dataset_and_setting(dataset: str | int, setting: str):
     "Raise ValueError for a name that is not known."
     if isinstance(dataset, str) and dataset not in N_CLASSES:
-        raise ValueError(
-            f"dataset {dataset!r} is not known: expected one of {', '.join(N_CLASSES)}, or a number of classes"
-        )
+        raise refuse_unknown("dataset", dataset, N_CLASSES, f"one of {', '.join(N_CLASSES)}, or a number of classes")
     if setting not in (*SETTINGS, "joint"):
-        raise ValueError(f"setting {setting!r} is not known: expected one of {', '.join(SETTINGS)}")
+        raise refuse_unknown("setting", setting, SETTINGS)
 
 
 # %% ../nbs/00_protocol.ipynb #c727b8db

@@ -31,6 +31,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat
 
 from .parameters import Parameters
+from .protocol import refuse_unknown
 
 # %% ../nbs/46_recipe.ipynb #9ab6253d
 Factors = tuple[NonNegativeFloat, NonNegativeFloat]
@@ -89,7 +90,7 @@ RECIPES = dict(clean={}, paper=PAPER, own=OWN)
 def list_recipe_layers(name: str, dataset: str | int) -> dict[str, dict]:
     "Return what a built-in recipe and a data set change in `Recipe`, by source; ValueError for an unknown recipe."
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r} is not known: expected one of {', '.join(RECIPES)}")
+        raise refuse_unknown("recipe", name, RECIPES)
     return {f"recipe {name}": RECIPES[name]} | ({"data set ade": ADE} if dataset == "ade" else {})
 
 

@@ -11,6 +11,8 @@ __all__ = [
     "read_card",
     "make_protocol",
     "read_log",
+    "Lap",
+    "read_laps",
     "read_metrics",
     "read_confusion",
     "read_exemplars",
@@ -39,7 +41,7 @@ from safetensors import SafetensorError
 import mbs
 from .augment import Normalisation
 from .checkpoint import load_model, load_tensors
-from .files import parse_json, read_arrays, read_json, read_text
+from .files import parse_json, read_arrays, read_json, read_last_lines, read_text
 from .folders import find_package_folder
 from .identity import IdentifiedSegmenter, Identity, Predictor
 from .identity_learning import load_identity, needs_reference
@@ -252,6 +254,36 @@ def read_log(file: Path) -> list[dict]:
     return records
 
 
+# %% ../nbs/51_run.ipynb #321873b3
+class Lap(NamedTuple):
+    "The time of some iterations of a step, or of its test."
+
+    step: int
+    iteration: int  # of the step, at the end of the lap
+    iterations: int  # in the lap; 0: the test of the step
+    seconds: float
+    time: float  # at the end of the lap, seconds since 1970
+
+
+def _parse_lap(line: str) -> Lap | None:
+    "Parse a line of a laps.jsonl; None for any other line."
+    try:
+        lap = Lap(**parse_json(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    is_lap = all(type(number) in (int, float) and number >= 0 for number in lap)
+    return lap if is_lap and {type(lap.step), type(lap.iteration), type(lap.iterations)} == {int} else None
+
+
+def read_laps(
+    file: Path,
+    size: int = _MAX_LOG,  # bytes at its end
+) -> list[Lap]:
+    "Read a laps.jsonl, or its end; lines that are no laps are left out."
+    laps = map(_parse_lap, read_last_lines(file, size))
+    return [lap for lap in laps if lap]
+
+
 # %% ../nbs/51_run.ipynb #626db5ae
 class _Metrics(Parameters):
     "Fields of a metrics.json that readers need."
@@ -380,7 +412,7 @@ class _RunFiles:
         self.folder = Path(folder)
         file = self.folder / "run.json"
         if not file.is_file():
-            raise ValueError(f"{folder} is no run folder: expected a run.json in it")
+            raise ValueError(f"{folder} is not a run folder (run.json missing): expected the folder of a run")
         self.card = read_card(file)
         self.protocol = make_protocol(self.card, file)
         self.settings = self.card.settings
@@ -416,6 +448,10 @@ class _RunFiles:
                 "it is of another run or damaged"
             )
         return records
+
+    def laps(self, size: int = _MAX_LOG) -> list[Lap]:
+        "Read the laps in the last `size` bytes of laps.jsonl; none for a run of an earlier version."
+        return [lap for lap in read_laps(self.folder / "laps.jsonl", size) if lap.step < len(self.iterations)]
 
     def samples(self) -> list[Sample]:
         "Read the sample pictures with their predictions after each complete step."

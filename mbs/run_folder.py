@@ -12,6 +12,7 @@ __all__ = [
     "find_shared_bases",
     "warn_of_neighbours",
     "RunLog",
+    "RunClock",
     "RunWriter",
 ]
 
@@ -21,6 +22,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +49,7 @@ from .memory import Exemplars
 from .metrics import Confusion, background_shift, scores
 from .processes import get_processes
 from .protocol import Step
-from .run import Card, Run, load_run, make_card
+from .run import Card, Lap, Run, load_run, make_card
 from .segmenter import Segmenter
 from .setup import Setup, list_base_recipe
 from .value_table import join_few
@@ -101,7 +103,7 @@ def _find_other_place(folder: Path, error: OSError) -> str:
 
 def explain_unwritable(folder: Path, error: OSError) -> ValueError:
     "Return the error for a run folder that cannot be written, or for what else `error` names or comes from."
-    kept = f"the content of {folder} is intact, rerun the same command to resume"
+    kept = f"the content of {folder} is intact, rerun the command to resume"
     if reason := explain_exhaustion(error):
         return ValueError(f"{reason}; {kept}")
     if other := _find_other_place(folder, error):
@@ -109,7 +111,7 @@ def explain_unwritable(folder: Path, error: OSError) -> ValueError:
         return ValueError(f"{other} cannot be read or written ({reason}): expected space and access permission; {kept}")
     return ValueError(
         f"run folder {folder} cannot be written ({error.strerror or error}): expected space and write permission; "
-        "its content is intact, rerun the same command to resume"
+        "its content is intact, rerun the command to resume"
     )
 
 
@@ -232,6 +234,30 @@ class RunLog:
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
+# %% ../nbs/51b_run_folder.ipynb #541a554b
+class RunClock:
+    "laps.jsonl of a run folder: the seconds of the iterations between two log records, and of the test of a step."
+
+    def __init__(self, folder: Path):
+        self.path = folder / "laps.jsonl"
+        self.iteration = 0  # of the running step, at the beginning of the lap
+        self.started = time.perf_counter()
+
+    def start(self):
+        "Begin a lap now."
+        self.started = time.perf_counter()
+
+    def stop(self, step: int, iteration: int):
+        "End the lap after `iteration` of `step`, append it, and begin the next one."
+        now = time.perf_counter()
+        lap = Lap(step, iteration, iteration - self.iteration, round(now - self.started, 4), round(time.time(), 2))
+        self.iteration = iteration
+        self.started = now
+        if get_processes().is_main_process:
+            with open_own(self.path, "a") as file:
+                file.write(json.dumps(lap._asdict()) + "\n")
+
+
 # %% ../nbs/51b_run_folder.ipynb #d3b2adaf
 def _write_step(
     folder: Path,  # of the run
@@ -277,6 +303,7 @@ class RunWriter:
         self.folder = folder
         self.setup = setup
         self.log = RunLog(folder)
+        self.clock = RunClock(folder)
 
     def checkpoints(self, step: Step) -> StepCheckpoints:
         "The saved states of `step`."
@@ -289,7 +316,13 @@ class RunWriter:
 
     def begin_step(self, step: Step):
         "Remove what an attempt at `step` logged after its last saved state."
-        self.log.truncate(step.number, self.count_saved_iterations(step))
+        self.clock.iteration = self.count_saved_iterations(step)
+        self.log.truncate(step.number, self.clock.iteration)
+
+    def log_training(self, record: dict):
+        "Append a record of the running step, and the time of its iterations."
+        self.log(record)
+        self.clock.stop(record["step"], record["iteration"])
 
     def clear_checkpoints(self, step: Step):
         "Remove the saved states of a complete step."

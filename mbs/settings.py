@@ -28,7 +28,7 @@ from mbs.parameter_files import (
 )
 from .parameters import NamesOf, Parameters
 from .parts import Parts, make_parts
-from .protocol import Protocol, name_split
+from .protocol import Protocol, name_split, refuse_unknown
 from .recipe import Recipe, make_recipe
 from .scenes import SCENE_CLASSES, write_scenes
 from .value_table import render_values
@@ -202,7 +202,7 @@ def check_settings(
     Memory.checked(**settings.memory)
     make_recipe(settings.recipe, **settings.training)
     if unknown := settings.scenes.keys() - (signature(write_scenes).parameters.keys() - {"root"}):
-        raise ValueError(f"generated scenes have no {min(unknown)!r}: expected some of n_train, n_test, size, seed")
+        raise refuse_unknown("scenes option", min(unknown), ("n_train", "n_test", "size", "seed"))
     if settings.classes is None and not _is_folder(settings.data):
         dataset = len(SCENE_CLASSES) if settings.data == "scenes" else settings.data
         Protocol(settings.protocol, dataset, settings.protocol_setting)

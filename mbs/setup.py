@@ -9,6 +9,7 @@ __all__ = [
     "make_test_view",
     "build_network",
     "Setup",
+    "outline_setup",
     "Origin",
     "trace_parameters",
     "list_base_recipe",
@@ -33,7 +34,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from .augment import IMAGENET, Normalisation, ReleasedTransform, TestTransform, TrainTransform
-from .data import SegmentationFolder, locate_data, open_data
+from .data import Outline, SegmentationFolder, lacks_pictures, locate_data, open_data, open_outline
 from .fingerprint import hash_class, hash_code
 from .layouts import find_layout
 from .memory import Memory
@@ -41,7 +42,7 @@ from .methods import Method
 from .parameter_files import REPLACE, find_sources
 from .parts import Parts, list_part_layers
 from .processes import get_processes
-from .protocol import Protocol, Step
+from .protocol import VOC_CLASSES, Protocol, Step, refuse_unknown
 from .recipe import Recipe, count_iterations, fit_recipe, list_recipe_layers, make_recipe
 from .scenes import write_scenes
 from .segmenter import MaskTransformer, Segmenter
@@ -107,7 +108,7 @@ def _find_class_ids(names: list[str] | None, classes: tuple[str, ...]) -> list[i
     if names is None:
         return None
     if unknown := [name for name in names if name not in classes]:
-        raise ValueError(f"class {unknown[0]!r} is not in the data set: expected some of {', '.join(classes)}")
+        raise refuse_unknown("class", unknown[0], classes, f"some of {', '.join(classes)}, those of the data set")
     return [classes.index(name) + 1 for name in names]
 
 
@@ -123,13 +124,16 @@ def build_network(settings: Settings, parts: Parts, weights: str, crop: int, siz
         raise ValueError(
             f"encoder_options {settings.encoder_options} do not suit {settings.encoder}: {reason}"
         ) from None
+    options = _list_defaults(MaskTransformer)
+    if unknown := settings.decoder.keys() - options.keys():
+        raise refuse_unknown("decoder option", min(unknown), options)
     try:
         return Segmenter(encoder, [1, *sizes], parts.head, **settings.decoder)
     except ValueError:
         raise
     except Exception as e:
         raise ValueError(
-            f"decoder options {settings.decoder} are not known ({e}): expected dim, depth, heads, mlp_ratio, drop_path"
+            f"decoder options {settings.decoder} do not fit ({e}): expected values that a mask transformer can have"
         ) from None
 
 
@@ -174,10 +178,15 @@ def _fit(settings: Settings, train: SegmentationFolder) -> dict:
 class Setup:
     "Data, protocol, recipe and method that `settings` describe; ValueError for what does not fit."
 
-    def __init__(self, settings: Settings, method: type[Method] = Method):
+    def __init__(
+        self,
+        settings: Settings,
+        method: type[Method] = Method,
+        parts: tuple[SegmentationFolder | Outline, SegmentationFolder | Outline] | None = None,  # None: opened
+    ):
         check_settings(settings, method)
         self.settings = settings
-        self.train, self.test = open_data(settings.data, settings.scenes, settings.tuning)
+        self.train, self.test = parts or open_data(settings.data, settings.scenes, settings.tuning)
         dataset, classes = self.train.dataset, self.train.classes
         order = _find_class_ids(settings.classes, classes)
         self.method = method(settings.method, dataset, **settings.parts)
@@ -188,7 +197,7 @@ class Setup:
         seen = [step.select(self.train.index, settings.shots, settings.seed) for step in self.protocol]
         self.held_out = [self._hold_out(positions) for positions in seen]  # positions by step
         self.positions = [np.setdiff1d(all_, held) for all_, held in zip(seen, self.held_out)]  # that train, by step
-        for step in self.protocol:
+        for step in self.protocol if parts is None else ():
             _check_pictures(self, step)
 
     def _hold_out(self, positions: np.ndarray) -> np.ndarray:
@@ -215,6 +224,18 @@ class Setup:
         if self.recipe.normalisation == "imagenet":
             return IMAGENET
         return Normalisation(model.encoder.mean, model.encoder.std)
+
+
+# %% ../nbs/48a_setup.ipynb #966f17f6
+def outline_setup(settings: Settings) -> Setup | None:
+    "Make the setup of a data set whose pictures are not on this machine; None if they are, or are no named data set."
+    if settings.tuning or not lacks_pictures(settings.data):
+        return None
+    check_settings(settings)
+    order = _find_class_ids(settings.classes, VOC_CLASSES) if settings.data == "voc" else None
+    protocol = Protocol(settings.protocol, settings.data, settings.protocol_setting, order)
+    unweighted = settings.model_copy(update=dict(weights="none"))  # a plan needs no download
+    return Setup(unweighted, parts=open_outline(protocol))
 
 
 # %% ../nbs/48a_setup.ipynb #fe944c12

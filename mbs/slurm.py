@@ -146,7 +146,7 @@ def _requeue(run_folder: Path, job: str, n_idle: int):
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
         reason = f"its run has saved, but Slurm did not requeue job {job} ({_last_line(done.stderr)})"
-        Outcome(True, f"{reason}; rerun the same command to resume", True).write(run_folder, job)
+        Outcome(True, f"{reason}; rerun the command to resume", True).write(run_folder, job)
 
 
 def _last_line(text: str) -> str:
@@ -208,7 +208,7 @@ def _explain_state(description: str) -> str:
     found = re.search(r"JobState=(\w+)", description)
     state = found[1] if found else ""
     if state in _STOPS:
-        return Stopped(f"{_STOPS[state]}; rerun the same command to resume")
+        return Stopped(f"{_STOPS[state]}; rerun the command to resume")
     return _ENDS.get(state, f"its job ended without an outcome ({state or 'Slurm does not remember it'})")
 
 
@@ -419,7 +419,7 @@ def _ask_to_go_on(n_jobs: int) -> bool:
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     jobs = f"{n_jobs} job{'s' * (n_jobs > 1)} of the batch"
-    print(f"{jobs} in Slurm's queue. Let them go on without this command? [Y/n] ", end="", file=sys.stderr, flush=True)
+    print(f"{jobs} in Slurm's queue. Keep them running? [Y/n] ", end="", file=sys.stderr, flush=True)
     try:
         return not input().strip().lower().startswith("n")
     except (EOFError, OSError):

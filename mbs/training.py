@@ -433,7 +433,7 @@ def is_stop_requested(signals: list[int], accelerator: Accelerator, iteration: i
 def _make_interruption(training: _TrainingState) -> Interrupted:
     "Return the exception that says where the step stopped."
     place = f"step {training.step.number} after iteration {training.iteration} of {training.total}"
-    saved = "saved, rerun the same command to resume" if training.checkpoints else "nothing is saved"
+    saved = "checkpoint saved; rerun the command to resume" if training.checkpoints else "nothing is saved"
     return Interrupted(f"asked to stop in {place}: {saved}")
 
 

@@ -32,6 +32,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .folders import expand_tilde, hash_file
+from .protocol import refuse_unknown
 from .segmenter import StageEncoder, ViTEncoder
 
 # %% ../nbs/21_weights.ipynb #71ac4d28
@@ -238,9 +239,8 @@ def load_weights(
 def _create_network(name: str, **kwargs) -> nn.Module:
     "Create the timm network `name` for any picture size, of stride 16 if possible; ValueError for an unknown name."
     if not timm.is_model(name):
-        raise ValueError(
-            f"encoder {name!r} is not a timm network: expected one of timm.list_models(), e.g. vit_base_patch16_384"
-        )
+        expected = "a network of timm, as timm.list_models() lists them, e.g. vit_base_patch16_384"
+        raise refuse_unknown("encoder", name, timm.list_models(), expected)
     for options in (dict(output_stride=16), dict(strict_img_size=False), {}):  # EfficientNet, ResNet; Swin; all others
         try:
             return timm.create_model(name, num_classes=0, **options, **kwargs)

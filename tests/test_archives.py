@@ -214,7 +214,7 @@ def test_interrupted_download_is_resumed_by_the_same_command(server, home):
     (home / "data" / "archives").mkdir(parents=True)
     part = home / "data" / "archives" / (KNOWN["voc"].name + ".part")
     part.write_bytes(FILES["voc"][:1000])
-    assert "1,000 bytes are kept, rerun the same command to resume" in run_data_command("voc", code=2)
+    assert "1,000 bytes are kept, rerun the command to resume" in run_data_command("voc", code=2)
     assert list_data(home) == ["archives"]
     requests = server("good").requests
     run_data_command("voc")
@@ -337,7 +337,7 @@ def test_check_lists_every_problem(home, server):
     server("good")
     run_data_command("voc")
     root = home / "data" / "voc"
-    assert run_data_command("check", "voc").endswith("nothing wrong\n")
+    assert run_data_command("check", "voc").endswith("image–mask pairs\n")
     (root / "JPEGImages" / "p0.jpg").write_bytes(encode_picture(0)[:200])
     Image.fromarray(np.full((24, 18), 77, np.uint8)).save(root / "SegmentationClassAug" / "p1.png")
     Image.fromarray(np.full((24, 17), 1, np.uint8)).save(root / "SegmentationClassAug" / "p3.png")

@@ -306,7 +306,7 @@ def test_filter_by_flow_and_class(shift):
 def test_set_from_code(shift):
     kernel(shift.page, "shift.state.tau = .13; shift.state.source = 'pseudo-label'; shift.state.alpha = .9")
     shift.page.wait_for_function(
-        "() => document.querySelector('.mbs-explore').innerText.includes('flow of the pseudo-labels')"
+        "() => document.querySelector('.mbs-explore').innerText.includes('Error map for the pseudo-labels')"
     )
     shift.page.wait_for_function("() => document.querySelector('.mbs-explore').innerText.includes('τ = 0.13')")
     shift.shows()

@@ -232,7 +232,7 @@ def test_the_command_shows_table_and_figure(tmp_path):
     root = make_turned(tmp_path / "own", [1, 6, 1, 8])
     describe_folder(root, ["[bold]red"], test=0.25)
     answer = CliRunner().invoke(app, ["data", "check", str(root), "--figure", str(tmp_path / "f.png")])
-    assert answer.exit_code == 0 and "[bold]red" in answer.output and answer.output.endswith("nothing wrong\n")
+    assert answer.exit_code == 0 and "[bold]red" in answer.output and answer.output.endswith("image–mask pairs\n")
     assert "126" in answer.output and Image.open(tmp_path / "f.png").width > 300
 
 

@@ -188,7 +188,7 @@ def test_predict_files(home):
 @pytest.mark.parametrize(
     "words,says",
     [
-        (["nowhere", "."], "is no run folder"),
+        (["nowhere", "."], "is not a run folder (run.json missing)"),
         (["seen", "nothing.jpg"], "does not exist"),
         (["seen", "empty"], "no picture in"),
         (["seen", "photo.png", "--step", "5"], "expected 0 to 1"),

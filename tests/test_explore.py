@@ -452,7 +452,8 @@ def test_every_way_out_follows_the_predictor(identified, runs, tmp_path):
         titles = {panel["key"]: (panel["title"], panel["about"]) for panel in canvas.panels["panels"]}
         assert titles["predicted"][0] == f"prediction ({switch.value}) after step 2"
         assert titles["predicted"][1].endswith(PREDICTORS[switch.value])
-        assert titles["flow"][0] == canvas.panels["tables"][1]["title"] == f"flow of the prediction ({switch.value})"
+        title = f"Error map for the prediction ({switch.value})"
+        assert titles["flow"][0] == canvas.panels["tables"][1]["title"] == title
         page = explorer.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
         states = json.loads(re.search(r'<script type="application/json" id="states">(.*?)</script>', page, re.S)[1])
         assert decompress(base64.b64decode(states[0]["picture"]["maps"]["predicted"]["base64"])) == prediction.tobytes()

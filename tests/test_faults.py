@@ -210,7 +210,7 @@ def test_the_command_on_a_full_and_on_a_read_only_disk(home, monkeypatch):
             subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
             code, line = said_by(home, "run", *words)
             assert code and line.startswith("mbs: "), line
-            assert "No space left on device" in line and "rerun the same command to resume" in line, line
+            assert "No space left on device" in line and "rerun the command to resume" in line, line
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         assert said_by(home, "run", *words)[0] == 0
         same_end(load_run(disk / "run"), go(home / "whole", samples=0))
@@ -303,7 +303,7 @@ def test_loader_processes_do_not_hear_signals(home, monkeypatch):
             time.sleep(0.3)
 
     log.truncate, experiment.writer.log = real.truncate, log
-    with pytest.raises(Interrupted, match="saved, rerun the same command to resume"):
+    with pytest.raises(Interrupted, match="checkpoint saved; rerun the command to resume"):
         experiment.run()
     same_end(go(home / "asked"), go(home / "whole"))
 

@@ -514,7 +514,7 @@ def test_wrong_values_give_one_sentence():
         (dict(share=0), "'share' cannot be 0"),
         (dict(share=1), "'share' cannot be 1"),
         (dict(selection="newest"), "'selection' cannot be 'newest'"),
-        (dict(sizes=3), "'sizes' is not known: expected 'size'"),
+        (dict(sizes=3), "'sizes' is not known: expected one of size.*; did you mean 'size'"),
     ]
     for memory, words in wrong:
         with pytest.raises(ValueError, match=words) as caught:

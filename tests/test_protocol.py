@@ -261,7 +261,7 @@ def test_inspect_command_measures_and_writes_only_the_figure(tmp_path, monkeypat
     options = ["--setting", "partitioned", "--measure", "--figure", str(figure)]
     result = CliRunner().invoke(app, ["inspect", *words, *options])
     assert result.exit_code == 0, result.output
-    assert "images seen in 1 step: 30" in result.stdout
+    assert "Images seen in 1 step: 30" in result.stdout
     assert "of computation" in result.stdout
     assert figure.stat().st_size > 5000
     assert not (tmp_path / "outputs").exists()

@@ -398,7 +398,7 @@ def test_command(outputs, tmp_path):
     assert result.exit_code == 0, result.output
     assert (
         "README.md, no run.json in it" in result.output.replace("\n", "")
-        and "unfinished: stopped, 1 of 2 steps" in result.output
+        and "Unfinished: stopped, 1 of 2 steps" in result.output
     )
     assert {
         "report.html",

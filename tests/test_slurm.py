@@ -157,7 +157,7 @@ def test_a_cancelled_run_saves_and_resumes(cluster, home, monkeypatch):
     batch = make_batch(home, "cancel", "slow", iterations=60)
     folder = batch.jobs[0].folder
     monkeypatch.setattr("mbs.slurm._ask_to_go_on", lambda n_jobs: False)
-    with pytest.raises(Interrupted, match="its runs have saved; rerun the same command to resume"):
+    with pytest.raises(Interrupted, match="its runs have saved; rerun the command to resume"):
         run_until_interrupted(batch, lambda: count_records(folder) >= 2)
     assert isinstance(batch.jobs[0].future.result(), Stopped)
     (state,) = (folder / "resume").glob("*.safetensors")

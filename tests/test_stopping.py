@@ -88,7 +88,7 @@ def test_mbs_run_saves_and_says_resume(home, asked):
     last = said.strip().splitlines()[-1]
     assert (
         last.startswith("mbs: asked to stop in step 0 after iteration")
-        and last.endswith("saved, rerun the same command to resume")
+        and last.endswith("checkpoint saved; rerun the command to resume")
         and "Traceback" not in said
     )
     assert gone(children)
@@ -200,7 +200,7 @@ def test_a_batch_that_is_asked_to_stop(home):
     said = process.communicate(timeout=60)[0]
     assert (
         process.returncode == EXIT_RESUME
-        and "the batch was asked to stop: its runs have saved; rerun the same command to resume" in said
+        and "asked to stop: checkpoints of the running runs saved; rerun the command to resume" in said
         and gone(children)
     ), said
     assert len(list((home / "outputs/two/s0/resume").glob("*.safetensors"))) == 1
@@ -212,7 +212,7 @@ def test_a_batch_that_is_asked_to_stop(home):
     said = process.communicate(timeout=60)[0]
     assert (
         process.returncode == EXIT_RESUME
-        and "1 of 1 runs were asked to stop; rerun the same call to resume" in said
+        and "1 of 1 runs were asked to stop; rerun the command to resume" in said
         and "s0: stopped" in said
         and "failed" not in said
     ), said

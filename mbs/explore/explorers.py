@@ -253,7 +253,7 @@ def _make_run_controls(explorer) -> list:
     controls = []
     for state in explorer.states:
         whose = f" ({state.run.settings.method})" if explorer.display.is_wide else ""
-        controls.append(make_control("Checkbox", f"ignore doubtful pixels{whose}", state, "ignore", indent=False))
+        controls.append(make_control("Checkbox", f"Ignore uncertain pixels{whose}", state, "ignore", indent=False))
         if state.pictures.has_identity:
             options = dict(options=list(PREDICTORS), tooltip="whose prediction after the step is shown")
             controls.append(make_control("Dropdown", f"prediction by{whose}", state, "predictor", **options))
@@ -305,7 +305,7 @@ class ShiftExplorer(PictureExplorer):
         tau = make_control("FloatSlider", "τ", state, "tau", "320px", min=0, max=1, step=0.01)
         reset = make_control("Button", f"τ of the run: {own:.2f}", tooltip="set τ to the value of the run's training")
         reset.on_click(lambda _: setattr(state, "tau", own))
-        source = make_choice("flow of the", state, "source", SOURCES)
+        source = make_choice("Error map for", state, "source", SOURCES)
         colour_by = make_choice("pseudo-labels by", state, "colour_by", COLOURS)
         common = make_picture_controls(state, self.canvases)
         self._links += common.links

@@ -121,7 +121,7 @@ def _list_label_maps(state: ShiftState, palette: np.ndarray | None) -> dict[str,
         view=_LabelMap(f"labels of step {state.step}", m.step_labels, classes),
         predicted=_LabelMap(name_predicted(state), m.prediction, classes),
         pseudo=_LabelMap(f"pseudo-labels, τ = {state.tau:.2f}", pseudo, pseudo_style),
-        flow=_LabelMap(f"flow of the {name_judged(state)}", shift.flow, FLOW_STYLE),
+        flow=_LabelMap(f"Error map for the {name_judged(state)}", shift.flow, FLOW_STYLE),
     )
 
 

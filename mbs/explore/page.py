@@ -288,7 +288,7 @@ def _describe_tables(state: ShiftState) -> list[dict]:
     ]
     if state.has_truth:
         rows = _describe_rows(flows, FLOW_STYLE)
-        tables.append(dict(title=f"flow of the {judged}", rows=rows, can_filter=True, lines=[]))
+        tables.append(dict(title=f"Error map for the {judged}", rows=rows, can_filter=True, lines=[]))
     if state.difference is not None:
         rows = _describe_rows(count_codes(state.difference, DIFFERENCES), DIFFERENCE_STYLE)
         title = f"difference to {state.partner.run.folder.name}"
@@ -330,7 +330,7 @@ def _list_shift_panels(state: ShiftState, cell: float) -> list[Panel]:
         ),
         Panel(
             "flow",
-            f"flow of the {name_judged(state)}",
+            f"Error map for the {name_judged(state)}",
             "direction in which each pixel moved, see the table",
             "flow",
             style="flow",
