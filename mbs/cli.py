@@ -647,19 +647,16 @@ def explore(
 ):
     "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens, mixed-up classes."
     with explain_errors():
-        from mbs.explore.app import serve_app
-        from mbs.explore.explorers import check_comparable
         from mbs.explore.tour import ServerOptions, serve_tour
-        from mbs.run import load_run
 
+        serve = serve_tour
+        if as_app:
+            from mbs.explore.app import serve_app as serve  # loads PyTorch
         folders = [_find_run_folder(folder) for folder in (run, other) if folder is not None]
-        runs = [load_run(folder) for folder in folders]
-        if len(runs) == 2:
-            check_comparable(*runs, None)
         options = ServerOptions(port, ip, allow_root, _read_server_settings(server or []), browser)
         code = 0
         with suppress(KeyboardInterrupt), interrupt_on_signals():
-            code = (serve_app if as_app else serve_tour)(folders, options, tell=typer.echo)
+            code = serve(folders, options, tell=typer.echo)
         raise typer.Exit(code)
 
 

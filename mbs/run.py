@@ -42,7 +42,7 @@ import mbs
 from .augment import Normalisation
 from .checkpoint import load_model, load_tensors
 from .files import parse_json, read_arrays, read_json, read_last_lines, read_text
-from .folders import find_package_folder
+from .folders import check_run_folder, find_package_folder
 from .identity import IdentifiedSegmenter, Identity, Predictor
 from .identity_learning import load_identity, needs_reference
 from .inference import choose_window, segment, to_batch
@@ -409,10 +409,8 @@ class _RunFiles:
     "The files of a run folder, finished or not."
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+        self.folder = check_run_folder(Path(folder))
         file = self.folder / "run.json"
-        if not file.is_file():
-            raise ValueError(f"{folder} is not a run folder (run.json missing): expected the folder of a run")
         self.card = read_card(file)
         self.protocol = make_protocol(self.card, file)
         self.settings = self.card.settings

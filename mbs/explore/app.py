@@ -203,8 +203,13 @@ def serve_app(
     options: ServerOptions | None = None,
     tell: Callable[[str], None] = print,
 ) -> int:
-    "Serve the app of one or two runs with voila; return the server's exit code. ValueError if voila is not installed."
+    """Serve the app of one or two runs with voila; return the server's exit code.
+
+    ValueError if voila is not installed, or for runs that cannot be read or shown side by side."""
     if find_spec("voila") is None:
         raise ValueError("voila is not installed: expected the extra app; run pip install 'mbs[app]'")
-    notebook = _write_app([Path(one).resolve() for one in folders])
+    runs = [load_run(one) for one in folders]
+    if len(runs) == 2:
+        check_comparable(*runs, None)
+    notebook = _write_app([run.folder.resolve() for run in runs])
     return serve_notebook(notebook, options or ServerOptions(), as_app=True, tell=tell)

@@ -33,7 +33,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..files import MAX_NOTEBOOK, read_json, write_text
-from ..folders import find_package_folder, home
+from ..folders import check_run_folder, find_package_folder, home
 from ..lifeline import run_server
 
 
@@ -129,14 +129,28 @@ def _execute_cell(client, cell, timeout: float) -> bool:
 
 
 # %% ../../nbs/61h_tour.ipynb #6ede1d2e
+def _raise_error(cell):
+    "Raise the ValueError with which a cell ended, if it did: a run that cannot be read, or two that do not fit."
+    errors = [output for output in cell.outputs if output.output_type == "error"]
+    if errors and errors[-1].ename == "ValueError":
+        raise ValueError(errors[-1].evalue)
+
+
 def _execute_tour(tour, client, own: Sequence[str], limit: float) -> bool:
-    "Execute the cells whose source is in `own`, in `limit` seconds; return whether all of them ended well."
+    """Execute the cells whose source is in `own`, in `limit` seconds; return whether all of them ended well.
+
+    ValueError if one ended with it."""
     end = time.monotonic() + limit
     cells = [cell for cell in tour.cells if cell.cell_type == "code" and cell.source in own]
-    try:
-        return all(_execute_cell(client, cell, max(end - time.monotonic(), 0)) for cell in cells)
-    except TimeoutError:
-        return False
+    for cell in cells:
+        try:
+            has_succeeded = _execute_cell(client, cell, max(end - time.monotonic(), 0))
+        except TimeoutError:
+            return False
+        if not has_succeeded:
+            _raise_error(cell)
+            return False
+    return True
 
 
 # %% ../../nbs/61h_tour.ipynb #e79726a5
@@ -395,13 +409,15 @@ def serve_tour(
     options: ServerOptions | None = None,
     tell: Callable[[str], None] = print,
 ) -> int:
-    "Write the tour of one or two runs, and open it executed in JupyterLab; return the server's exit code."
-    folders = [Path(one).resolve() for one in folders]
+    """Write the tour of one or two runs, and open it executed in JupyterLab; return the server's exit code.
+
+    ValueError for a folder without a run, and for runs that cannot be shown side by side."""
+    folders = [check_run_folder(Path(one).resolve()) for one in folders]
     path = write_tour(folders)
     own = [cell.source for cell in _fill_tour(folders).cells if cell.cell_type == "code"]
 
     def prepare(link: str):
-        tell(f"Drawing the views of {path} …")
+        tell(f"Drawing the views of {' and '.join(folder.name for folder in folders)} …")
         if not _prepare_tour(path, link, own):
             tell("Not all cells could be run: run them in JupyterLab, Run > Run All Cells.")
 
