@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import nbformat
+from live import embed_pages, write_pages
 from nbformat.v4 import new_markdown_cell
 from reference import Module
 
@@ -171,6 +172,8 @@ class Site:
                 cells.append(prepare_cell(cell, up, text, folded))
         if source == "nbs/index.ipynb":
             cells.append(new_markdown_cell(self.make_contents()))
+        if source == "nbs/tutorials/explore.ipynb":
+            cells.insert(1, new_markdown_cell(embed_pages(up)))
         book.cells, book.metadata = cells, {"kernelspec": book.metadata["kernelspec"]}
         self.write(f"{page}.ipynb", json.dumps(nbformat.validator.normalize(book)[1]))
 
@@ -282,6 +285,7 @@ def build(out: Path):
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
     )
+    write_pages(out / "html/_static/live")
 
 
 if __name__ == "__main__":

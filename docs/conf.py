@@ -35,6 +35,7 @@ html_theme = "furo"
 html_title = f"mbs {version}"
 html_static_path = ["static", str(Path(plotly.__file__).parent / "package_data/plotly.min.js")]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_math_renderer = "mathml"
 html_show_search_summary = False  # True would fetch pages, which browsers refuse on file://
 html_copy_source = False

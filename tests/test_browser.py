@@ -3,14 +3,30 @@
 Skipped where there is no Chromium, unless CI or MBS_BROWSER=1 is set: then they fail."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 from base64 import b64decode
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from browser import DEMANDED, browser, canvas_pixels, jupyter_lab, kernel, missing, open_notebook, page_of, voila
+from browser import (
+    DEMANDED,
+    SEPARATE,
+    browser,
+    canvas_pixels,
+    jupyter_lab,
+    kernel,
+    missing,
+    open_notebook,
+    page_of,
+    voila,
+)
+from PIL import Image
 
+from mbs.explore.app import _write_app
 from mbs.explore.explorers import (
     explore_class_tokens,
     explore_confusions,
@@ -18,9 +34,11 @@ from mbs.explore.explorers import (
     explore_pseudo_labels,
 )
 from mbs.explore.tour import write_tour
+from mbs.lifeline import make_module_command
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 PANELS = ("truth", "view", "pseudo", "predicted", "flow", "weight")
+TRUSTED = "() => document.body.innerText.includes('model not found') === false"
 DRAWN = "(n) => [...document.querySelectorAll('.mbs-explore')].filter((e) => e.dataset.drawn).length === n"
 
 
@@ -447,13 +465,15 @@ def test_the_step_of_a_saved_chart_can_be_chosen(runs, tmp_path, offline):
     assert said == f"true {name}, predicted background: {share}, {counts[1, 0]:,} pixels"
 
 
-def test_the_tour_as_an_app(runs, chrome, tmp_path):
-    "`mbs explore RUN --app` shows the same notebook under voila, without code."
+def test_the_app(runs, chrome, tmp_path, monkeypatch):
+    "`mbs explore RUN --app` shows all views without code; a second run and a picture of one's own can be chosen."
     if find_spec("voila") is None and not DEMANDED:
         pytest.skip("voila is not installed: pip install 'mbs[app]'")
-    with voila(write_tour(runs[1], folder=tmp_path / "tour"), tmp_path) as address, page_of(chrome) as page:
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    notebook = _write_app([runs[1].folder])
+    with voila(notebook, tmp_path) as address, page_of(chrome) as page:
         page.goto(address)
-        page.wait_for_function(DRAWN, arg=4)
+        page.wait_for_function(DRAWN, arg=1)
         one = Explorer(page, 0, "")
         before = one.pixels()
         handle = page.locator(".noUi-handle").first
@@ -462,7 +482,49 @@ def test_the_tour_as_an_app(runs, chrome, tmp_path):
             page.keyboard.press("ArrowLeft")
         page.wait_for_function("() => /τ = 0\\.1/.test(document.querySelector('.mbs-explore').innerText)")
         assert "pseudo" in changed(before, one.pixels())
-        assert page.get_by_text("explore_pseudo_labels(run").count() == 0, "code is shown"
+        shown = page.locator("body").inner_text()
+        assert "ExplorerApp" not in shown and "JupyterLab" not in shown and "{" not in shown
+        page.get_by_label("Compare with").select_option(runs[0].folder.name)
+        page.wait_for_function(DRAWN, arg=2)
+        photo = tmp_path / "photo.png"
+        Image.fromarray(runs[1].samples()[0].photo).save(photo)
+        page.locator("input[type=file]").set_input_files(photo)
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('.mbs-explore')].every((e) => e.querySelectorAll('canvas').length === 3)"
+        )
+        assert "ground truth" in page.locator("body").inner_text()
+        page.get_by_text("Confusions", exact=True).click()
+        page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for()
+        assert page.errors == []
         assert [
             url for url in page.external if "font" not in url.lower()
         ] == []  # voila's own template asks for an icon font
+
+
+def test_mbs_explore_opens_a_tour_that_is_live_and_leaves_pictures(runs, chrome, tmp_path):
+    "The printed link leads to the executed notebook; when the server has ended, pictures stand in place of the views."
+    folders = {name: str(tmp_path / name.lower()) for name in SEPARATE}
+    command = make_module_command("mbs.cli", "explore", str(runs[0].folder), "--no-browser", "--allow-root")
+    environment = os.environ | folders | dict(MBS_HOME=str(tmp_path), PYTHONUNBUFFERED="1")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            lines = []
+            while not (lines and lines[-1].startswith("Ctrl-C")):
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+            link = re.search(
+                r"^Open (http://127\.0\.0\.1:(\d+)/lab/tree/explore\.ipynb\?token=\w+)$", "".join(lines), re.M
+            )
+            assert f"ssh -N -L {link[2]}:127.0.0.1:{link[2]} " in "".join(lines)
+            with page_of(chrome) as page:
+                page.goto(link[1])
+                page.wait_for_function(DRAWN, arg=3)
+                assert page.evaluate(TRUSTED)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+    (path,) = tmp_path.glob("tours/*/explore.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    data = [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("image/png" in one for one in data) >= 5
+    assert not [mime for one in data for mime in one if "widget-view" in mime]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mbs.bounds import bound_miou
 from mbs.experiment import Experiment
 from mbs.explore.evidence import (
+    DIFFERENCES,
     FLOWS,
     IGNORED_OLD,
     LEVELS,
@@ -570,6 +571,51 @@ def test_static_where_nothing_can_be_live(runs, monkeypatch):
     assert "application/vnd.jupyter.widget-view+json" in explorers[0]._repr_mimebundle_()[0]
     monkeypatch.setenv("MBS_STATIC", "1")
     assert "application/vnd.jupyter.widget-view+json" not in explorers[1]._repr_mimebundle_()[0]
+
+
+# two runs, and pictures without a ground truth
+
+
+def test_difference_says_who_is_right(runs):
+    "The panel stands with the second run, counts every pixel once, and follows both runs."
+    explorer = explore_pseudo_labels(*runs, step=1)
+    first, second = explorer.states
+    assert second.difference is None
+    first.compare = True  # the box of the view sets it for both
+    assert first.difference is None and second.compare
+    here, there, truth = second.moment.prediction, first.moment.prediction, second.moment.seen_truth
+    codes, names = second.difference, list(DIFFERENCES)
+    known = (truth != VOID) & (here != there)
+    assert ((codes == names.index("same prediction")) == (here == there)).all()
+    assert ((codes == names.index("only this run is right")) == (known & (here == truth))).all()
+    assert ((codes == names.index("only the other run is right")) == (known & (there == truth))).all()
+    assert ((codes == names.index("both are wrong")) == (known & (here != truth) & (there != truth))).all()
+    parts = describe_shift_panels(second, Display())
+    assert parts["panels"][-1]["key"] == "difference" and "difference" in parts["maps"]
+    rows = parts["tables"][-1]["rows"]
+    assert parts["tables"][-1]["title"] == f"difference to {runs[0].folder.name}"
+    assert (
+        sum(row["count"] for row in rows) == truth.size
+        and sum(row["count"] for row in rows[1:]) == (here != there).sum()
+    )
+    before = second.index
+    first.move(1)
+    assert second.index != before and second.difference.shape == second.moment.truth.shape
+
+
+def test_a_picture_without_a_truth_shows_nothing_of_it(runs):
+    photo = runs[0].samples()[0].photo
+    explorer = explore_pseudo_labels(runs[0], images=[photo], step=1)
+    state = explorer.state
+    panels, picture = describe_shift_panels(state, Display()), describe_shift_picture(state, Display())
+    assert [panel["key"] for panel in panels["panels"]] == ["pseudo", "predicted", "weight"]
+    assert [table["title"] for table in panels["tables"]] == [f"fate of the pixels at τ = {state.tau:.2f}"]
+    assert panels["tables"][0]["lines"] == []
+    assert [line["name"] for line in picture["curve"]["lines"]] == ["kept", "relabelled", "ignored"]
+    assert {*panels["maps"], *picture["maps"]} == {"pseudo", "weight", "predicted"}
+    assert not [line for line in describe_shift_pixel(state)["lines"] if "truth" in line or "step's label" in line]
+    assert "no ground truth" in picture["note"]
+    assert len(explorer.to_figure(annotate=False).axes) == 3
 
 
 # three ways out
