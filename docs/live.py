@@ -21,6 +21,7 @@ def write_pages(folder: Path):
 def embed_pages(up: str) -> str:
     "Return Markdown that shows the first live page and links to all of them; `up` leads to the root of the site."
     links = " · ".join(f'<a href="{up}_static/live/{name}.html">{title}</a>' for name, (title, _) in PAGES.items())
-    frame = f'<iframe src="{up}_static/live/pseudo-labels.html" title="Pseudo-labels" class="live" loading="lazy"></iframe>'
+    attributes = 'title="Pseudo-labels" class="live" loading="lazy"'
+    frame = f'<iframe src="{up}_static/live/pseudo-labels.html" {attributes}></iframe>'
     text = "Drag τ, click a pixel, click a row of the table: this page is live, without a kernel."
     return f"## Live, here\n\n{text} Alone in a window: {links}.\n\n{frame}\n"
