@@ -15,11 +15,12 @@ import tarfile
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
-from importlib.metadata import distributions, packages_distributions, version
+from importlib.metadata import distributions, metadata, packages_distributions, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name as plain
 
 ROOT = Path(__file__).parents[1]
@@ -279,3 +280,11 @@ def test_licences_are_listed_and_known(dependencies):
     assert {name: text for name, text in stated.items() if not set(re.split(" AND | OR ", text)) <= free} == {}, (
         "read these licences, then add them here"
     )
+
+
+def test_locked_versions_run_on_early_releases_of_their_python(dependencies):
+    "A lock is named after a minor version of Python; Debian 12 has 3.11.2."
+    early = "%d.%d.2" % sys.version_info[:2]
+    needs = {name: metadata(name).get("Requires-Python") or "" for name in read_lock(dependencies)}
+    assert len(needs) > 200
+    assert {name: need for name, need in needs.items() if early not in SpecifierSet(need)} == {}
