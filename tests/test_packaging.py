@@ -284,7 +284,7 @@ def test_licences_are_listed_and_known(dependencies):
 
 def test_locked_versions_run_on_early_releases_of_their_python(dependencies):
     "A lock is named after a minor version of Python; Debian 12 has 3.11.2."
-    early = "%d.%d.2" % sys.version_info[:2]
+    early = f"{sys.version_info.major}.{sys.version_info.minor}.2"
     needs = {name: metadata(name).get("Requires-Python") or "" for name in read_lock(dependencies)}
     assert len(needs) > 200
     assert {name: need for name, need in needs.items() if early not in SpecifierSet(need)} == {}
