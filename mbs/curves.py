@@ -6,6 +6,8 @@
 __all__ = [
     "Point",
     "collect_scalars",
+    "draw_rates",
+    "make_cost_table",
     "Picture",
     "collect_pictures",
     "find_run_folders",
@@ -25,11 +27,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from .lifeline import run_server
 from .recipe import learning_rate
 from .run import Run, load_run
-from .viz import overlay
+from .tables import Table
+from .viz import overlay, show_measures
 
 # %% ../nbs/72_curves.ipynb #6464f6f3
 _SCORES = ("all", "old", "new", "all_fg")
@@ -77,6 +81,38 @@ def collect_scalars(run: Run) -> list[Point]:
         points += [Point(f"mIoU/{k}", metrics["scores"][k], end, times.get(t)) for k in _SCORES]
         points += [Point(f"shift/{k}", v, end, times.get(t)) for k, v in metrics["shift"].items()]
     return [point for point in points if point.value == point.value]  # only NaN differs from itself
+
+
+# %% ../nbs/72_curves.ipynb #40d6ddf0
+_RATES = {"training/learning_rate": "learning rate", "training/pictures_per_second": "pictures a second"}
+
+
+def draw_rates(run: Run) -> Figure:
+    "Draw the learning rate and, where it is known, the number of pictures a second over the iterations of `run`."
+    panels = {}
+    for point in _collect_training(run):
+        if title := _RATES.get(point.name):
+            panels.setdefault(title, []).append((point.iteration, point.value))
+    return show_measures(panels, np.cumsum(run.iterations).tolist())
+
+
+def make_cost_table(run: Run) -> Table:
+    "Make the table of what each complete step has cost: pictures, iterations, time, speed, memory."
+    speeds = [point for point in _collect_training(run) if point.name == "training/pictures_per_second"]
+    rows, end = [], 0
+    for t in range(run.n_steps):
+        metrics, start = run.metrics(t), end
+        end += run.iterations[t]
+        of_step = [point.value for point in speeds if start < point.iteration <= end]
+        speed = float(np.median(of_step)) if of_step else None
+        n_pictures = run.card.images[t] if run.card.images else None
+        is_taken_over = "base_from" in metrics
+        seconds = f"taken over from {metrics['base_from']}" if is_taken_over else metrics["seconds"]
+        memory = None if is_taken_over else metrics.get("memory")
+        rows.append([t, n_pictures, run.iterations[t], seconds, speed, memory])
+    note = "Speed: median while training. Memory: peak, of tensors on a GPU, of the whole process on a CPU."
+    columns = ["step", "training pictures", "iterations", "seconds", "pictures a second", "memory, GiB"]
+    return Table("Time and memory", columns, rows, note)
 
 
 # %% ../nbs/72_curves.ipynb #1c6db1ec

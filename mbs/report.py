@@ -15,6 +15,7 @@ __all__ = [
     "draw_figures",
     "Section",
     "make_sections",
+    "make_title",
     "render_html",
     "write_report",
     "report_notebook",
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -54,6 +56,8 @@ from mbs.report_tables import (
     make_columns_table,
     make_diagnosis_table,
     make_identity_table,
+    make_overview,
+    make_paper_table,
     make_pseudo_label_table,
     make_published_table,
     make_score_table,
@@ -64,7 +68,7 @@ from mbs.report_tables import (
 )
 from .run import Run
 from .studies import make_studies
-from .tables import Table, build_html_page, embed_figure, to_csv, to_html, to_latex, to_markdown
+from .tables import Table, build_html_page, embed_figure, escape_markdown, to_csv, to_html, to_latex, to_markdown
 from mbs.viz import (
     METHOD_COLOURS,
     choose_confusion_steps,
@@ -196,33 +200,37 @@ class CaptionedFigure(NamedTuple):
 
     figure: Figure
     caption: str
+    name: str = "study"  # in the names of files
 
 
-def _draw_line(group: Group, label: str, line: Sequence[Run]) -> list[tuple[Figure | None, str]]:
-    "Draw the figures of one line, with their captions: flows, IoU matrix, confusion matrices, confused pairs."
+def _draw_line(group: Group, label: str, line: Sequence[Run]) -> list[tuple[Figure | None, str, str]]:
+    "Draw the figures of one line, with captions and names: flows, IoU matrix, confusion matrices, confused pairs."
     flows = "where the pixels of background, old and new classes went, as shares of the true group (mean over seeds)"
-    found = [(draw_flows(line, group.protocol), f"{label}: {flows}.")]
+    found = [(draw_flows(line, group.protocol), f"{label}: {flows}.", "flows")]
     if not is_single_step(line[0]):
         iou = average_seeds([run.iou() for run in line])
         matrix = show_iou_matrix(iou, group.names, group.protocol.first_step)
-        found.append((matrix, f"{label}: IoU of every class after every step (mean over seeds)."))
+        found.append((matrix, f"{label}: IoU of every class after every step (mean over seeds).", "iou"))
     matrices = "true class (rows) × prediction in order of arrival, percent of the true class (sum over seeds)"
     pairs = "pixels of one class predicted as another after the last step, all other pixels dimmed (first seed)"
-    found.append((draw_confusions(group, line), f"{label}: {matrices}."))
-    found.append((draw_pairs(group, line), f"{label}: {pairs}."))
+    found.append((draw_confusions(group, line), f"{label}: {matrices}.", "confusions"))
+    found.append((draw_pairs(group, line), f"{label}: {pairs}.", "pairs"))
     return found
 
 
 # %% ../nbs/71_report.ipynb #cde05834
+_COMPARISON = "Methods side by side, and the test picture on which they differ most"
+
+
 def draw_figures(group: Group) -> list[CaptionedFigure]:
     "Draw all figures of a group: curves, comparison, and those of each line."
     found = [
-        (draw_curves(group), "Mean IoU after each step; bands are ± one standard deviation over seeds."),
-        (draw_comparison(group), "Methods side by side, and the test picture on which they differ most (first seed)."),
+        (draw_curves(group), "Mean IoU after each step; bands are ± one standard deviation over seeds.", "curves"),
+        (draw_comparison(group), f"{_COMPARISON} (first seed).", "comparison"),
     ]
     for label, line in group.finished.items():
         found += _draw_line(group, label, line)
-    return [CaptionedFigure(figure, caption) for figure, caption in found if figure]
+    return [CaptionedFigure(*figure) for figure in found if figure[0]]
 
 
 # %% ../nbs/71_report.ipynb #f09df7cc
@@ -244,6 +252,11 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
     return [*sections, Section("Appendix", [make_card_table(runs)])]
 
 
+def make_title(groups: Sequence[Group]) -> str:
+    "Make the title of a report on `groups`."
+    return f"Comparison: {groups[0].title}" if len(groups) == 1 else f"Comparison of runs in {len(groups)} protocols"
+
+
 def render_html(part: Table | CaptionedFigure) -> str:
     "Render a table or a figure as HTML."
     return to_html(part) if isinstance(part, Table) else embed_figure(part.figure, part.caption)
@@ -253,19 +266,37 @@ def render_html(part: Table | CaptionedFigure) -> str:
 def write_report(runs: Sequence[Run], folder: Path) -> Path:
     """Write the report on `runs` into `folder`, and return the folder.
 
-    It holds `report.html`, `summary.md`, `.tex` and `.csv`, `steps.csv`, `classes.csv` and a picture for each group.
-    ValueError when there is no run, or the folder cannot be written."""
+    It holds `report.html`, `table.tex`, `summary.md`, `.tex` and `.csv`, `steps.csv`, `classes.csv`, a picture for each
+    group, and all figures as PDF. ValueError when there is no run, or the folder cannot be written."""
     if not runs:
         raise ValueError("there is no run to report on: expected at least one")
     _make_writable(folder)
     groups = group_runs(runs)
     _warn_of_unfair_comparisons(groups)
-    for name, text in _render_files(groups, make_sections(runs)).items():
+    sections = make_sections(runs)
+    for name, text in _render_files(make_overview(runs, groups), groups, sections).items():
         write_text(folder / name, text)
-    for k, group in enumerate(groups):
-        if figure := draw_comparison(group):
-            figure.savefig(remove_link(folder / f"comparison{f'-{k + 1}' * bool(k)}.png"), dpi=150)
+    _save_figures(groups, sections, folder)
     return folder
+
+
+# %% ../nbs/71_report.ipynb #6bcab0eb
+def _save_figures(groups: Sequence[Group], sections: Sequence[Section], folder: Path):
+    "Save the comparison of each group as PNG and PDF in `folder`, and every other figure as PDF in `figures`."
+    figures = [part for section in sections for part in section.parts if isinstance(part, CaptionedFigure)]
+    others = [part for part in figures if part.name != "comparison"]
+    vectors = _make_writable(remove_link(folder / "figures"))
+    files = {vectors / f"{k + 1:02d}-{part.name}.pdf": part.figure for k, part in enumerate(others)}
+    for k, section in enumerate(sections[-1 - len(groups) : -1]):  # those of the groups
+        for part in section.parts:
+            if isinstance(part, CaptionedFigure) and part.name == "comparison":
+                name = f"comparison{f'-{k + 1}' * bool(k)}"
+                files |= {folder / f"{name}.{suffix}": part.figure for suffix in ("png", "pdf")}
+    for part in figures:
+        part.figure.set_layout_engine("none")  # keeps the layout of the page, which takes most of the time
+    with plt.rc_context({"pdf.fonttype": 42}):  # letters that can be searched and edited
+        for file, figure in files.items():
+            figure.savefig(remove_link(file), dpi=150)
 
 
 # %% ../nbs/71_report.ipynb #0f122c83
@@ -287,15 +318,18 @@ def _warn_of_unfair_comparisons(groups: Sequence[Group]):
 
 
 # %% ../nbs/71_report.ipynb #2b4f30c0
-def _render_files(groups: Sequence[Group], sections: Sequence[Section]) -> dict[str, str]:
+def _render_files(overview: Table, groups: Sequence[Group], sections: Sequence[Section]) -> dict[str, str]:
     "Render the text files of a report: file name → content."
     tables = [part for section in sections for part in section.parts if isinstance(part, Table)]
     html = [(section.heading, [render_html(part) for part in section.parts]) for section in sections]
+    title, packages = make_title(groups), "% \\usepackage{booktabs,adjustbox}\n"
+    papers = [make_paper_table(group) for group in groups if group.finished]
     summaries = [make_summary_table(group, SCORES | ARROWS, group.title) for group in groups]
     return {
-        "report.html": build_html_page("Report", html),
-        "summary.md": "\n".join(map(to_markdown, tables)),
-        "summary.tex": "% \\usepackage{booktabs}\n" + "\n".join(map(to_latex, tables)),
+        "report.html": build_html_page(title, html, to_html(overview)),
+        "summary.md": f"# {escape_markdown(title)}\n\n" + "\n".join(map(to_markdown, [overview, *tables])),
+        "summary.tex": packages + "\n".join(map(to_latex, tables)),
+        "table.tex": packages + "\n".join(map(to_latex, papers)),
         "summary.csv": to_csv(summaries),
         "steps.csv": to_csv([make_steps_table(group) for group in groups]),
         "classes.csv": to_csv([make_classes_table(group) for group in groups]),

@@ -8,6 +8,9 @@ __all__ = [
     "make_summary_table",
     "make_score_table",
     "make_shift_table",
+    "make_paper_table",
+    "make_overview",
+    "make_result_table",
     "make_columns_table",
     "make_identity_table",
     "make_bounds_table",
@@ -24,6 +27,8 @@ __all__ = [
 
 # %% ../nbs/69a_report_tables.ipynb #e16108cc
 from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +45,20 @@ from .tables import Table, summarise_seeds
 
 # %% ../nbs/69a_report_tables.ipynb #a9db6e43
 ARROWS = {flow: format_flow(flow) for flow in FLOWS}
+_LOWER = {"forgetting", *FLOWS}  # measures that are best when low
+_UNRANKED = {"released"}  # rises when a class is lost altogether
 
 
 def make_summary_table(group: Group, columns: dict[str, str], title: str, note: str = "") -> Table:
     "Make a table of lines × measures; `columns` maps measures to headings."
     rows = [[line["method"], line["seeds"], *(line[k] for k in columns)] for line in summarise_group(group)]
-    return Table(title, ["method", "seeds", *columns.values()], rows, note)
+    unranked = [k for k, label in enumerate(group.finished) if label in group.at_once]
+    if note and len(group.lines) > 1:
+        note += " Best in bold, second best of three or more underlined"
+        note += "; runs that learn all at once do not compete." if unranked else "."
+    lower = [heading for k, heading in columns.items() if k in _LOWER]
+    higher = [heading for k, heading in columns.items() if k not in {*_LOWER, *_UNRANKED}]
+    return Table(title, ["method", "seeds", *columns.values()], rows, note, higher, lower, unranked)
 
 
 # %% ../nbs/69a_report_tables.ipynb #0831f0d0
@@ -84,6 +97,60 @@ def make_shift_table(group: Group) -> Table:
     "Make the table of the background-shift rates after the last step."
     note = "Percent of the true group's pixels after the last step; old and new classes are relative to that step."
     return make_summary_table(group, ARROWS, f"Background shift: {group.title}", note)
+
+
+# %% ../nbs/69a_report_tables.ipynb #ab7b6287
+def make_paper_table(group: Group) -> Table:
+    "Make the table of old, new, all and their harmonic mean, with a short caption."
+    columns = {k: k for k in ("old", "new", "all", "harmonic")}
+    n_seeds = sorted({len(line) for line in group.finished.values()})
+    note = "Mean IoU in percent after the last step"
+    if n_seeds[-1] > 1:
+        note += f", mean ± standard deviation over {'–'.join(str(n) for n in (n_seeds[:1] + n_seeds[1:][-1:]))} seeds"
+    table = make_summary_table(group, columns, group.title, note + ".")
+    return table._replace(columns=[table.columns[0], *table.columns[2:]], rows=[[a, *b] for a, _, *b in table.rows])
+
+
+def make_overview(runs: Sequence[Run], groups: Sequence[Group]) -> Table:
+    "Make the table of what a report of today compares: data, protocol, methods, seeds and number of runs."
+    rows = []
+    for group in groups:
+        settings = group.first.settings
+        methods = ", ".join(dict.fromkeys(run.settings.method for run in group.runs))
+        seeds = ", ".join(map(str, sorted({run.settings.seed for run in group.runs})))
+        n_finished = len(group.runs) - len(group.unfinished)
+        words = [Path(settings.data).name, settings.protocol, settings.setting_and_shots]
+        rows.append([*words, methods, seeds, n_finished, len(group.unfinished), len(group.repeats)])
+    columns = ["data", "protocol", "setting", "methods", "seeds", "finished runs", "unfinished", "repeats, left out"]
+    note = f"{len(runs)} runs in all. A run that learns all classes at once appears with every protocol of its data."
+    return Table(f"What was compared, {date.today():%Y-%m-%d}", columns, rows, note)
+
+
+# %% ../nbs/69a_report_tables.ipynb #490c3a7d
+_RESULT = {
+    "old": "old",
+    "new": "new",
+    "all": "all",
+    "all_fg": "all without background",
+    "harmonic": "harmonic",
+}
+
+
+def make_result_table(run: Run) -> Table:
+    "Make the table of the scores of one run after the base step and after its last complete step."
+    last = run.n_steps - 1
+    titles = {0: "base step", last: f"after step {last}"} if last else {0: "all learnt at once"}
+    if last == 0 and not run.finished:
+        titles = {0: "base step"}
+    rows = []
+    for step, title in titles.items():
+        found = scores(run.confusion(step), run.protocol[step])
+        rows.append([title, *(summarise_seeds([found[k]]) for k in _RESULT)])
+    note = (
+        "Percent. Old: classes of the base step, with background; new: classes of later steps; "
+        "harmonic: harmonic mean of new and of old without background."
+    )
+    return Table("Mean IoU", ["", *_RESULT.values()], rows, note)
 
 
 # %% ../nbs/69a_report_tables.ipynb #4f6320a0

@@ -21,6 +21,7 @@ __all__ = [
 # %% ../nbs/62_tables.ipynb #3e58f47f
 import base64
 import csv
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -76,6 +77,9 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence]
     note: str = ""
+    higher: Sequence[str] = ()  # columns of which the highest value is the best
+    lower: Sequence[str] = ()  # columns of which the lowest value is the best
+    unranked: Sequence[int] = ()  # rows that do not compete
 
     def numeric(self) -> list[bool]:
         "Return for each column whether it holds only numbers, which are aligned to the right."
@@ -84,8 +88,29 @@ class Table(NamedTuple):
         numbers = (Value, int, float, type(None))
         return [all(isinstance(cell, numbers) for cell in column) for column in zip(*self.rows)]
 
+    def rank(self) -> list[list[int]]:
+        "Return 1 for each best cell of a column, 2 for the second best, else 0; values that print alike are equal."
+        ranks = [[0] * len(self.columns) for _ in self.rows]
+        rows = [k for k in range(len(self.rows)) if k not in self.unranked]
+        for column, name in enumerate(self.columns):
+            if name in self.higher or name in self.lower:
+                sign = 1 if name in self.higher else -1
+                places = _rank_values([self.rows[k][column] for k in rows], sign)
+                for k, place in zip(rows, places):
+                    ranks[k][column] = place
+        return ranks
 
-# %% ../nbs/62_tables.ipynb #192f982f
+
+def _rank_values(cells: Sequence, sign: int) -> list[int]:
+    "Return 1 for the best values, 2 for the second best of three or more, 0 for the others."
+    shown = [round(100 * cell.mean, 1) * sign if isinstance(cell, Value) and cell.n else None for cell in cells]
+    known = [value for value in shown if value is not None]
+    order = sorted(set(known), reverse=True)
+    places = dict(zip(order, (1, 2 if len(known) > 2 else 0))) if len(order) > 1 else {}
+    return [places.get(value, 0) for value in shown]
+
+
+# %% ../nbs/62_tables.ipynb #79132ebe
 def escape_markdown(text: str) -> str:
     "Escape what Markdown, HTML in it, or formulas in it would interpret, and join lines."
     plain = escape(" ".join(text.split()), quote=False)
@@ -99,14 +124,18 @@ def to_markdown(table: Table) -> str:
         return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
     rule = "|" + "|".join("---:" if right else "---" for right in table.numeric()) + "|"
-    rows = [line(map(format_cell, row)) for row in table.rows]
+    marks = ("{}", "**{}**", "<ins>{}</ins>")
+    rows = [
+        "| " + " | ".join(marks[rank].format(escape_markdown(format_cell(c))) for c, rank in zip(row, ranks)) + " |"
+        for row, ranks in zip(table.rows, table.rank())
+    ]
     parts = [f"### {escape_markdown(table.title)}", "\n".join([line(table.columns), rule, *rows])]
     if table.note:
         parts.append(escape_markdown(table.note))
     return "\n\n".join(parts) + "\n"
 
 
-# %% ../nbs/62_tables.ipynb #32577653
+# %% ../nbs/62_tables.ipynb #65ccf95d
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -131,10 +160,12 @@ def _escape_latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
 
 
-def _format_latex_cell(cell) -> str:
+def _format_latex_cell(cell, rank: int) -> str:
     "Format a cell for LaTeX; negative numbers get a minus sign instead of a hyphen."
     text = _escape_latex(format_cell(cell))
-    return re.sub(r"^-(?=\d)", "$-$", text) if isinstance(cell, (Value, float)) else text
+    if isinstance(cell, (Value, float)):
+        text = re.sub(r"^-(?=\d)", "$-$", text)
+    return ("{}", r"\textbf{{{}}}", r"\underline{{{}}}")[rank].format(text)
 
 
 # %% ../nbs/62_tables.ipynb #61f3a171
@@ -142,11 +173,13 @@ def to_latex(table: Table) -> str:
     "Write a table for a paper."
     caption = _escape_latex(". ".join(part.rstrip(".") for part in (table.title, table.note) if part) + ".")
     align = "".join("r" if right else "l" for right in table.numeric())
-    rows = [map(_escape_latex, table.columns), *(map(_format_latex_cell, row) for row in table.rows)]
+    rows = [map(_escape_latex, table.columns)]
+    rows += [map(_format_latex_cell, row, ranks) for row, ranks in zip(table.rows, table.rank())]
     head, *body = (" & ".join(row) + r" \\" for row in rows)
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{align}}}"]
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", r"\small", r"\setlength{\tabcolsep}{4pt}"]
+    lines += [r"\begin{adjustbox}{max width=\linewidth}", rf"\begin{{tabular}}{{{align}}}"]
     lines += [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", r"\end{table}", ""])
+    return "\n".join([*lines, r"\end{tabular}", r"\end{adjustbox}", r"\end{table}", ""])
 
 
 # %% ../nbs/62_tables.ipynb #f9f2149e
@@ -192,17 +225,20 @@ def _escape_csv(cell):
 def to_html(table: Table) -> str:
     "Write a table as HTML."
     right = table.numeric()
-
-    def line(cells, tag):
-        opening = [f"<{tag} class=n>" if is_right else f"<{tag}>" for is_right in right]
-        return (
-            "<tr>" + "".join(f"{start}{escape(format_cell(c))}</{tag}>" for start, c in zip(opening, cells)) + "</tr>"
-        )
-
-    rows = "\n".join(line(row, "td") for row in table.rows)
-    html = f"<h3>{escape(table.title)}</h3>\n<div class=wide><table>\n"
-    html += f"<thead>{line(table.columns, 'th')}</thead>\n<tbody>{rows}</tbody>\n</table></div>\n"
+    heads = [f"<th{' class=n' * is_right}>{escape(name)}</th>" for name, is_right in zip(table.columns, right)]
+    rows = []
+    for row, ranks in zip(table.rows, table.rank()):
+        rows.append("<tr>" + "".join(map(_format_html_cell, row, right, ranks)) + "</tr>")
+    html = f"<h3>{escape(table.title)}</h3>\n<div class=wide><table>\n<thead><tr>{''.join(heads)}</tr></thead>\n"
+    html += "<tbody>" + "\n".join(rows) + "</tbody>\n</table></div>\n"
     return html + (f"<p class=note>{escape(table.note)}</p>\n" if table.note else "")
+
+
+# %% ../nbs/62_tables.ipynb #5b187dd2
+def _format_html_cell(cell, is_right: bool, rank: int) -> str:
+    "Format a cell as HTML."
+    text = ("{}", "<strong>{}</strong>", "<u>{}</u>")[rank].format(escape(format_cell(cell)))
+    return f"<td{' class=n' * is_right}>{text}</td>"
 
 
 # %% ../nbs/62_tables.ipynb #81902b65
@@ -216,29 +252,70 @@ def embed_figure(fig: Figure, caption: str) -> str:
 
 # %% ../nbs/62_tables.ipynb #d69d8cf8
 _STYLE = """
+:root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1150px;margin:2em auto;padding:0 1em}
-h1,h2,h3{line-height:1.2}
+h1,h2,h3{line-height:1.2;overflow-wrap:anywhere}
 h2{margin-top:2.2em;border-bottom:1px solid #ccc}
 div.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px}
 th,td{padding:.25em .7em;text-align:left;border-bottom:1px solid #ddd}
-th{border-bottom:2px solid #888}
+th{border-bottom:2px solid #888;cursor:pointer}
+th[aria-sort=ascending]::after{content:" ▴"}
+th[aria-sort=descending]::after{content:" ▾"}
 .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 p.note{color:#555;font-size:13px;max-width:60em}
-img{max-width:100%}
+img{max-width:100%;background:#fff}
 figure{margin:1em 0}
 figcaption{font-size:13px;color:#555}
+@media(prefers-color-scheme:dark){
+body{color:#ddd;background:#181818}
+p.note,figcaption{color:#aaa}
+th,td,h2{border-color:#555}
+}
+""".strip()
+_SCRIPT = """
+for (const table of document.querySelectorAll("table")) {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, k) => {
+    const isNumber = head.className === "n";
+    const read = row => row.cells[k].textContent;
+    const isMissing = text => text === "–";
+    const compare = (a, b) => isNumber ? parseFloat(a) - parseFloat(b) : a.localeCompare(b, undefined, {numeric: true});
+    const sort = () => {
+      const before = head.getAttribute("aria-sort");
+      const isUp = before ? before === "descending" : !isNumber;
+      const sign = isUp ? 1 : -1;
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", isUp ? "ascending" : "descending");
+      body.append(...[...body.rows].sort((row, other) => {
+        const [a, b] = [read(row), read(other)];
+        return isMissing(a) - isMissing(b) || (isMissing(a) ? 0 : sign * compare(a, b));
+      }));
+    };
+    head.tabIndex = 0;
+    head.title = "Sort by this column";
+    head.addEventListener("click", sort);
+    head.addEventListener("keydown", event => event.key === "Enter" && sort());
+  });
+}
 """.strip()
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>{style}</style></head>
 <body><h1>{title}</h1>
-{body}</body></html>
+{body}<script>{script}</script></body></html>
 """
 
 
-def build_html_page(title: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
-    "Build a whole page from a title and sections; a section is a heading with its HTML parts."
-    body = "".join(f"<h2>{escape(heading)}</h2>\n{''.join(parts)}" for heading, parts in sections)
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return _PAGE.format(policy=policy, title=escape(title), style=_STYLE, body=body)
+# %% ../nbs/62_tables.ipynb #39d7b547
+def build_html_page(
+    title: str,
+    sections: Sequence[tuple[str, Sequence[str]]],  # heading and HTML parts of each
+    introduction: str = "",  # HTML
+) -> str:
+    "Build a whole page from a title, an introduction and sections."
+    body = introduction
+    body += "".join(f"<h2>{escape(heading)}</h2>\n{''.join(parts)}" for heading, parts in sections)
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return _PAGE.format(policy=policy, title=escape(title), style=_STYLE, body=body, script=_SCRIPT)

@@ -46,6 +46,7 @@ __all__ = [
     "show_shift_flow",
     "show_protocol",
     "show_losses",
+    "show_measures",
     "find_step_edges",
     "show_iou_matrix",
     "draw_confusion",
@@ -55,6 +56,7 @@ __all__ = [
     "spotlight",
     "show_pair_examples",
     "show_forgetting",
+    "show_gallery",
     "show_reliability",
     "draw_matrix",
     "show_token_cosines",
@@ -380,7 +382,8 @@ def show_background_shift(rates: Sequence[dict[str, float]]) -> Figure:
     for k, kind in enumerate(kinds):
         values = [rate[kind] for rate in rates]
         ax.bar(steps + width * (k - 2), values, width, color=SHIFT_COLOURS[kind], label=format_flow(kind))
-    ax.set_xticks(steps, [f"step {t}" for t in steps])
+    ax.set_xticks(steps, [f"{t}" for t in steps])
+    ax.set_xlabel("after step", fontsize=8)
     ax.set_ylim(0, 1)
     ax.set_ylabel("share of the true class", fontsize=8)
     ax.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
@@ -513,10 +516,18 @@ def _draw_term(ax: Axes, records: Sequence[dict], term: str, starts: dict[int, i
     for step, start in starts.items():
         found = [r for r in records if r["step"] == step and term in r]
         if found:
-            ax.plot([start + r["iteration"] for r in found], [r[term] for r in found], color=BLUE, lw=1)
-        if step:
-            ax.axvline(start, color=GREY, lw=0.8, ls=":")
-    ax.set_title(term.replace("_", " "), fontsize=8)
+            marker = "." if len(found) == 1 else ""  # one point makes no line
+            places = [start + r["iteration"] for r in found]
+            ax.plot(places, [r[term] for r in found], color=BLUE, lw=1, marker=marker)
+    _mark_steps(ax, term.replace("_", " "), [start for step, start in starts.items() if step])
+
+
+def _mark_steps(ax: Axes, title: str, edges: Sequence[int]):
+    "Title a panel over iterations, and mark the first iteration of each later step."
+    for edge in edges:
+        ax.axvline(edge, color=GREY, lw=0.8, ls=":")
+    ax.set_title(title, fontsize=8)
+    ax.set_xlabel("iteration", fontsize=7)
     ax.tick_params(labelsize=7)
     ax.set_ylim(bottom=0)
 
@@ -531,7 +542,24 @@ def show_losses(records: Sequence[dict]) -> Figure:
     fig, axes = make_grid(1, len(terms), 1.75, 1.5)
     for ax, term in zip(axes[0], terms):
         _draw_term(ax, records, term, starts)
-        ax.set_xlim(0, sum(lengths.values()))
+        ax.set_xlim(0, 1.02 * sum(lengths.values()))
+    axes[0, 0].set_ylabel("loss", fontsize=7)
+    return fig
+
+
+# %% ../nbs/60_viz.ipynb #16df6c7f
+def show_measures(
+    panels: dict[str, list[tuple[int, float]]],  # title → (iteration, value) of each point
+    edges: Sequence[int],  # last iteration of each step
+) -> Figure:
+    "Show measures over the iterations of a run, a panel each; the line breaks where a step begins."
+    fig, axes = make_grid(1, len(panels), 3, 1.7)
+    for ax, (title, points) in zip(axes[0], panels.items()):
+        for first, last in zip((0, *edges), edges):
+            part = [point for point in points if first < point[0] <= last]
+            ax.plot(*zip(*part) if part else ((), ()), color=BLUE, lw=1, marker="." if len(part) < 3 else "")
+        _mark_steps(ax, title, edges[:-1])
+        ax.set_xlim(0, 1.02 * edges[-1])
     return fig
 
 
@@ -709,6 +737,30 @@ def show_forgetting(
     return fig
 
 
+# %% ../nbs/60_viz.ipynb #2279f6b7
+def show_gallery(
+    samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],  # photo, truth and prediction, as in `Sample`
+    names: Sequence[str],  # of all channels
+    first: int = 0,  # number of the first picture
+) -> Figure:
+    "Show photo, truth and prediction of each picture, up to four pictures in a row."
+    n_beside = min(4, -(-len(samples) // 3))  # rounded up
+    n_rows = -(-len(samples) // n_beside)
+    fig, axes = make_grid(n_rows, 3 * n_beside, max(0.85, 1.5 - 0.2 * n_beside))
+    cells = axes.reshape(n_rows * n_beside, 3)
+    for k, (row, (photo, truth, prediction)) in enumerate(zip(cells, samples)):
+        for ax, picture in zip(row, (photo, overlay(photo, truth), overlay(photo, prediction))):
+            show_picture(ax, picture)
+        row[0].set_ylabel(f"{first + k}", fontsize=8)
+    for ax in cells[len(samples) :].flat:
+        ax.axis("off")
+    for row in cells[:n_beside]:
+        for ax, title in zip(row, ("photo", "truth", "prediction")):
+            ax.set_title(title, fontsize=7)
+    draw_class_legend(fig, [labels for _, *maps in samples for labels in maps], names)
+    return fig
+
+
 # %% ../nbs/60_viz.ipynb #164e6093
 def show_reliability(
     image: np.ndarray,  # (H, W, 3) uint8
@@ -827,6 +879,7 @@ def show_curves(
     fig, axes = make_grid(1, len(panels), 2.9, 2.1)
     for ax, (title, curves) in zip(axes[0], panels.items()):
         _draw_panel(ax, title, curves)
+    axes[0, 0].set_ylabel("mIoU", fontsize=8)
     lines = _draw_method_legend(fig, axes[0, 0])
     fig.set_figheight(fig.get_figheight() + 0.17 * lines)
     return fig

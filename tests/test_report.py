@@ -1,10 +1,13 @@
 "Reports: numbers of the run folders in every format, hostile names, unfinished and mixed runs, published rows."
 
+import base64
 import csv
+import hashlib
 import json
 import re
 import shutil
 from collections import Counter
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from mbs.report import compare_runs, draw_confusions, draw_figures, draw_pairs, 
 from mbs.report_tables import (
     _find_published,
     make_card_table,
+    make_paper_table,
     make_published_table,
     make_score_table,
     read_published,
@@ -30,7 +34,7 @@ from mbs.report_tables import (
 from mbs.run import Sample, load_run
 from mbs.scenes import write_scenes
 from mbs.settings import Settings
-from mbs.tables import Table, summarise_seeds, to_csv, to_latex, to_markdown
+from mbs.tables import Table, summarise_seeds, to_csv, to_html, to_latex, to_markdown
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -89,7 +93,8 @@ def stored(outputs, name):
 def cells(text, method, split):
     "Return the cells of the first row of a text table whose first cell is `method`."
     row = next(line for line in text.splitlines() if re.match(rf"\W*{re.escape(method)}\s*[|&]", line))
-    return [cell.strip(" \\") for cell in row.strip("| ").split(split)]
+    marks = r"\*\*|</?ins>|(?:textbf|underline)\{([^}]*)\}"
+    return [re.sub(marks, r"\1", cell.strip(" \\")) for cell in row.strip("| ").split(split)]
 
 
 def test_numbers_are_those_of_the_runs(outputs, written):
@@ -170,7 +175,11 @@ def test_page_loads_nothing_and_shows_names_unchanged(written):
     page = Page()
     html = (written / "report.html").read_text(encoding="utf-8")
     page.feed(html)
-    assert not page.open and not {"script", "link", "iframe", "object", "i", "a", "base"} & set(page.tags)
+    assert not page.open and not {"link", "iframe", "object", "i", "a", "base"} & set(page.tags)
+    (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(value for key, value in page.attributes if key == "content")
+    assert policy.endswith(f"; script-src 'sha256-{digest}'"), "another script could run, or this one could not"
     assert all(
         value.startswith("data:image/png;base64,")
         for key, value in page.attributes
@@ -185,6 +194,7 @@ def test_page_loads_nothing_and_shows_names_unchanged(written):
 
 def test_latex_and_markdown_are_escaped(written):
     tex, md = ((written / f"summary.{suffix}").read_text(encoding="utf-8") for suffix in ("tex", "md"))
+    tex += (written / "table.tex").read_text(encoding="utf-8")
     bare = re.sub(r"\\[\\&%$#_{}]", "", tex)
     assert bare.count("{") == bare.count("}") and "#" not in bare and "_" not in bare
     assert r"100\% \textbackslash{}\& \$x\_1\$ \{\#\}" in tex and r"a\textbar{}b" in tex
@@ -194,6 +204,56 @@ def test_latex_and_markdown_are_escaped(written):
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert "<script>" not in re.sub(r"\\[<>]", "", md) and r"a\|b" in md
+
+
+def test_a_report_says_first_what_it_compares(written):
+    page = (written / "report.html").read_text(encoding="utf-8")
+    first = page.index("<h2>")
+    for text in ("<h1>Comparison of runs in 2 protocols</h1>", f"What was compared, {date.today()}", "8 runs in all"):
+        assert 0 < page.index(text) < first
+    md = (written / "summary.md").read_text(encoding="utf-8")
+    assert "| 6-2 | overlapped | kd, mbs, finetune | 0, 1 | 5 | 2 | 0 |" in md
+    assert not any(re.search(r"\bnan\b", path.read_text(encoding="utf-8"), re.I) for path in written.glob("*.[mtc]*"))
+
+
+def test_the_table_for_a_paper_is_small_and_ranked(outputs, written):
+    tex = (written / "table.tex").read_text(encoding="utf-8")
+    first = tex.split(r"\end{table}")[0]
+    assert r"method & old & new & all & harmonic \\" in first and r"\usepackage{booktabs,adjustbox}" in first
+    (six, _) = group_runs(find_runs([outputs])[0])
+    table = make_paper_table(six)
+    competing = [row[3].mean for row in table.rows[:-1]]
+    shown = [round(100 * value, 1) for value in competing]
+    ranks = [row[3] for row in table.rank()]
+    assert ranks[-1] == 0, "the run that learns all at once competes"
+    if len(set(shown)) > 1:
+        assert [value == max(shown) for value in shown] == [rank == 1 for rank in ranks[:-1]]
+
+
+def test_figures_are_saved_in_vectors(written):
+    files = [*(written / "figures").iterdir(), written / "comparison.pdf", written / "comparison-2.pdf"]
+    assert len(files) >= 15 and all(file.read_bytes().startswith(b"%PDF") for file in files)
+    assert (written / "figures/01-curves.pdf").is_file() and (written / "figures/02-flows.pdf").is_file()
+
+
+def test_a_link_named_figures_is_replaced(outputs, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "figures").symlink_to(elsewhere)
+    write_report([load_run(outputs / "stopped")], tmp_path / "report")
+    assert not list(elsewhere.iterdir()) and (tmp_path / "report/figures/01-curves.pdf").is_file()
+
+
+def test_ranks_go_by_what_is_printed():
+    "Equal prints share a rank, nothing is marked where all are equal, and two methods have no second best."
+    values = [summarise_seeds([v]) for v in (0.5004, 0.5001, 0.3, 0.2)] + [summarise_seeds([]), summarise_seeds([0.9])]
+    table = Table("", ["method", "old", "lost"], [["m", v, v] for v in values], "", ["old"], ["lost"], [5])
+    assert [row[1] for row in table.rank()] == [1, 1, 2, 0, 0, 0]
+    assert [row[2] for row in table.rank()] == [0, 0, 2, 1, 0, 0]
+    assert not any(map(any, table._replace(rows=table.rows[:2]).rank()))
+    assert [row[1] for row in table._replace(rows=table.rows[1:3]).rank()] == [1, 0]
+    assert "<td class=n>–</td>" in to_html(table) and "<td class=n><strong>50.0</strong></td>" in to_html(table)
 
 
 def test_lines_seeds_and_unfinished_runs(outputs, written):
@@ -265,9 +325,13 @@ def test_recipes_make_lines_and_repeats_count_once(outputs, tmp_path):
 
 
 def test_runs_without_pictures(outputs, tmp_path):
-    "A report on a run without samples lacks only the comparison."
+    "A report on a run without samples lacks only the comparison and the pairs."
     made = run(tmp_path, "plain", method="kd", protocol="6-2", data=load_run(outputs / "kd").settings.data, samples=0)
-    assert {p.name for p in write_report([made], tmp_path / "report").iterdir()} == {
+    names = {p.name for p in (write_report([made], tmp_path / "report") / "figures").iterdir()}
+    assert names == {"01-curves.pdf", "02-flows.pdf", "03-iou.pdf", "04-confusions.pdf"}
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        "figures",
+        "table.tex",
         "report.html",
         "summary.md",
         "summary.tex",
@@ -409,6 +473,9 @@ def test_command(outputs, tmp_path):
         "steps.csv",
         "classes.csv",
         "comparison.png",
+        "comparison.pdf",
+        "figures",
+        "table.tex",
     } == {p.name for p in (tmp_path / "out").iterdir()}
     notebook = json.loads((tmp_path / "out" / "report.ipynb").read_text())
     outputs_ = [o for c in notebook["cells"] for o in c.get("outputs", [])]
@@ -507,6 +574,6 @@ def test_pairs_of_a_line_are_shown_where_pictures_hold_them(outputs, monkeypatch
 
 def test_figures_of_a_line_have_captions_in_its_name(outputs):
     six, _ = group_runs(find_runs([outputs])[0])
-    captions = [caption for _, caption in draw_figures(six)]
+    captions = [figure.caption for figure in draw_figures(six)]
     for label in six.lines:
         assert sum(caption.startswith(f"{label}: true class (rows)") for caption in captions) == 1

@@ -1,15 +1,20 @@
 "Complete runs: the command line on real and generated data, both recipes, and the claim of the demo."
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mbs.experiment import Experiment
+from mbs.folders import find_runs_folder
 from mbs.run import load_run
 from mbs.settings import Settings
 
@@ -108,3 +113,37 @@ def test_demo_shows_the_claim(tmp_path):
     notebook = json.loads((tmp_path / "outputs/demo-mbs-s0/train.ipynb").read_text())
     pictures = [o for c in notebook["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) >= 9 and np.ptp([len(p["data"]["image/png"]) for p in pictures]) > 0
+    texts = [str(o.get("text", o.get("data"))) for c in notebook["cells"] for o in c.get("outputs", [])]
+    assert not [text for text in texts if re.search(r"\bnan\b", text)]
+
+
+@pytest.mark.parametrize("protocol, samples, n_figures", [("6-2", 27, 12), ("offline", 0, 7)])
+def test_the_notebook_shows_the_result_first(tmp_path, monkeypatch, capsys, protocol, samples, n_figures):
+    "Every sample is drawn, nothing is missing from a run of one step without samples, and no number is `nan`."
+    monkeypatch.setenv("MBS_HOME", str(tmp_path))
+    tiny = dict(encoder_options=dict(patch_size=8, embed_dim=16, depth=1, num_heads=1), decoder=dict(depth=1))
+    training = dict(crop=32, batch=4, iterations=2, optimizer="adamw")
+    shown, headings, galleries = [], [], []
+    monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
+    monkeypatch.setattr("mbs.viz.show_gallery", lambda pictures, names, first: galleries.append((first, len(pictures))))
+    scope = {}
+    for cell in nbformat.read(find_runs_folder() / "train.ipynb", 4).cells:
+        if cell.cell_type == "markdown":
+            headings += re.findall(r"^##+ (.*)", cell.source, re.MULTILINE)
+            continue
+        *body, last = ast.parse(cell.source).body
+        exec(compile(ast.Module([*body], []), "cell", "exec"), scope)
+        is_value = isinstance(last, ast.Expr)
+        value = eval(ast.unparse(last), scope) if is_value else exec(ast.unparse(last), scope)
+        shown += [] if value is None else [value]
+        if "parameters" in cell.metadata.get("tags", []):
+            scenes = dict(replace=True, n_train=40, n_test=30, size=32)
+            scope |= dict(name="run", protocol=protocol, samples=samples, training=training, scenes=scenes) | tiny
+    assert headings[:3] == ["Training", "Result", "What went wrong"]
+    assert galleries == ([(0, 24), (24, 3)] if samples else [])
+    figures = [thing for thing in shown if isinstance(thing, Figure)]
+    assert len(figures) == n_figures
+    tables = [thing.data for thing in shown if not isinstance(thing, Figure) and hasattr(thing, "data")]
+    assert "<h3>Mean IoU</h3>" in tables[0] and "<h3>Time and memory</h3>" in tables[-1]
+    text = "".join(tables) + capsys.readouterr().out
+    assert not re.search(r"\bnan\b", text, re.I) and "{" not in text
