@@ -129,7 +129,7 @@ class PictureControls(NamedTuple):
     opacity: Any
     step: Any
     order: Any
-    pictures: tuple  # previous, rank, next
+    pictures: tuple  # previous, rank and number of pictures, next
     links: list
 
 
@@ -154,9 +154,11 @@ def make_picture_controls(state: PictureState, canvases: Sequence) -> PictureCon
     opacity = make_control("FloatSlider", "opacity", width="250px", min=0, max=1, step=0.05, value=state.alpha)
     step = make_control("Dropdown", "step", state, "step", options=range(1, state.pictures.n_steps))
     order = make_control("Dropdown", "order", state, "order", options=ORDERS)
-    rank = make_control("IntSlider", "rank", width="220px", min=1, max=len(state.ranking), value=get_rank())
+    n_pictures = len(state.ranking)
+    options = dict(min=1, max=n_pictures, value=get_rank(), tooltip="place in the chosen order")
+    rank = make_control("IntSlider", "Image", width="220px", **options)
     rank.observe(lambda change: setattr(state, "index", state.ranking[change.new - 1]), "value")
     previous, following = _make_picture_buttons(state)
     links = [W.jslink((opacity, "value"), (canvas, "alpha")) for canvas in canvases]
     links.append(Observer(state, lambda _: setattr(rank, "value", get_rank()), ["index", "step", "predictor", "order"]))
-    return PictureControls(opacity, step, order, (previous, rank, following), links)
+    return PictureControls(opacity, step, order, (previous, rank, W.Label(f"/ {n_pictures}"), following), links)
