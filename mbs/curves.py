@@ -96,6 +96,7 @@ def draw_rates(run: Run) -> Figure:
     return show_measures(panels, np.cumsum(run.iterations).tolist())
 
 
+# %% ../nbs/72_curves.ipynb #22122f4c
 def make_cost_table(run: Run) -> Table:
     "Make the table of what each complete step has cost: pictures, iterations, time, speed, memory."
     speeds = [point for point in _collect_training(run) if point.name == "training/pictures_per_second"]
