@@ -63,6 +63,7 @@ def _read_last_record(path: Path, size: int = 4096) -> dict:
 _RECENT = 256 << 10  # bytes of laps, about 30,000 iterations
 
 
+# %% ../nbs/70_batch.ipynb #6a640c12
 def _estimate_run(
     run: Run,
     n_steps: int,  # complete ones

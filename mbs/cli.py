@@ -55,6 +55,7 @@ _PATH = dict(parser=expand_tilde)  # of every argument that is a path
 _PATH_OPTION = _PATH | dict(metavar="PATH")
 
 
+# %% ../nbs/80_cli.ipynb #c33cdd42
 class _Commands(typer.core.TyperGroup):
     "Commands that end with a sentence when the machine has no more of what they need, wherever that shows."
 
@@ -63,6 +64,7 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
 
 
+# %% ../nbs/80_cli.ipynb #e470a658
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 

@@ -50,6 +50,7 @@ def _read_facts(layout: Layout, part: Part, i: int) -> PairFacts:
     return read_pair_facts(part.images[i], part.masks[i], len(layout.classes), layout.colours, layout.orientation)
 
 
+# %% ../nbs/10_data.ipynb #75174707
 def _scan_pairs(layout: Layout, part: Part) -> Iterator[PairFacts | ValueError]:
     "Yield the facts of every pair of `part` in order, or the error that reading it raised."
 

@@ -81,6 +81,7 @@ def _percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+# %% ../nbs/51c_diagnosis.ipynb #5c72bc7e
 def _average_fifths(records: list[dict]) -> np.ndarray:
     "Return the mean cross-entropy over each fifth of a step's log records; empty when fewer than five have one."
     values = [r["cross_entropy"] for r in records if "cross_entropy" in r]

@@ -271,7 +271,7 @@ def test_similarity_may_come_from_a_finished_run(home):
     (settings,) = expand_grid(read_grid(grid))
     run = load_run(home / "outputs/first")
     assert settings.classes == make_orders(Settings(**TINY), "similar-last", run)["similar-last"]
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="not a run folder"):
         expand_grid(read_grid(grid | dict(features="nosuch")))
 
 

@@ -292,6 +292,11 @@ class PictureChoice(T.HasTraits):
     def _size(self) -> tuple[int, int]:
         return self.pictures.samples[self.index].photo.shape[:2]
 
+    @property
+    def has_truth(self) -> bool:
+        "Whether the ground truth of the picture is known."
+        return self.pictures.samples[self.index].truth is not None
+
 
 # %% ../../nbs/61b_states.ipynb #7e5b02ea
 class PictureState(PictureChoice):
@@ -325,11 +330,6 @@ class PictureState(PictureChoice):
     def n_channels(self) -> int:
         "Channels after the step, background included."
         return self.run.protocol[self.step].n_channels
-
-    @property
-    def has_truth(self) -> bool:
-        "Whether the ground truth of the picture is known."
-        return self.pictures.samples[self.index].truth is not None
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -428,6 +428,12 @@ def _derive_shift(
 
 
 # %% ../../nbs/61b_states.ipynb #486578af
+def _compare_moments(this: Moment, other: Moment) -> np.ndarray:  # (H, W) position in `DIFFERENCES`
+    "Say where the predictions of two runs for a picture differ."
+    return classify_difference(this.prediction, other.prediction, this.seen_truth)
+
+
+# %% ../../nbs/61b_states.ipynb #eb6f0f74
 class ShiftState(PictureState):
     "What is chosen in the pseudo-label explorer, and what follows from it."
 
@@ -462,9 +468,7 @@ class ShiftState(PictureState):
     @property
     def difference(self) -> np.ndarray | None:  # (H, W) position in `DIFFERENCES`
         "Where the predictions of this run and its partner differ; None without a partner, or if it is not asked for."
-        if self.partner is None or not self.compare:
-            return None
-        return classify_difference(self.moment.prediction, self.partner.moment.prediction, self.moment.seen_truth)
+        return _compare_moments(self.moment, self.partner.moment) if self.partner and self.compare else None
 
     @property
     def curve(self) -> ThresholdCurve:

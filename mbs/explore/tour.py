@@ -44,11 +44,13 @@ def _hash_sources(tour) -> str:
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
+# %% ../../nbs/61h_tour.ipynb #d69dcb16
 def _is_edited(tour) -> bool:
     "Tell whether a tour is not what `mbs` has written."
     return tour.metadata.get("mbs") != {"written": _hash_sources(tour)}
 
 
+# %% ../../nbs/61h_tour.ipynb #32c2010b
 def _fill_tour(folders: Sequence[Path]):
     "Read the tutorial, fill in the folders of one or two runs, and remove its outputs."
     import nbformat
@@ -73,6 +75,7 @@ def choose_tour_folder(folders: Sequence[Path]) -> Path:
     return home("tours", f"{folders[0].name[:40]}-{digest}").absolute()
 
 
+# %% ../../nbs/61h_tour.ipynb #2ffa3968
 def _read_tour(path: Path):
     "Read a tour; ValueError if the file is no notebook."
     import nbformat
@@ -113,6 +116,7 @@ def write_tour(
 _KEPT_MESSAGES = ("stream", "display_data", "execute_result", "error")
 
 
+# %% ../../nbs/61h_tour.ipynb #c1b6c280
 def _execute_cell(client, cell, timeout: float) -> bool:
     "Execute a cell, store its outputs, and return whether it ended well; TimeoutError after `timeout` seconds."
     from nbformat.v4 import output_from_msg
@@ -136,6 +140,7 @@ def _raise_error(cell):
         raise ValueError(errors[-1].evalue)
 
 
+# %% ../../nbs/61h_tour.ipynb #2472ddea
 def _execute_tour(tour, client, own: Sequence[str], limit: float) -> bool:
     """Execute the cells whose source is in `own`, in `limit` seconds; return whether all of them ended well.
 
@@ -157,6 +162,7 @@ def _execute_tour(tour, client, own: Sequence[str], limit: float) -> bool:
 _VIEW = "application/vnd.jupyter.widget-view+json"
 
 
+# %% ../../nbs/61h_tour.ipynb #b0b1f118
 def _remove_views(tour) -> bool:
     "Remove the live form of outputs that also have a picture, and states of widgets; return whether there were any."
     data = [output.data for cell in tour.cells for output in cell.get("outputs", []) if "data" in output]
