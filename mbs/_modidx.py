@@ -1154,6 +1154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mbs.lifeline.make_module_command': ('lifeline.html#make_module_command', 'mbs/lifeline.py'),
                               'mbs.lifeline.make_safe_environment': ('lifeline.html#make_safe_environment', 'mbs/lifeline.py'),
                               'mbs.lifeline.record_signals': ('lifeline.html#record_signals', 'mbs/lifeline.py'),
+                              'mbs.lifeline.run_alongside': ('lifeline.html#run_alongside', 'mbs/lifeline.py'),
                               'mbs.lifeline.run_server': ('lifeline.html#run_server', 'mbs/lifeline.py'),
                               'mbs.lifeline.start_child': ('lifeline.html#start_child', 'mbs/lifeline.py'),
                               'mbs.lifeline.stop_child': ('lifeline.html#stop_child', 'mbs/lifeline.py')},

@@ -25,7 +25,7 @@ from .files import read_last_lines
 from .folders import expand_tilde, find_runs_folder, home
 from .grid import Grid, expand_grid, read_grid
 from .inspect import StepCost, measure_cost
-from .lifeline import Interrupted, interrupt_on_signals, record_signals
+from .lifeline import Interrupted, interrupt_on_signals, record_signals, run_alongside
 from .live import STATES, show_live
 from .notebooks import RunFailed, execute_notebook, lock_worker, read_failure, read_worker
 from .rehearsal import Rehearsal, probe_folder
@@ -122,20 +122,14 @@ def _read_status(folder: Path) -> Status:
 @contextmanager
 def _report_progress(folder: Path, progress: Callable[[Status], None]) -> Iterator[None]:
     "Call `progress` with the status of a run about twice a second during the block, and once when it has ended well."
-    done = threading.Event()
 
-    def watch():
+    def watch(done: threading.Event):
         while not done.wait(0.5):
             with suppress(ValueError):  # a file that is damaged now; the run itself will say so
                 progress(_read_status(folder))
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with run_alongside(watch):
         yield
-    finally:
-        done.set()
-        watcher.join()
     progress(_read_status(folder))
 
 

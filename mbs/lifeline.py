@@ -17,6 +17,7 @@ __all__ = [
     "record_signals",
     "interrupt_on_signals",
     "run_server",
+    "run_alongside",
 ]
 
 # %% ../nbs/04_lifeline.ipynb #36ab2bad
@@ -27,7 +28,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -172,6 +173,22 @@ def run_server(
             yield process
         finally:
             stop_child(process, patience)
+
+
+# %% ../nbs/04_lifeline.ipynb #dd43046c
+@contextmanager
+def run_alongside(
+    watch: Callable[[threading.Event], None],  # gets an event that is set when the block ends, and returns then
+) -> Iterator[None]:
+    "Run `watch` in a thread during the block."
+    done = threading.Event()
+    watcher = threading.Thread(target=watch, args=(done,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 # %% ../nbs/04_lifeline.ipynb #a4becf09

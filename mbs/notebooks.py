@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -48,6 +48,7 @@ from mbs.lifeline import (
     interrupt_on_signals,
     make_module_command,
     record_signals,
+    run_alongside,
 )
 from .locks import hold_lock
 
@@ -107,24 +108,16 @@ def _interrupt_kernel(kernel):
             os.kill(provisioner.pid, signal.SIGINT)
 
 
-@contextmanager
-def _forward_signals(asked: list[int], kernel, every: float = 5) -> Iterator[None]:
+def _forward_signals(asked: list[int], kernel, every: float = 5) -> AbstractContextManager:
     "Once `asked` is not empty, interrupt the kernel `every` few seconds until the block ends."
-    done = threading.Event()
 
-    def watch():
+    def watch(done: threading.Event):
         while not done.wait(0.1):
             if asked:
                 _interrupt_kernel(kernel)
                 done.wait(every)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+    return run_alongside(watch)
 
 
 # %% ../nbs/64_notebooks.ipynb #e6569786

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from mbs.batch import Batch
+from mbs.comparison import find_runs
 from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
 from mbs.notebooks import RunFailed, read_worker
@@ -182,6 +184,27 @@ def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch, put_namesakes):
     monkeypatch.setenv("MBS_HOME", str(home / "cluster"))
     monkeypatch.chdir(home / "cluster")
     assert on_two_nodes(home / "cluster") == here
+
+
+def test_two_batches_over_one_folder_train_each_run_once(home):
+    "Whoever waits says for whom; and a report reads whole runs while they are written."
+    grid, folder = write_batch(home, grid=dict(method=["finetune", "kd"])), home / "outputs/twelve"
+    drivers = [Driver("batch", grid) for _ in range(2)]
+    read = []
+    while any(driver.poll() is None for driver in drivers):
+        if list(folder.glob("*/run.json")):
+            runs, left_out = find_runs([folder])
+            assert left_out == {}
+            read.append([run.n_steps for run in runs])
+        time.sleep(0.05)
+    assert [driver.returncode for driver in drivers] == [0, 0], [driver.said() for driver in drivers]
+    assert len(read) > 3 and read[-1] == [2, 2]
+    for run in runs_in(folder):
+        lines = [(record["step"], record["iteration"]) for record in run.log()]
+        assert len(set(lines)) == len(lines), f"{run.folder.name} was trained twice"
+    assert [sum("base_from" in run.metrics(0) for run in runs_in(folder))] == [1]
+    said = "".join(driver.said() for driver in drivers)
+    assert re.search(r"waiting for process \d+ on \S+, which works on the run (finetune|kd)", said), said
 
 
 def test_an_interrupt_ends_all(home):
