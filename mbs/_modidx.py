@@ -294,6 +294,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mbs.curves.CurveWriter.update': ('curves.html#curvewriter.update', 'mbs/curves.py'),
                             'mbs.curves.Picture': ('curves.html#picture', 'mbs/curves.py'),
                             'mbs.curves.Point': ('curves.html#point', 'mbs/curves.py'),
+                            'mbs.curves._check_event_folder': ('curves.html#_check_event_folder', 'mbs/curves.py'),
                             'mbs.curves._collect_training': ('curves.html#_collect_training', 'mbs/curves.py'),
                             'mbs.curves._find_test_times': ('curves.html#_find_test_times', 'mbs/curves.py'),
                             'mbs.curves._name_run': ('curves.html#_name_run', 'mbs/curves.py'),

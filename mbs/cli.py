@@ -632,7 +632,8 @@ def _find_run_folder(run: Path) -> Path:
     "Return a run folder that is given itself or by its name under outputs/."
     from mbs.folders import home
 
-    return run if run.is_dir() else home("outputs", str(run))
+    named = home("outputs", str(run))
+    return named if named.is_dir() and not run.is_dir() else run
 
 
 # %% ../nbs/80_cli.ipynb #13546a7f

@@ -167,10 +167,14 @@ def _name_run(folder: Path, path: Path, is_one_of_many: bool) -> str:
 
 
 # %% ../nbs/72_curves.ipynb #26a8da87
-def _remove_event_files(folder: Path):
-    "Remove the event files in `folder`, and nothing else, since a user chose it; ValueError if it is a link."
+def _check_event_folder(folder: Path):
+    "Raise ValueError if the folder for event files is a link, through which others would be removed."
     if folder.is_symlink():
         raise ValueError(f"{folder} is a symbolic link: expected a folder of event files; choose another folder")
+
+
+def _remove_event_files(folder: Path):
+    "Remove the event files in `folder`, and nothing else, since a user chose it."
     for file in folder.glob("events.out.tfevents.*"):
         file.unlink()
 
@@ -191,6 +195,7 @@ class CurveWriter:
         "Write the values that are new in all runs, and return their number."
         n_values = 0
         for name, path in find_run_folders(self.paths).items():
+            _check_event_folder(self.folder / name)
             try:
                 n_values += self._update_run(name, load_run(path))
             except ValueError as e:

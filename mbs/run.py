@@ -212,12 +212,11 @@ def make_protocol(card: Card, file: Path) -> Protocol:
     order = [class_id for step in card.steps for class_id in step]
     split = card.settings.protocol.split("_")[0]
     protocol = Protocol(split, card.dataset, card.settings.protocol_setting, order)
-    is_consistent = (
-        len(card.names) == len(order) + 1 and protocol.steps == card.steps and len(card.iterations) == len(card.steps)
-    )
+    counts_every_step = len(card.iterations) == len(card.images) == len(card.steps)
+    is_consistent = len(card.names) == len(order) + 1 and protocol.steps == card.steps and counts_every_step
     if not is_consistent:
         raise ValueError(
-            f"{file} contradicts itself in names, steps, iterations or protocol: "
+            f"{file} contradicts itself in names, steps, images, iterations or protocol: "
             "expected the file as the run wrote it; restore it or train the run again"
         )
     return protocol

@@ -59,7 +59,7 @@ from mbs.archives import read_archive
 from mbs.cache import cache_pictures
 from mbs.checkpoint import StepCheckpoints
 from mbs.data import SegmentationFolder
-from mbs.explore.explorers import write_tour
+from mbs.explore.tour import write_tour
 from mbs.files import make_printable, write_arrays
 from mbs.folders import find_runs_folder
 from mbs.grid import expand_grid, read_grid
@@ -396,7 +396,7 @@ def make_run(place: Path):
     (place / "slurm/7_outcome.json").write_text(json.dumps(dict(ended=True, reason=None, is_stopped=False, n_idle=1)))
     (place / ".worker").write_text(json.dumps(dict(host="here", pid=1, since=1.5)))
     (place / "tours").mkdir()
-    write_tour(load_run(place), folder=place / "tours")
+    write_tour([place], folder=place / "tours")
     (place / "exemplars.json").write_text(json.dumps(dict(positions=[0, 3, 5], steps=[0, 0, 1])))
 
 
@@ -445,7 +445,7 @@ def check_progress(place: Path, found):
 
 
 def read_tour(place: Path):
-    return write_tour(load_run(place), folder=place / "tours")
+    return write_tour([place], folder=place / "tours")
 
 
 def check_tour(place: Path, path: Path):

@@ -128,7 +128,7 @@ def test_no_room_for_semaphores_is_no_fault_of_the_run_folder():
     "Dataloader workers ask for semaphores in /dev/shm; the error of the operating system has no file name."
     place = dict(__name__="multiprocessing.synchronize")
     exec(FULL, place)  # a function of that module, as far as its errors tell
-    with pytest.raises(ValueError, match=r"^/dev/shm has no room .* rerun the same command"), explain_worker_errors():
+    with pytest.raises(ValueError, match=r"^/dev/shm has no room .* rerun the command"), explain_worker_errors():
         place["refuse"]()
     place["__name__"] = "mbs.files"
     with pytest.raises(OSError, match="No space left"), explain_worker_errors():

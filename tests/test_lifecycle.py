@@ -208,4 +208,4 @@ def test_a_teacher_without_a_bound_gets_a_whole_sentence(home, monkeypatch, part
     monkeypatch.setattr(type(run), "metrics", lambda self, step=-1: dict(pseudo_labels=dict(recall=0.0)))
     (finding,) = _find_unsure_teacher(run, 1)
     lower = "lower parts.threshold (now 0.7) or " if parts["pseudo_labels"] is True else ""
-    assert finding.text == f"the teacher relabels 0.0% of the hidden old pixels; {lower}train the step before longer"
+    assert finding.text == f"the teacher relabels 0.0 % of the hidden old pixels; {lower}train the step before longer"

@@ -85,7 +85,7 @@ def test_the_command_prints_the_recipe_before_it_runs(mine):
     words = [f"data={mine}", "protocol=3-1", "training.iterations=2", "training.batch=4", "samples=0"]
     found = CliRunner().invoke(app, ["run", *words, "decoder.depth=1", "name=short"])
     assert found.exit_code == 0, found.output
-    assert found.output.index("Recipe own: crops of 64 pixels, batches of 4, iterations 2, 2") == 0
+    assert found.output.splitlines()[1].startswith("Recipe own: crops of 64 pixels, batches of 4, iterations 2, 2")
     assert "! step 1: the teacher relabels" in found.output
 
 

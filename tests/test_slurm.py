@@ -137,7 +137,7 @@ def test_four_runs_outlive_the_command_that_submitted_them(disturbed, home):
     make_batch(home, "four", grid=dict(method=["finetune", "kd"], seed=[0, 1]))
     words = ["batch", str(home / "four.yaml"), "--executor", "slurm", "--time", "10", "--sbatch", "nice=1"]
     said = CliRunner().invoke(app, [*words, "--detach"])
-    assert said.exit_code == 0 and said.output.startswith("4 jobs are in Slurm's queue: "), said.output
+    assert said.exit_code == 0 and "\n4 jobs are in Slurm's queue: " in said.output, said.output
     jobs = said.output.splitlines()[0].rpartition(": ")[2].split(", ")
     assert "TimeLimit=00:10:00" in ask("scontrol", "show", "job", jobs[0])
     again = CliRunner().invoke(app, [*words, "--detach"])
@@ -157,7 +157,7 @@ def test_a_cancelled_run_saves_and_resumes(cluster, home, monkeypatch):
     batch = make_batch(home, "cancel", "slow", iterations=60)
     folder = batch.jobs[0].folder
     monkeypatch.setattr("mbs.slurm._ask_to_go_on", lambda n_jobs: False)
-    with pytest.raises(Interrupted, match="its runs have saved; rerun the command to resume"):
+    with pytest.raises(Interrupted, match="checkpoints of the running runs saved; rerun the command to resume"):
         run_until_interrupted(batch, lambda: count_records(folder) >= 2)
     assert isinstance(batch.jobs[0].future.result(), Stopped)
     (state,) = (folder / "resume").glob("*.safetensors")
