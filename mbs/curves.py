@@ -39,6 +39,7 @@ from .viz import overlay, show_measures
 _SCORES = ("all", "old", "new", "all_fg")
 
 
+# %% ../nbs/72_curves.ipynb #1d4c0a19
 class Point(NamedTuple):
     "A point of a curve, in the order of the arguments of `add_scalar`."
 
@@ -48,6 +49,7 @@ class Point(NamedTuple):
     time: float | None  # seconds since 1970; None: not known
 
 
+# %% ../nbs/72_curves.ipynb #83f7ae87
 def _collect_training(run: Run) -> Iterator[Point]:
     "Yield loss terms, learning rate and pictures a second of each record of the log."
     starts = np.cumsum([0, *run.iterations]).tolist()

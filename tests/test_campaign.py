@@ -430,11 +430,11 @@ def check_run(place: Path, found):
 def read_progress(place: Path):
     "Read what the table of a batch reads while a run writes, and what is asked about a stopped one."
     status = mbs.batch._read_status(place)
-    job = SimpleNamespace(name="a", state="running", iterations=[9], speed=mbs.batch._Speed(), reason="")
+    job = SimpleNamespace(name="a", state="running", iterations=[9], reason="")
     job.status, job.earlier_error = status, mbs.notebooks.read_failure(place / "train.ipynb")
     printed = mbs.notebooks._read_printed(place / "train.ipynb")
     outcome = mbs.slurm.Outcome.read(place, "7")
-    return mbs.batch._make_table_row(job), mbs.notebooks.read_worker(place), printed, outcome
+    return mbs.batch._make_table_row(job, job), mbs.notebooks.read_worker(place), printed, outcome
 
 
 def check_progress(place: Path, found):
