@@ -138,10 +138,10 @@ def test_four_runs_outlive_the_command_that_submitted_them(disturbed, home):
     words = ["batch", str(home / "four.yaml"), "--executor", "slurm", "--time", "10", "--sbatch", "nice=1"]
     said = CliRunner().invoke(app, [*words, "--detach"])
     assert said.exit_code == 0 and "\n4 jobs are in Slurm's queue: " in said.output, said.output
-    jobs = said.output.splitlines()[0].rpartition(": ")[2].split(", ")
+    jobs = said.output.splitlines()[1].rpartition(": ")[2].split(", ")
     assert "TimeLimit=00:10:00" in ask("scontrol", "show", "job", jobs[0])
     again = CliRunner().invoke(app, [*words, "--detach"])
-    assert again.output.splitlines()[0] == said.output.splitlines()[0], "it submitted jobs that are in the queue"
+    assert again.output.splitlines()[1] == said.output.splitlines()[1], "it submitted jobs that are in the queue"
     batch = Batch(home / "four.yaml")
     states = []
     runs = batch.run(OnSlurm(every=0.3), show=lambda table: states.append({row[1] for row in table.rows}), every=0.2)
@@ -165,7 +165,7 @@ def test_a_cancelled_run_saves_and_resumes(cluster, home, monkeypatch):
     assert not ask("squeue", "-h", "-n", "cancel/finetune")
     monkeypatch.setattr("mbs.slurm._ask_to_go_on", lambda n_jobs: True)
     batch = Batch(home / "cancel.yaml")
-    with pytest.raises(Interrupted, match="its jobs go on; rerun the same command"):
+    with pytest.raises(Interrupted, match="the jobs of the batch continue; rerun the command to watch or to stop them"):
         run_until_interrupted(batch, lambda: count_records(folder) >= 4)
     job = json.loads((folder / "slurm/job.json").read_text())["job"]
     assert ask("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING"
