@@ -845,6 +845,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mbs.explore.tour._make_link': ('tour.html#_make_link', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._make_server_arguments': ('tour.html#_make_server_arguments', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._open_browser': ('tour.html#_open_browser', 'mbs/explore/tour.py'),
+                                  'mbs.explore.tour._open_notary': ('tour.html#_open_notary', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._open_privately': ('tour.html#_open_privately', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._prepare_tour': ('tour.html#_prepare_tour', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._raise_error': ('tour.html#_raise_error', 'mbs/explore/tour.py'),

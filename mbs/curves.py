@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from .lifeline import run_server
 from .recipe import learning_rate
-from .run import Run, load_run
+from .run import Lap, Run, load_run
 from .tables import Table
 from .viz import overlay, show_measures
 
@@ -50,33 +50,36 @@ class Point(NamedTuple):
 
 
 # %% ../nbs/72_curves.ipynb #83f7ae87
-def _collect_training(run: Run) -> Iterator[Point]:
+def _collect_training(run: Run, laps: Sequence[Lap]) -> Iterator[Point]:
     "Yield loss terms, learning rate and pictures a second of each record of the log."
     starts = np.cumsum([0, *run.iterations]).tolist()
     recipe = run.card.recipe
-    laps = {(lap.step, lap.iteration): lap for lap in run.laps() if lap.iterations}  # of attempts: the last
+    by_place = {(lap.step, lap.iteration): lap for lap in laps if lap.iterations}  # of attempts: the last
     for record in run.log():
         t, iteration = record["step"], record["iteration"]
-        lap = laps.get((t, iteration))
+        lap = by_place.get((t, iteration))
         at, when = starts[t] + iteration, lap and lap.time
         for name in record.keys() - {"step", "iteration", "iterations"}:
             yield Point(f"loss/{name}", record[name], at, when)
         rate = learning_rate(recipe, t, iteration - 1, run.iterations[t])
         yield Point("training/learning_rate", rate, at, when)
-        if lap and lap.seconds:
+        if lap and lap.seconds and run.card.images:
             batch = recipe.batch if run.card.memory.size else min(recipe.batch, run.card.images[t])
             yield Point("training/pictures_per_second", batch * lap.iterations / lap.seconds, at, when)
 
 
 # %% ../nbs/72_curves.ipynb #43885f17
-def _find_test_times(run: Run) -> dict[int, float]:
+def _find_test_times(laps: Sequence[Lap]) -> dict[int, float]:
     "Return when each step was complete, as far as that is known."
-    return {lap.step: lap.time for lap in run.laps() if not lap.iterations}
+    return {lap.step: lap.time for lap in laps if not lap.iterations}
 
 
 def collect_scalars(run: Run) -> list[Point]:
     "Collect every point to draw, as far as `run` is; scores that are NaN are left out."
-    points, times, end = list(_collect_training(run)), _find_test_times(run), 0
+    laps = run.laps()
+    points = list(_collect_training(run, laps))
+    times = _find_test_times(laps)
+    end = 0
     for t in range(run.n_steps):
         metrics = run.metrics(t)
         end += run.iterations[t]
@@ -92,7 +95,7 @@ _RATES = {"training/learning_rate": "learning rate", "training/pictures_per_seco
 def draw_rates(run: Run) -> Figure:
     "Draw the learning rate and, where it is known, the number of pictures a second over the iterations of `run`."
     panels = {}
-    for point in _collect_training(run):
+    for point in _collect_training(run, run.laps()):
         if title := _RATES.get(point.name):
             panels.setdefault(title, []).append((point.iteration, point.value))
     return show_measures(panels, np.cumsum(run.iterations).tolist())
@@ -101,7 +104,7 @@ def draw_rates(run: Run) -> Figure:
 # %% ../nbs/72_curves.ipynb #22122f4c
 def make_cost_table(run: Run) -> Table:
     "Make the table of what each complete step has cost: pictures, iterations, time, speed, memory."
-    speeds = [point for point in _collect_training(run) if point.name == "training/pictures_per_second"]
+    speeds = [point for point in _collect_training(run, run.laps()) if point.name == "training/pictures_per_second"]
     rows, end = [], 0
     for t in range(run.n_steps):
         metrics, start = run.metrics(t), end
@@ -134,9 +137,10 @@ class Picture(NamedTuple):
 
 def collect_pictures(run: Run, first: int = 0) -> list[Picture]:
     "Collect the sample pictures after each complete step from `first` on."
-    times, pictures = _find_test_times(run), []
-    samples = run.samples()[:_MOST_SAMPLES] if first < run.n_steps else []
-    for k, (photo, truth, predictions) in enumerate(samples):
+    if first >= run.n_steps:
+        return []
+    times, pictures = _find_test_times(run.laps()), []
+    for k, (photo, truth, predictions) in enumerate(run.samples()[:_MOST_SAMPLES]):
         every = -(-max(photo.shape) // _MOST_SIDE)
         photo, truth = photo[::every, ::every], truth[::every, ::every]
         for t in range(first, run.n_steps):

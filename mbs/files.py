@@ -186,7 +186,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def is_file(path: Path | os.DirEntry) -> bool:
-    "Whether there is a file or a link to one; False for names that no file can have, and for links in a circle."
+    "Tell whether there is a file or a link to one; False for names that no file can have, and for links in a circle."
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -217,7 +217,7 @@ def read_last_lines(path: Path, size: int) -> list[str]:
     "Read the complete lines in the last `size` bytes of a file that may be growing; none if it cannot be read."
     try:
         check_regular(path)
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             start = max(0, os.fstat(file.fileno()).st_size - size)
             file.seek(start)
             lines = file.read(size).decode(errors="replace").split("\n")[:-1]

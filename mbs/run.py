@@ -113,7 +113,7 @@ class Card(_Open):
     names: list[str]  # of the channels
     steps: list[list[int]]  # class ids that arrive in each step
     dataset: str | int  # "voc", "ade" or the number of classes
-    images: list[int] = []  # training images of each step
+    images: list[int] = []  # training images of each step; empty in cards of early versions
     iterations: list[_Count]  # of each step
     weights: Receipt
     normalisation: _Statistics
@@ -212,7 +212,8 @@ def make_protocol(card: Card, file: Path) -> Protocol:
     order = [class_id for step in card.steps for class_id in step]
     split = card.settings.protocol.split("_")[0]
     protocol = Protocol(split, card.dataset, card.settings.protocol_setting, order)
-    counts_every_step = len(card.iterations) == len(card.images) == len(card.steps)
+    n_steps = len(card.steps)
+    counts_every_step = len(card.iterations) == n_steps and len(card.images) in (0, n_steps)  # 0: an early card
     is_consistent = len(card.names) == len(order) + 1 and protocol.steps == card.steps and counts_every_step
     if not is_consistent:
         raise ValueError(

@@ -1,12 +1,15 @@
 "The runs that come with the package: small, readable, and with the scores of their receipt."
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mbs import trained_run
+from mbs import load_run, trained_run
+from mbs.curves import collect_scalars, make_cost_table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "nbs/trained"
@@ -64,3 +67,21 @@ def test_float16_models_predict_as_the_trained_ones():
             assert (run.predict(photo, step) == stored).mean() > 0.99
     with pytest.raises(ValueError, match="cannot be read"):
         trained_run("kd").model()
+
+
+@pytest.mark.parametrize("n_counts", [0, 3])
+def test_a_card_counts_the_pictures_of_every_step_or_of_none(tmp_path, n_counts):
+    "Cards of early versions have no counts; some of them missing is damage."
+    shutil.copytree(trained_run("mbs").folder, tmp_path / "run")
+    file = tmp_path / "run/run.json"
+    card = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(card | dict(images=card["images"][:n_counts])), encoding="utf-8")
+    if n_counts:
+        with pytest.raises(ValueError, match="contradicts itself in names, steps, images, iterations or protocol"):
+            load_run(tmp_path / "run")
+        return
+    lap = dict(step=1, iteration=10, iterations=10, seconds=2.0, time=1e9)
+    (tmp_path / "run/laps.jsonl").write_text(json.dumps(lap) + "\n", encoding="utf-8")
+    run = load_run(tmp_path / "run")
+    assert {point.name for point in collect_scalars(run)} >= {"loss/loss", "training/learning_rate", "mIoU/all"}
+    assert make_cost_table(run).rows

@@ -173,24 +173,29 @@ def _remove_views(tour) -> bool:
 
 
 # %% ../../nbs/61h_tour.ipynb #966e3062
-def _is_trusted(tour) -> bool:
-    "Tell whether a notebook is signed on this machine."
+@contextmanager
+def _open_notary() -> Iterator:
+    "Yield what signs notebooks on this machine; close its store when the block ends."
     from nbformat.sign import NotebookNotary
 
     notary = NotebookNotary()
     with closing(notary.store):
+        yield notary
+
+
+def _is_trusted(tour) -> bool:
+    "Tell whether a notebook is signed on this machine."
+    with _open_notary() as notary:
         return notary.check_signature(tour)
 
 
 def _save_tour(path: Path, tour, is_trusted: bool):
     "Write a tour, and sign it if it `is_trusted`."
     import nbformat
-    from nbformat.sign import NotebookNotary
 
     write_text(path, nbformat.writes(tour))
     if is_trusted:
-        notary = NotebookNotary()
-        with closing(notary.store):
+        with _open_notary() as notary:
             notary.sign(tour)
 
 
@@ -312,7 +317,7 @@ def _wait_for_kernel(client, limit: float = 120):
 
 @contextmanager
 def _start_kernel(notebook: Path, link: str) -> Iterator:
-    "Start a kernel for a notebook in the server of `link`, and yield a client of it; the kernel goes on running."
+    "Start a kernel for a notebook in the server of `link`, and yield a client of it; the kernel stays alive."
     from jupyter_client import BlockingKernelClient, find_connection_file
     from jupyter_core.paths import jupyter_runtime_dir
 
