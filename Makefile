@@ -83,7 +83,7 @@ audit: ## look up known vulnerabilities of the locked versions (asks the advisor
 	@$(PYTHON) -m venv .oldest
 	@sed -nE 's/^ +([a-z0-9-]+)(\[[a-z]+\])?>=([0-9.]+).*/\1==\3/p' settings.ini > .oldest/constraints.txt
 	@echo "Installing the oldest releases that mbs supports into .oldest (several minutes the first time)"
-	@.oldest/bin/python -m pip install -q --disable-pip-version-check -c .oldest/constraints.txt -e '.[pretrained]' pytest hypothesis scikit-learn
+	@.oldest/bin/python -m pip install -q --disable-pip-version-check -c .oldest/constraints.txt -e '.[pretrained]' pytest pytest-timeout hypothesis scikit-learn
 	@touch $@
 
 oldest: .oldest/made ## test all computations with the oldest supported releases

@@ -31,6 +31,25 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: rank.get(item.module.__name__, len(LONG)))
 
 
+class Herald:
+    "Prints each failure when it happens, not only at the end of a long suite."
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"FAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)", red=True)
+            self.terminal.write_line(report.longreprtext[-2000:])
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that prints
+        config.pluginmanager.register(Herald(config.pluginmanager.get_plugin("terminalreporter")))
+
+
 @pytest.fixture(scope="session")
 def put_namesakes():
     "A function that puts files called like libraries into a folder; each ends the process that takes it for one."
