@@ -1,4 +1,4 @@
-"Batches: the same twelve runs on this machine and on a Ray cluster with processes dying; plans, names, refusals."
+"Batches: the same six runs on this machine and on a Ray cluster with processes dying; plans, names, refusals."
 
 import json
 import os
@@ -32,6 +32,7 @@ TINY = dict(
 )
 COMMAND = Path(sys.executable).with_name("mbs")
 TWELVE = dict(method=["finetune", "kd", "mbs"], setting=["overlapped", "disjoint"], seed=[0, 1])
+SIX = TWELVE | dict(setting=["overlapped"])
 TRAIN = """
 from pathlib import Path
 from mbs.experiment import Experiment
@@ -61,10 +62,10 @@ def write_batch(home, **grid) -> Path:
         nbformat.v4.new_code_cell(TRAIN),
     ]
     nbformat.write(train, home / "plain.ipynb")
-    (home / "twelve.yaml").write_text(
+    (home / "toy.yaml").write_text(
         yaml.safe_dump(dict(notebook=str(home / "plain.ipynb"), parameters=TINY, grid=TWELVE) | grid, sort_keys=False)
     )
-    return home / "twelve.yaml"
+    return home / "toy.yaml"
 
 
 class Driver(subprocess.Popen):
@@ -118,32 +119,32 @@ def result(folder: Path) -> dict:
 
 def on_this_machine(home) -> dict:
     "Kill a worker, then the driver: nothing is left running, and the next call completes the rest, repeating nothing."
-    grid, folder = write_batch(home), home / "outputs" / "twelve"
+    grid, folder = write_batch(home, grid=SIX), home / "outputs" / "toy"
     (home / "trouble").touch()
     driver = Driver("batch", grid, "--workers", 2)
     victim, pid = driver.until(lambda: at_work(folder))
     os.kill(pid, signal.SIGKILL)
     driver.until(lambda: f"{victim.name}: failed" in driver.said())
-    driver.until(lambda: finished(folder, 3) and "there is trouble; its notebook" in driver.said())
+    driver.until(lambda: finished(folder, 2) and "there is trouble; its notebook" in driver.said())
     others = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
-    driver.wait()
+    driver.wait(60)
     assert not psutil.wait_procs(others, 30)[1], "processes outlive their driver"
     assert (
         "its process was ended by signal 9" in driver.said()
-        and f"twelve/{finished(folder, 1)[0].folder.name}: step 1" in driver.said()
+        and f"toy/{finished(folder, 1)[0].folder.name}: step 1" in driver.said()
     )
     before, plan = stamps(folder), {row[0]: row for row in Batch(grid).plan(measure=False).rows}
     assert {row[1] for row in plan.values()} == {"done", "unfinished", "new"} and sum(
         row[1] == "done" for row in plan.values()
-    ) == len(finished(folder, 3)) >= 3
+    ) == len(finished(folder, 2)) >= 2
     assert any("RuntimeError: there is trouble" in row[6] for name, row in plan.items() if name.startswith("kd-"))
     (home / "trouble").unlink()
     again = Driver("batch", grid, "--workers", 2)
-    assert again.wait(600) == 0 and "12 done" in again.said(), again.said()
+    assert again.wait(600) == 0 and "6 done" in again.said(), again.said()
     assert before.items() <= stamps(folder).items()
     trained = [run for run in runs_in(folder) if "base_from" not in run.metrics(0)]
-    assert len(trained) == len({run.card.base for run in runs_in(folder)}) == 4, (
+    assert len(trained) == len({run.card.base for run in runs_in(folder)}) == 2, (
         "a base step was trained more than once"
     )
     return result(folder)
@@ -153,18 +154,18 @@ def on_two_nodes(home) -> dict:
     "Kill a Ray worker, then a node: Ray starts their runs again, and they end like those of this machine."
     from ray.cluster_utils import Cluster
 
-    grid, folder = write_batch(home), home / "outputs" / "twelve"
+    grid, folder = write_batch(home, grid=SIX), home / "outputs" / "toy"
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     try:
         node = cluster.add_node(num_cpus=1)
         driver = Driver("batch", grid, "--executor", "ray", "--address", cluster.address)
         _, pid = driver.until(lambda: at_work(folder))
         psutil.Process(pid).parent().kill()
-        driver.until(lambda: finished(folder, 3))
+        driver.until(lambda: finished(folder, 2))
         before = stamps(folder)
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
-        assert driver.wait(600) == 0 and "12 done" in driver.said(), driver.said()
+        assert driver.wait(600) == 0 and "6 done" in driver.said(), driver.said()
         assert "on_node" in driver.said() and "step 1" in driver.said()  # the output of the runs came back
         assert before.items() <= stamps(folder).items()
     finally:
@@ -172,13 +173,13 @@ def on_two_nodes(home) -> dict:
     return result(folder)
 
 
-def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch, put_namesakes):
+def test_six_runs_here_and_on_two_nodes(home, monkeypatch, put_namesakes):
     "Both executors end alike, although processes and machines die and the current folder holds files of bad names."
     pytest.importorskip("ray")
     put_namesakes(home)
     here = on_this_machine(home)
-    assert len(here) == 12 and all(len(steps) == 2 for _, steps in here.values())
-    assert len({json.dumps(log) for log, _ in here.values()}) > 6  # they are different runs
+    assert len(here) == 6 and all(len(steps) == 2 for _, steps in here.values())
+    assert len({json.dumps(log) for log, _ in here.values()}) > 3  # they are different runs
     (home / "cluster").mkdir()
     put_namesakes(home / "cluster")
     monkeypatch.setenv("MBS_HOME", str(home / "cluster"))
@@ -188,10 +189,12 @@ def test_twelve_runs_here_and_on_two_nodes(home, monkeypatch, put_namesakes):
 
 def test_two_batches_over_one_folder_train_each_run_once(home):
     "Whoever waits says for whom; and a report reads whole runs while they are written."
-    grid, folder = write_batch(home, grid=dict(method=["finetune", "kd"])), home / "outputs/twelve"
+    grid, folder = write_batch(home, grid=dict(method=["finetune", "kd"])), home / "outputs/toy"
     drivers = [Driver("batch", grid) for _ in range(2)]
     read = []
+    deadline = time.monotonic() + 300
     while any(driver.poll() is None for driver in drivers):
+        assert time.monotonic() < deadline, [driver.said() for driver in drivers]
         if list(folder.glob("*/run.json")):
             runs, left_out = find_runs([folder])
             assert left_out == {}
@@ -216,7 +219,7 @@ def test_an_interrupt_ends_all(home):
     )
     driver = Driver("batch", grid)
     run = driver.until(
-        lambda: next((r for r in runs_in(home / "outputs/twelve") if r.n_steps == 1 and len(r.log()) > 5), None)
+        lambda: next((r for r in runs_in(home / "outputs/toy") if r.n_steps == 1 and len(r.log()) > 5), None)
     )
     others = psutil.Process(driver.pid).children(recursive=True)
     assert len(others) >= 5  # the run, its kernel, the launcher and two that train

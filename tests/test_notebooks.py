@@ -13,9 +13,9 @@ from statistics import median
 
 import nbformat
 import pytest
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
+from warm_kernels import make_manager
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def list_pictures(path):
 
 
 def execute(path, home):
-    "Run a notebook in its folder with a new kernel and return it; CellExecutionError when a cell fails."
+    "Run a notebook in its folder with a kernel of its own and return it; CellExecutionError when a cell fails."
     book = nbformat.read(path, 4)
     environment = os.environ | dict(
         MBS_HOME=str(home),
@@ -71,7 +71,7 @@ def execute(path, home):
         PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     )
     with tempfile.TemporaryDirectory(prefix="mbs-") as sockets:
-        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
+        kernel = make_manager(sockets)
         NotebookClient(book, km=kernel, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute(
             env=environment, cleanup_kc=True
         )

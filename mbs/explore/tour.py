@@ -261,6 +261,7 @@ def _make_server_arguments(port: int, options: ServerOptions, as_app: bool) -> l
     settings = {f"{app}.ip": options.ip, f"{app}.port": port, f"{app}.port_retries": 0}
     if as_app:
         settings["Voila.auto_token"] = True  # its default is no token
+        settings["VoilaConfiguration.preheat_kernel"] = True  # the page is computed before the first visitor comes
     else:
         settings |= {"ServerApp.log_level": "WARN", "LabApp.log_level": "WARN", "LabApp.news_url": "None"}
     words = [f"--{name}={value}" for name, value in (settings | options.settings).items()]
