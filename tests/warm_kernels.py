@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import psutil
@@ -16,10 +17,8 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 
 def serve_forks():
     "Fork a kernel for every line of standard input: its words, environment and folder; print its process."
-    import matplotlib.figure
-    import timm
-    import torch
-    import torchvision
+    for name in ("matplotlib.figure", "timm", "torch", "torchvision"):
+        import_module(name)
     from ipykernel.kernelapp import IPKernelApp
 
     sys.path.remove(os.path.dirname(__file__))
