@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: rank.get(item.module.__name__, len(LONG)))
 
 
+def pytest_collection_finish(session):
+    "Refuse releases that forget the groups: all processes would build the same site and start the same cluster."
+    alone = [item for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
+    if alone and session.config.getoption("loadgroup", False):
+        raise pytest.UsageError(f"pytest-xdist did not group {alone[0].nodeid}: expected releases that fit pytest")
+
+
 class Herald:
     "Prints each failure when it happens, not only at the end of a long suite."
 
