@@ -63,6 +63,7 @@ def find_licence(name):
         return READ[name]
     facts = metadata(name)
     classifiers = [c.split(" :: ")[-1] for c in facts.get_all("Classifier") or [] if c.startswith("License")]
+    classifiers = [c for c in classifiers if c != "DFSG approved"]  # names no licence
     stated = facts["License-Expression"] or "; ".join(classifiers) or (facts["License"] or "").strip().splitlines()[0]
     return SPDX.get(stated, stated)
 
