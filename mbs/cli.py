@@ -59,6 +59,11 @@ _PATH_OPTION = _PATH | dict(metavar="PATH")
 class _Commands(typer.core.TyperGroup):
     "Commands that end with a sentence when the machine has no more of what they need, wherever that shows."
 
+    def main(self, *arguments, **options):
+        _open_closed_streams()
+        _outlive_readers()
+        return super().main(*arguments, **options)
+
     def invoke(self, ctx: typer.Context):
         with explain_errors():
             return super().invoke(ctx)
@@ -164,8 +169,6 @@ def main(
     "Class-incremental semantic segmentation: train, inspect and compare."
     from mbs.notebooks import replace_unprintable
 
-    _open_closed_streams()
-    _outlive_readers()
     replace_unprintable()
     _home_words[:] = [] if home is None else ["--home", str(home)]
     if home is not None:

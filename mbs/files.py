@@ -306,6 +306,11 @@ def _explain_cause(error: BaseException) -> str:
         )
     if says(errno.ENOMEM) or "failed to map segment" in text:  # the second: of a library, whose number is lost
         return f"there is no memory left: expected more, or a smaller batch, crop or picture{describe_memory_limit()}"
+    if "No usable temporary directory" in text:
+        return (
+            "no folder for temporary files can be written: expected room and write permission; "
+            "set TMPDIR to another folder"
+        )
     if "can't start new thread" in text or (code == errno.EAGAIN and find_raising_module(error).startswith(_STARTING)):
         return "no further process or thread can be started: expected fewer of them, or a larger limit (ulimit -u)"
     return ""
