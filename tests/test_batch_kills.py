@@ -102,27 +102,41 @@ def find_victim(what: str, driver: Driver, folder: Path) -> psutil.Process | Non
     return None
 
 
-def draw_pause(typical: float) -> float:
-    "Return the seconds until the next kill: half of them before a run can have started to train, half of them later."
-    return random.choice((random.uniform(0, typical / 2), random.uniform(typical / 2, 1.5 * typical)))
+def is_within_step(folder: Path) -> bool:
+    "Whether a run has saved the state of a step that it is training."
+    return any(folder.glob("*/resume/*.safetensors"))
+
+
+class Moment:
+    "A random moment: half of them some time after the last kill, half of them soon after a run has saved a state."
+
+    def __init__(self, typical: float):  # seconds of a call
+        self.needs_state = random.random() < 0.5
+        self.pause = random.uniform(0, 2 if self.needs_state else typical)
+        self.due = None
+
+    def has_come(self, folder: Path) -> bool:
+        if self.due is None and (not self.needs_state or is_within_step(folder)):
+            self.due = time.monotonic() + self.pause
+        return self.due is not None and time.monotonic() > self.due
 
 
 def watch(driver: Driver, folder: Path, n_kills: int, typical: float) -> int:
     "Kill up to `n_kills` processes of one call at random moments; return how many, once the driver has ended."
-    killed, due = 0, time.monotonic() + draw_pause(typical)
-    what = random.choice(VICTIMS)
+    killed, moment, what = 0, Moment(typical), random.choice(VICTIMS)
     deadline = time.monotonic() + 600
     while driver.poll() is None:
         assert time.monotonic() < deadline, driver.said()
-        if killed < n_kills and time.monotonic() > due and (victim := find_victim(what, driver, folder)):
+        if killed < n_kills and moment.has_come(folder) and (victim := find_victim(what, driver, folder)):
+            within = is_within_step(folder)
             try:
                 victim.send_signal(signal.SIGKILL)
             except psutil.NoSuchProcess:
                 continue
             killed += 1
-            kept(f"kills of a batch survived: {what}", 1)
-            due = time.monotonic() + draw_pause(typical / 2)
-            what = random.choice(VICTIMS)
+            kept(f"kills of a batch survived: {what}{', with a step half trained' * within}", 1)
+            print(what, "within a step" * within, flush=True)
+            moment, what = Moment(typical / 2), random.choice(VICTIMS)
         time.sleep(0.02)
     return killed
 
@@ -162,7 +176,7 @@ def read_end(folder: Path) -> tuple:
 
 def finish(home: Path, options: list[str], n_kills: int, typical: float) -> tuple[int, float]:
     "Give one command again and again until it succeeds, killed `n_kills` times; return kills, and seconds of a call."
-    folder, killed = home / "outputs/twelve", 0
+    folder, killed, before = home / "outputs/twelve", 0, 0
     for _ in range(3 * n_kills + 3):
         began = time.monotonic()
         driver = Driver("batch", home / "twelve.yaml", *options)
@@ -170,8 +184,9 @@ def finish(home: Path, options: list[str], n_kills: int, typical: float) -> tupl
         killed += now
         if driver.returncode == 0:
             return killed, typical if now else time.monotonic() - began
-        assert now, f"nobody was killed, and the batch failed: {driver.said()}"
+        assert now or before, f"nobody was killed, and the batch failed: {driver.said()}"
         assert "Traceback" not in driver.said(), driver.said()
+        before = now
     raise AssertionError(f"the batch is not finished after {killed} kills: {driver.said()}")
 
 
