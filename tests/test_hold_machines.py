@@ -309,6 +309,8 @@ def test_a_local_ray_listens_on_the_loopback_only():
         heard = {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
         assert heard and heard <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
         assert not any(words[1] in " ".join(member.cmdline()) for member in family)
+        asked = [member.environ() for member in family if "gcs_server" in member.name() or "raylet" in member.name()]
+        assert len(asked) > 1 and all(names["RAY_AUTH_MODE"] == "token" for names in asked)
         process.communicate("\n", timeout=60)
         assert not psutil.wait_procs(family, 30)[1]
     finally:
