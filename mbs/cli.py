@@ -148,6 +148,7 @@ def _outlive_readers():
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
 
+# %% ../nbs/80_cli.ipynb #e0dddb21
 def _print_version(wanted: bool):
     if wanted:
         import mbs
@@ -296,6 +297,7 @@ def _print_findings(run):
         typer.echo(f"! {make_printable(finding)}")
 
 
+# %% ../nbs/80_cli.ipynb #054356ce
 def _count_findings(runs: list):
     "Print one line for each run that suffers from something."
     from collections import Counter
@@ -331,6 +333,7 @@ def _write_command(command: str, *paths: Path) -> str:
     return shlex.join([*_name_program(), *_home_words, command, *map(_show_path, paths)])
 
 
+# %% ../nbs/80_cli.ipynb #a9cb5f2d
 def _print_next(*commands: str):
     "Print the commands that come next, each on a line of its own."
     typer.echo("\n".join(["Next:", *(f"  {command}" for command in commands)]))

@@ -76,6 +76,7 @@ _PASSES = {
 }  # kind of interlacing → first column and row of each pass, and steps to the next
 
 
+# %% ../nbs/07_pictures.ipynb #a23cc6b7
 def _count_row_bytes(header: bytes) -> int:
     "Return how many bytes the rows of a PNG have before compression, from the content of its first chunk."
     width, height, depth, colour, _, _, interlacing = struct.unpack(">2I5B", header)
@@ -163,6 +164,7 @@ def _explain_photo(path: Path) -> Iterator[None]:
         raise ValueError(f"image {path} cannot be read ({e}): expected a JPEG or PNG picture") from None
 
 
+# %% ../nbs/07_pictures.ipynb #75e9c4fc
 def read_image(
     path: Path,
     shown: bool = False,  # turn the pixels as EXIF says; False: as stored
@@ -209,11 +211,13 @@ class PhotoFacts(NamedTuple):
         return self.size[::-1] if self.orientation > 4 else self.size
 
 
+# %% ../nbs/07_pictures.ipynb #69ecd352
 def hash_content(content: bytes) -> str:
     "Return 32 hex digits of the SHA-256 of `content`."
     return hashlib.sha256(content).hexdigest()[:32]
 
 
+# %% ../nbs/07_pictures.ipynb #26918eb3
 def read_photo_facts(path: Path) -> PhotoFacts:
     "Read a photo and decode it to the end; ValueError as from `read_image`."
     with _explain_photo(path):
@@ -228,6 +232,7 @@ def read_photo_facts(path: Path) -> PhotoFacts:
         return PhotoFacts((height, width), orientation, hash_content(content))
 
 
+# %% ../nbs/07_pictures.ipynb #c5082f72
 def read_image_size(path: Path) -> tuple[int, int]:
     "Return (H, W) of a photo as stored after decoding it to the end; ValueError as from `read_image`."
     return read_photo_facts(path).size
