@@ -62,7 +62,7 @@ def compare(measure, checkouts: dict[str, Path], rounds: int) -> str:
                     spent[name].append(seconds)
     ratios = sorted(here / there for here, there in zip(spent["here"], spent["there"]))
     there, here = (statistics.median(spent[name]) for name in ("there", "here"))
-    return f"{there:.2f} s → {here:.2f} s, ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f})"
+    return f"{there:.3f} s → {here:.3f} s, ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f})"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 GROUPS = {
     "Changed files": ("changed files",),
     "Long lives: nothing grows": ("in one life",),
+    "Kills of batches": ("kills of a batch",),
     "Kills and signals": ("kill", "signal", "of these"),
     "Faults of disks, data and processes": ("fault",),
     "Inputs": ("inputs tried", "refused in one sentence"),

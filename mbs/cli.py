@@ -59,6 +59,11 @@ _PATH_OPTION = _PATH | dict(metavar="PATH")
 class _Commands(typer.core.TyperGroup):
     "Commands that end with a sentence when the machine has no more of what they need, wherever that shows."
 
+    def main(self, *arguments, **options):
+        _open_closed_streams()
+        _outlive_readers()
+        return super().main(*arguments, **options)
+
     def invoke(self, ctx: typer.Context):
         with explain_errors():
             return super().invoke(ctx)
@@ -143,6 +148,7 @@ def _outlive_readers():
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
 
+# %% ../nbs/80_cli.ipynb #e0dddb21
 def _print_version(wanted: bool):
     if wanted:
         import mbs
@@ -164,8 +170,6 @@ def main(
     "Class-incremental semantic segmentation: train, inspect and compare."
     from mbs.notebooks import replace_unprintable
 
-    _open_closed_streams()
-    _outlive_readers()
     replace_unprintable()
     _home_words[:] = [] if home is None else ["--home", str(home)]
     if home is not None:
@@ -293,6 +297,7 @@ def _print_findings(run):
         typer.echo(f"! {make_printable(finding)}")
 
 
+# %% ../nbs/80_cli.ipynb #054356ce
 def _count_findings(runs: list):
     "Print one line for each run that suffers from something."
     from collections import Counter
@@ -328,6 +333,7 @@ def _write_command(command: str, *paths: Path) -> str:
     return shlex.join([*_name_program(), *_home_words, command, *map(_show_path, paths)])
 
 
+# %% ../nbs/80_cli.ipynb #a9cb5f2d
 def _print_next(*commands: str):
     "Print the commands that come next, each on a line of its own."
     typer.echo("\n".join(["Next:", *(f"  {command}" for command in commands)]))

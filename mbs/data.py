@@ -368,7 +368,8 @@ class SegmentationFolder:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if self.decoded is not None:
             return self.decoded[self.rows[i]]
-        image, mask = read_image(self.images[i], self.turned[i]), read_mask(self.masks[i], self.colours)
+        image = read_image(self.images[i], self.turned[i])
+        mask = read_mask(self.masks[i], self.colours, is_known=True)
         if not image.shape[:2] == mask.shape == tuple(self.sizes[i]):
             size = "×".join(map(str, self.sizes[i][::-1]))
             problem = f"image {self.images[i]} or its mask has changed since the data set was opened"

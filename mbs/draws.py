@@ -160,7 +160,7 @@ def explain_worker_errors() -> Iterator[None]:
         if isinstance(e, ValueError):
             raise ValueError(lines[-1].removeprefix("ValueError: ")) from None
         raise ValueError(
-            f"a dataloader worker died ({lines[-1]}): expected enough memory for all; "
+            f"a dataloader worker died ({lines[-1]}): expected enough memory and processes for all; "
             "rerun the command to resume, with workers=0 to load pictures without workers"
         ) from None
 

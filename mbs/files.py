@@ -50,7 +50,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -286,6 +286,14 @@ def describe_memory_limit() -> str:
     return "" if limit == resource.RLIM_INFINITY else f"; this process may use {limit >> 20:,} MiB (ulimit -v)"
 
 
+def _is_refused_process(error: BaseException, text: str) -> bool:
+    "Whether an error says that no further process or thread may be started; locks fail with the same number."
+    if getattr(error, "errno", None):
+        return error.errno == errno.EAGAIN and find_raising_module(error).startswith(_STARTING)
+    again = os.strerror(errno.EAGAIN)
+    return "can't start new thread" in text or (again in text and f"[Errno {errno.EAGAIN}] {again}" not in text)
+
+
 def _explain_cause(error: BaseException) -> str:
     "Return a sentence if the message or the number of `error` says that something is used up; empty otherwise."
     text = str(error)
@@ -306,7 +314,12 @@ def _explain_cause(error: BaseException) -> str:
         )
     if says(errno.ENOMEM) or "failed to map segment" in text:  # the second: of a library, whose number is lost
         return f"there is no memory left: expected more, or a smaller batch, crop or picture{describe_memory_limit()}"
-    if "can't start new thread" in text or (code == errno.EAGAIN and find_raising_module(error).startswith(_STARTING)):
+    if "No usable temporary directory" in text:
+        return (
+            "no folder for temporary files can be written: expected room and write permission; "
+            "set TMPDIR to another folder"
+        )
+    if _is_refused_process(error, text):
         return "no further process or thread can be started: expected fewer of them, or a larger limit (ulimit -u)"
     return ""
 
@@ -427,11 +440,10 @@ _MAX_ARRAY_FILES = 100_000
 _ARRAY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def _check_directory(path: Path):
+def _check_directory(file: BinaryIO):
     "Raise ValueError if the list of files at the end of a .zip is missing or long."
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 16) - 22 - 20))
-        tail = file.read()
+    file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16) - 22 - 20))
+    tail = file.read()
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) < at + 22:
         raise ValueError("its list of files is missing")
@@ -440,20 +452,16 @@ def _check_directory(path: Path):
         raise ValueError(f"it has more than {_MAX_ARRAY_FILES:,} files")
 
 
-def _check_array_sizes(path: Path, limit: int):
-    "Raise ValueError if the arrays of a .npz take more than `limit` bytes, or other sizes than their heads say."
-    check_regular(path, limit)
-    _check_directory(path)
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        n_bytes = sum(member.file_size for member in members)
-        if n_bytes > limit:
-            raise ValueError(f"it unpacks to {n_bytes:,} bytes, more than {limit:,}")
-        for member in members:
-            with archive.open(member) as file:
-                shape, _, dtype = _ARRAY_HEADERS[np.lib.format.read_magic(file)](file)
-                if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size and not dtype.hasobject:
-                    raise ValueError(f"{member.filename} has another size than its head says")
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    "Read an array of a .npz; ValueError if it holds objects, or another size than its head says."
+    with archive.open(member) as file:
+        shape, is_transposed, dtype = _ARRAY_HEADERS[np.lib.format.read_magic(file)](file)
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} holds objects")
+        if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size:
+            raise ValueError(f"{member.filename} has another size than its head says")
+        values = np.frombuffer(file.read(), dtype)
+    return values.reshape(shape, order="F" if is_transposed else "C").copy()  # which may be written to
 
 
 # %% ../nbs/03_files.ipynb #2a1d4e4e
@@ -462,11 +470,15 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:
 
     ValueError in one sentence if it is damaged, of another format, or larger."""
     try:
-        _check_array_sizes(path, limit)
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return dict(arrays)
+        check_regular(path, limit)
+        with open(path, "rb") as file:
+            _check_directory(file)
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                n_bytes = sum(member.file_size for member in members)
+                if n_bytes > limit:
+                    raise ValueError(f"it unpacks to {n_bytes:,} bytes, more than {limit:,}")
+                return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
     except Exception as e:  # zip, zlib and numpy raise different errors; a damaged length even raises MemoryError
         reason = str(e).splitlines()[0] if str(e) else "empty"
         raise ValueError(

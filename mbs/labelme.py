@@ -23,7 +23,7 @@ from .coco import Export, ExportBuilder, PhotoFinder, RunLengths, encode_runs, m
 from .files import MAX_ANNOTATIONS, read_json
 from .layouts import find_photos
 from .parameters import Parameters
-from .pictures import read_photo_facts
+from .pictures import check_png, read_photo_facts
 
 
 # %% ../nbs/08b_labelme.ipynb #b685cbcc
@@ -58,7 +58,9 @@ class LabelmeFile(_LabelmePart):
 def _place_mask(shape: LabelmeShape, height: int, width: int) -> RunLengths:
     "Place the mask of a shape in its picture; ValueError when it does not lie there."
     try:
-        with Image.open(BytesIO(base64.b64decode(shape.mask or "", validate=True)), formats=("PNG",)) as picture:
+        content = base64.b64decode(shape.mask or "", validate=True)
+        with Image.open(BytesIO(content), formats=("PNG",)) as picture:
+            check_png(content)
             pixels = np.asarray(picture.convert("L")) > 0
     except Exception as e:  # Pillow's decoders raise errors of many types for damaged files
         raise ValueError(f"has a mask that cannot be read ({e})") from None

@@ -36,6 +36,7 @@ from mbs.files import (
     describe_memory_limit,
     explain_exhaustion,
     find_raising_module,
+    make_printable,
     read_json,
     refuse_links,
 )
@@ -152,8 +153,7 @@ def _choose_socket_folder() -> str | None:
     try:
         usual = tempfile.gettempdir()
     except FileNotFoundError as e:
-        reason = f"no folder for temporary files can be written ({e.strerror}): expected room and write permission"
-        raise ValueError(f"{reason}; set TMPDIR to another folder") from None
+        raise ValueError(explain_exhaustion(e)) from None
     if len(usual) <= _MAX_SOCKET_FOLDER:
         return None
     folders = (os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp", "/dev/shm")
@@ -270,7 +270,8 @@ def _tell_worker(folder: Path, holder: str):
     with suppress(ValueError, TypeError):
         worker = json.loads(holder)
         holder = f"process {worker['pid']} on {worker['host']}"
-    print(f"waiting for {holder or 'another process'}, which works on the run {folder.name}", flush=True)
+    sentence = f"waiting for {holder or 'another process'}, which works on the run {folder.name}"
+    print(make_printable(sentence), flush=True)
 
 
 @contextmanager
@@ -316,12 +317,12 @@ def main(
             with lock_worker(folder):
                 execute_notebook(Path(notebook), Path(output), json.loads(parameters), sys.stdout)
     except (RunFailed, ValueError) as e:
-        sys.exit(str(e))
+        sys.exit(make_printable(e))
     except OSError as e:
         reason = f"run folder {folder} cannot be written ({e.strerror or e}): expected space and write permission"
-        sys.exit(explain_exhaustion(e) or reason)
+        sys.exit(make_printable(explain_exhaustion(e) or reason))
     except Interrupted as e:
-        print(e, flush=True)
+        print(make_printable(e), flush=True)
         sys.exit(EXIT_RESUME)
 
 

@@ -245,15 +245,16 @@ def nest_parameters(values: dict) -> dict:
 
 
 def _merge_dictionaries(values: dict, changes: dict, replaces: bool) -> dict:
-    "Merge `changes` into a copy of `values`; if it `replaces`, a dictionary with the key `replace` takes nothing over."
+    "Merge a copy of `changes` over `values`; if it `replaces`, a dictionary with the key `replace` takes nothing over."
     if changes.get(REPLACE, True) is not True:
         raise ValueError(f"replace cannot be {changes[REPLACE]!r}: expected true; leave it out to merge")
-    merged = {} if replaces and REPLACE in changes else copy.deepcopy(values)
+    merged = {} if replaces and REPLACE in changes else dict(values)
     for name, change in changes.items():
         if isinstance(change, dict):
             below = merged.get(name)
-            change = _merge_dictionaries(below if isinstance(below, dict) else {}, change, replaces)
-        merged[name] = copy.deepcopy(change)
+            merged[name] = _merge_dictionaries(below if isinstance(below, dict) else {}, change, replaces)
+        else:
+            merged[name] = copy.deepcopy(change)
     return merged
 
 
@@ -273,7 +274,7 @@ def merge_parameters(values: dict, changes: dict) -> dict:
     """
     nested = nest_parameters(changes)
     _check_groups(values, nested)
-    return _merge_dictionaries(values, nested, replaces=True)
+    return _merge_dictionaries(copy.deepcopy(values), nested, replaces=True)
 
 
 # %% ../nbs/03b_parameter_files.ipynb #8ccc4b6c

@@ -8,6 +8,7 @@ __all__ = [
     "Values",
     "Meaning",
     "ORIENTATIONS",
+    "check_png",
     "read_image",
     "read_photo",
     "PhotoFacts",
@@ -22,13 +23,17 @@ __all__ = [
 
 # %% ../nbs/07_pictures.ipynb #7085e0b8
 import hashlib
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from .files import check_regular, read_bytes
 from .protocol import VOID
@@ -44,6 +49,8 @@ def _open_picture(source: Path | BytesIO, formats: tuple[str, ...] = _PHOTO_FORM
     "Open a picture without decoding it; ValueError when it has more than `_MAX_PIXELS` pixels."
     if isinstance(source, Path):
         check_regular(source)
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("ImageFile.LOAD_TRUNCATED_IMAGES of Pillow is on, which makes pixels up: set it to False")
     image = Image.open(source, formats=formats)
     if image.width * image.height > _MAX_PIXELS:
         image.close()
@@ -59,6 +66,60 @@ def _open_photo(source: Path | BytesIO) -> Image.Image:
         image.close()
         raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
     return image
+
+
+# %% ../nbs/07_pictures.ipynb #b8394f9d
+_VALUES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type of a PNG → values of a pixel
+_PASSES = {
+    0: [(0, 0, 1, 1)],
+    1: [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)],
+}  # kind of interlacing → first column and row of each pass, and steps to the next
+
+
+# %% ../nbs/07_pictures.ipynb #a23cc6b7
+def _count_row_bytes(header: bytes) -> int:
+    "Return how many bytes the rows of a PNG have before compression, from the content of its first chunk."
+    width, height, depth, colour, _, _, interlacing = struct.unpack(">2I5B", header)
+    n_bytes = 0
+    for left, top, right, down in _PASSES[interlacing]:
+        n_columns, n_rows = -((left - width) // right), -((top - height) // down)
+        if n_columns > 0 and n_rows > 0:
+            n_bytes += n_rows * (1 + (n_columns * depth * _VALUES[colour] + 7) // 8)  # a row begins with its filter
+    return n_bytes
+
+
+# %% ../nbs/07_pictures.ipynb #6b2fa7ce
+def _list_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    "Yield name and content of each chunk of a PNG; ValueError if one is damaged or the last is missing."
+    place, name = 8, b""
+    while name != b"IEND":
+        if place + 8 > len(content):
+            raise ValueError("its end is missing")
+        size, name = struct.unpack_from(">I4s", content, place)
+        end = place + 8 + size
+        checksum = content[end : end + 4]
+        if len(checksum) < 4:
+            raise ValueError("its end is missing")
+        if zlib.crc32(content[place + 4 : end]) != int.from_bytes(checksum, "big"):
+            raise ValueError(f"the checksum of its part {name.decode('latin-1')} is wrong")
+        yield name, content[place + 8 : end]
+        place = end + 4
+
+
+def check_png(
+    content: bytes,
+    is_known: bool = False,  # its rows have been counted before, which takes half as long as decoding them
+):
+    "Raise ValueError or zlib.error if a part of the file of a PNG is damaged, or a row is missing."
+    n_bytes, expected, stream = 0, 0, zlib.decompressobj()
+    for name, data in _list_chunks(content):
+        if name == b"IHDR" and not is_known:
+            expected = _count_row_bytes(data)
+        while name == b"IDAT" and data and n_bytes < expected:
+            n_bytes += len(stream.decompress(data, 1 << 20))
+            data = stream.unconsumed_tail
+    if n_bytes < expected:
+        raise ValueError("some of its rows are missing")
 
 
 # %% ../nbs/07_pictures.ipynb #7d0bdde0
@@ -92,18 +153,25 @@ def _to_pixels(image: Image.Image, shown: bool) -> np.ndarray:
 
 
 # %% ../nbs/07_pictures.ipynb #8082f7ba
-def read_image(
-    path: Path,
-    shown: bool = False,  # turn the pixels as EXIF says; False: as stored
-) -> np.ndarray:  # (H, W, 3) uint8
-    "Read a photo; ValueError when the file is missing or cannot be decoded."
+@contextmanager
+def _explain_photo(path: Path) -> Iterator[None]:
+    "Turn the exceptions of reading a photo into ValueErrors."
     try:
-        with _open_photo(path) as image:
-            return _to_pixels(image, shown)
+        yield
     except FileNotFoundError:
         raise ValueError(f"image {path} is missing: expected a photo for every id of the list") from None
     except Exception as e:  # Pillow's decoders raise errors of many types for damaged files
         raise ValueError(f"image {path} cannot be read ({e}): expected a JPEG or PNG picture") from None
+
+
+# %% ../nbs/07_pictures.ipynb #75e9c4fc
+def read_image(
+    path: Path,
+    shown: bool = False,  # turn the pixels as EXIF says; False: as stored
+) -> np.ndarray:  # (H, W, 3) uint8
+    "Read a photo of a data set; ValueError when the file is missing or cannot be decoded."
+    with _explain_photo(path), _open_photo(path) as image:
+        return _to_pixels(image, shown)
 
 
 # %% ../nbs/07_pictures.ipynb #7c924bec
@@ -113,7 +181,11 @@ def read_photo(
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Read a photo that is given in one of several forms; ValueError for anything else."
     if isinstance(item, (str, Path)):
-        return read_image(Path(item), shown)
+        path = Path(item)
+        with _explain_photo(path), _open_photo(path) as image:
+            if image.format == "PNG":
+                check_png(read_bytes(path, _MAX_FILE))
+            return _to_pixels(image, shown)
     if isinstance(item, Image.Image) and item.mode[0] not in "IF":
         return _to_pixels(item, shown)
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3 and item.size:
@@ -139,26 +211,28 @@ class PhotoFacts(NamedTuple):
         return self.size[::-1] if self.orientation > 4 else self.size
 
 
+# %% ../nbs/07_pictures.ipynb #69ecd352
 def hash_content(content: bytes) -> str:
     "Return 32 hex digits of the SHA-256 of `content`."
     return hashlib.sha256(content).hexdigest()[:32]
 
 
+# %% ../nbs/07_pictures.ipynb #26918eb3
 def read_photo_facts(path: Path) -> PhotoFacts:
     "Read a photo and decode it to the end; ValueError as from `read_image`."
-    try:
+    with _explain_photo(path):
         content = read_bytes(path, _MAX_FILE)
         with _open_photo(BytesIO(content)) as image:
+            if image.format == "PNG":
+                check_png(content)
             width, height = image.size
             image.draft("L", (1, 1))
             image.load()
             orientation = _find_orientation(image)
         return PhotoFacts((height, width), orientation, hash_content(content))
-    except Exception:
-        read_image(path)  # raises a ValueError that explains the problem
-        raise
 
 
+# %% ../nbs/07_pictures.ipynb #c5082f72
 def read_image_size(path: Path) -> tuple[int, int]:
     "Return (H, W) of a photo as stored after decoding it to the end; ValueError as from `read_image`."
     return read_photo_facts(path).size
@@ -234,14 +308,15 @@ def _holds_colours(meaning: Meaning) -> bool:
 def _read_mask(
     path: Path,
     meaning: Meaning,
+    is_known: bool = False,
 ) -> tuple[np.ndarray, bytes]:  # (H, W) uint8 class ids, and red, green, blue of every index of a palette
     "Read a mask and its palette; ValueError as from `read_mask`."
     has_colours = _holds_colours(meaning)
     try:
         content = read_bytes(path, _MAX_FILE)
         with _open_picture(BytesIO(content), _MASK_FORMATS) as mask:
-            mask.verify()  # checksums of a PNG, which decoding ignores: a flipped bit would be another class
-        with _open_picture(BytesIO(content), _MASK_FORMATS) as mask:
+            if mask.format == "PNG":
+                check_png(content, is_known)  # decoding ignores checksums: a flipped bit would be another class
             if mask.tile[0][3] in ("L;2", "L;4"):
                 raise ValueError("grey of fewer than 8 bits, which Pillow spreads over 0 … 255")
             mode = mask.mode
@@ -257,9 +332,13 @@ def _read_mask(
     return (_decode_values(ids, meaning, path) if meaning else ids), palette
 
 
-def read_mask(path: Path, meaning: Meaning = None) -> np.ndarray:  # (H, W) uint8 class ids
+def read_mask(
+    path: Path,
+    meaning: Meaning = None,
+    is_known: bool = False,  # `read_pair_facts` has read the file before
+) -> np.ndarray:  # (H, W) uint8 class ids
     "Read a mask; ValueError when the file is missing, damaged, or holds neither ids nor what `meaning` names."
-    return _read_mask(path, meaning)[0]
+    return _read_mask(path, meaning, is_known)[0]
 
 
 # %% ../nbs/07_pictures.ipynb #462f1a69

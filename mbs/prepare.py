@@ -34,6 +34,7 @@ from tqdm import tqdm
 from .archives import ARCHIVES, check_member_path, obtain_archive, read_archive
 from .coco import Coco, CocoReport, Export, PhotoFinder, choose_categories, number_labels, read_coco
 from .cvat import read_cvat
+from .files import make_printable
 from .label_studio import read_label_studio
 from .labelme import read_labelme
 from .layouts import Layout, describe_folder, find_photos
@@ -251,6 +252,11 @@ def _refuse_loss(lost: Sequence[str], n_given: int, what: str, source: Path):
 
 
 # %% ../nbs/09_prepare.ipynb #fb5dea59
+def _join_lines(sentences: Sequence[str]) -> str:
+    "Return sentences as lines; names in files may hold line breaks and commands for a terminal."
+    return "\n".join(map(make_printable, sentences))
+
+
 def _describe_sizes(layout: Layout, target: Path) -> str:
     "Say in a line what was made."
     sizes = f"{len(layout.train.ids):,} training and {len(layout.test.ids):,} test pictures"
@@ -311,7 +317,7 @@ def prepare_coco(
     class_ids = {category_id: i for i, category_id in enumerate(categories.values(), 1)}
     unlisted = tuple(_describe_unlisted([image.file_name for image in coco.images], images))
     export = Export(coco, _find_coco_photos(coco, images, annotations), remarks=unlisted)
-    return "\n".join(_convert(export, list(categories), class_ids, annotations, target, skip, **others))
+    return _join_lines(_convert(export, list(categories), class_ids, annotations, target, skip, **others))
 
 
 # %% ../nbs/09_prepare.ipynb #eda6b531
@@ -327,7 +333,7 @@ def prepare_labelme(
     folder = Path(folder)
     export = read_labelme(folder, folder if photos is None else Path(photos))
     names, class_ids = number_labels(export.coco, classes, folder)
-    return "\n".join(_convert(export, names, class_ids, folder, target, skip, **dict(orientation="shown") | others))
+    return _join_lines(_convert(export, names, class_ids, folder, target, skip, **dict(orientation="shown") | others))
 
 
 def prepare_label_studio(
@@ -342,7 +348,7 @@ def prepare_label_studio(
     file = Path(file)
     export = read_label_studio(file, Path(photos))
     names, class_ids = number_labels(export.coco, classes, file)
-    return "\n".join(_convert(export, names, class_ids, file, target, skip, **dict(orientation="shown") | others))
+    return _join_lines(_convert(export, names, class_ids, file, target, skip, **dict(orientation="shown") | others))
 
 
 # %% ../nbs/09_prepare.ipynb #0d43b91a
@@ -388,4 +394,4 @@ def prepare_cvat(
     lines = [f"labels without a pixel: {', '.join(empty)}"] if empty else []
     n, n_lost = len(found.pairs), len(found.lost)
     given = f"pictures: {n + n_lost:,} given, {n:,} converted, {n_lost:,} lost"
-    return "\n".join([_describe_sizes(layout, target), given, *lines, *found.remarks, *found.lost])
+    return _join_lines([_describe_sizes(layout, target), given, *lines, *found.remarks, *found.lost])

@@ -12,7 +12,15 @@ GROUPS = dict(
     test_lists="lists",
     test_slurm="slurm",
 )
-LONG = ("test_slurm", "test_batch", "test_runs", "test_notebooks", "test_long_runs", "test_stopping")  # start first
+LONG = (
+    "test_batch_kills",
+    "test_slurm",
+    "test_batch",
+    "test_runs",
+    "test_notebooks",
+    "test_long_runs",
+    "test_stopping",
+)  # start first
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks

@@ -70,7 +70,7 @@ class Cluster:
     def __init__(self, folder: Path, cpus: int = 4):
         self.folder = folder
         (folder / "state").mkdir()
-        host, port = socket.gethostname().split(".")[0], 20_000 + os.getpid() % 10_000
+        host, port = socket.gethostname().split(".")[0], 20_000 + 4 * (os.getpid() % 2_500)
         text = CONFIGURATION.format(folder=folder, cpus=cpus, host=host, port=port, first=port + 1, last=port + 2)
         (folder / "slurm.conf").write_text(text)
         self.environment = dict(SLURM_CONF=str(folder / "slurm.conf"))

@@ -111,7 +111,7 @@ CHANGES = {
     "is missing": lambda image, mask: mask.unlink(),
     "image": lambda image, mask: image.unlink(),
     "cannot be read": lambda image, mask: image.write_bytes(b"no picture"),
-    "image file is truncated": lambda image, mask: image.write_bytes(image.read_bytes()[:-200]),
+    "its end is missing": lambda image, mask: image.write_bytes(image.read_bytes()[:-200]),
     "mask": lambda image, mask: mask.write_bytes(mask.read_bytes()[:60]),
     "holds [77], which are no class ids": lambda image, mask: Image.fromarray(np.full((32, 32), 77, np.uint8)).save(
         mask

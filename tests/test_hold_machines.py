@@ -20,7 +20,7 @@ from mbs.cli import app, explain_errors
 from mbs.draws import explain_worker_errors
 from mbs.executors import Local, OnRay, _close_to_others, _connect_to_ray
 from mbs.files import check_open_files, explain_exhaustion
-from mbs.notebooks import RunFailed, _explain_failure, execute_notebook
+from mbs.notebooks import RunFailed, _choose_socket_folder, _explain_failure, execute_notebook
 from mbs.pictures import read_image
 from mbs.run_folder import explain_unwritable
 
@@ -91,8 +91,14 @@ SENTENCES = {
         RuntimeError("DefaultCPUAllocator: can't allocate memory: Error code 12 (Cannot allocate memory)"),
         ImportError("libtorch_cuda.so: failed to map segment from shared object"),
     ],
-    "ulimit -u": [RuntimeError("can't start new thread")],
+    "ulimit -u": [
+        RuntimeError("can't start new thread"),
+        RuntimeError("Resource temporarily unavailable"),  # of a thread in C++
+        Exception("process 0 stopped with RuntimeError: Resource temporarily unavailable"),
+    ],
+    "set TMPDIR": [FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/']")],
     "": [
+        Exception("BlockingIOError: [Errno 11] Resource temporarily unavailable"),
         OSError(errno.ENOSPC, "No space left on device", "outputs/a/run.json"),
         OSError(errno.ENOSPC, "No space left on device"),
         BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # of a lock
@@ -198,6 +204,24 @@ def test_a_reader_that_ends_stops_nothing():
     assert process.wait(60) == 7
 
 
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
+def test_help_into_a_closed_pipe_is_no_failure(words):
+    "`mbs --help | head -1`; help is printed before a command begins."
+    receiver, sender = os.pipe()
+    os.close(receiver)
+    command = [sys.executable, "-m", "mbs", *words]
+    done = subprocess.run(command, stdout=sender, stderr=subprocess.PIPE, text=True)
+    os.close(sender)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_folder_for_temporary_files_no_kernel_starts(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [])
+    with pytest.raises(ValueError, match=r"^no folder for temporary files can be written: .* set TMPDIR"):
+        _choose_socket_folder()
+
+
 def test_a_library_that_finds_no_memory_ends_a_command_with_a_sentence(monkeypatch):
     "Also where a module is imported, outside of what a command does itself."
     from typer.testing import CliRunner
@@ -285,6 +309,8 @@ def test_a_local_ray_listens_on_the_loopback_only():
         heard = {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
         assert heard and heard <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
         assert not any(words[1] in " ".join(member.cmdline()) for member in family)
+        asked = [member.environ() for member in family if "gcs_server" in member.name() or "raylet" in member.name()]
+        assert len(asked) > 1 and all(names["RAY_AUTH_MODE"] == "token" for names in asked)
         process.communicate("\n", timeout=60)
         assert not psutil.wait_procs(family, 30)[1]
     finally:

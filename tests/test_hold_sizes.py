@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mbs.notebooks
 from mbs.archives import read_archive
 from mbs.cache import DecodedPictures
 from mbs.checkpoint import load_model, load_tensors, save_tensors
@@ -22,9 +23,11 @@ from mbs.data import find_problems
 from mbs.files import make_printable, parse_json, read_arrays, read_bytes, read_json
 from mbs.folders import hash_file
 from mbs.layouts import find_layout, read_lines
-from mbs.notebooks import read_failure, read_worker
+from mbs.lifeline import Interrupted
+from mbs.notebooks import RunFailed, read_failure, read_worker
 from mbs.parameter_files import is_within_limits, parse_value, parse_words, read_yaml
 from mbs.pictures import read_image, read_mask
+from mbs.prepare import _join_lines
 from mbs.run import load_run, read_log, trained_run
 from mbs.scenes import write_scenes
 from mbs.slurm import Outcome
@@ -195,6 +198,25 @@ def test_sentences_are_printable():
 
 
 # --- JSON
+
+
+@pytest.mark.parametrize("kind", [RunFailed, ValueError, Interrupted])
+def test_the_last_sentence_of_a_run_is_printable(tmp_path, monkeypatch, capsys, kind):
+    "A batch prints what the process of a run has said; the whole sentence is in its last line."
+
+    def fail(*_):
+        raise kind("class a\x1b[2J\nb")
+
+    monkeypatch.setattr("mbs.notebooks.execute_notebook", fail)
+    with pytest.raises(SystemExit) as ended:
+        mbs.notebooks.main("a.ipynb", str(tmp_path / "run/train.ipynb"), "{}")
+    said = capsys.readouterr().out.strip() if kind is Interrupted else ended.value.code
+    assert said == "class a\\x1b[2J\\nb"
+
+
+def test_what_a_preparation_says_is_printable():
+    "Names of labels and files come from strangers' exports; each sentence is a line."
+    assert _join_lines(["object a\x1b[2J\nb is lost", "c"]) == "object a\\x1b[2J\\nb is lost\nc"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def started(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/jupyter_server_config.json").write_text(json.dumps(dict(ServerApp=dict(allow_root=True))))
     environment = os.environ | dict(MBS_HOME=str(tmp_path), JUPYTER_CONFIG_DIR=str(tmp_path / "config"))
-    environment |= dict(JUPYTER_TOKEN=TOKEN, MBS_TOKEN=TOKEN, OMP_NUM_THREADS="1")
+    (tmp_path / "temporary").mkdir()
+    environment |= dict(JUPYTER_TOKEN=TOKEN, MBS_TOKEN=TOKEN, OMP_NUM_THREADS="1", TMPDIR=str(tmp_path / "temporary"))
     processes = {}
     for name, words in COMMANDS.items():
         words = [str(trained_run("mbs").folder) if word == "RUN" else word for word in words]
@@ -81,7 +82,9 @@ def test_servers_listen_on_this_machine_only_and_end_with_their_command(started,
     members = [member.environ() for family in families.values() for member in family]
     tokens = {names[name] for names in members for name in ("JUPYTER_TOKEN", "MBS_TOKEN") if name in names}
     assert len(tokens) > 1 and not [line for line in shown for token in tokens if token in line]
+    assert list((tmp_path / "temporary").glob("mbs-curves-*"))
     for process in started.values():
         process.terminate()
     _, left = psutil.wait_procs([member for family in families.values() for member in family], 60)
     assert not left, [member.cmdline() for member in left]
+    assert not list((tmp_path / "temporary").glob("mbs-curves-*"))

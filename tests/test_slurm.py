@@ -6,6 +6,8 @@ possible. Jobs of `slow.ipynb` wait between iterations; they compute what jobs w
 
 import json
 import os
+import re
+import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -27,7 +29,7 @@ from mbs.experiment import Experiment
 from mbs.folders import find_runs_folder
 from mbs.lifeline import Interrupted
 from mbs.notebooks import RunFailed, read_worker
-from mbs.run import Run
+from mbs.run import Run, load_run
 from mbs.settings import Settings
 from mbs.slurm import OnSlurm, Outcome, make_parameters
 
@@ -237,6 +239,33 @@ def test_a_lock_holds_between_nodes_without_a_common_flock(cluster, tmp_path):
             held = None
     assert deaths == 1 and words[-6:] == [["n2", "begin"], ["n2", "end"]] * 3
     assert {path.name for path in tmp_path.glob(".*")} == {".lock"}
+
+
+OWN_FLOCKS = """import fcntl, os, socket
+fcntl.flock = lambda *arguments: None  # each machine has locks of its own
+socket.gethostname = lambda: os.environ["SLURMD_NODENAME"]
+"""
+
+
+@needs_slurm
+def test_batches_on_two_nodes_over_one_folder_train_each_run_once(cluster, home, tmp_path):
+    "Nothing but the shared folder connects the nodes; whoever waits says for whom."
+    make_batch(home, "shared", grid=dict(method=["finetune", "kd"]))
+    (tmp_path / "sitecustomize.py").write_text(OWN_FLOCKS)
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path), MBS_HOME=str(home))
+    batch = [sys.executable, "-m", "mbs", "batch", str(home / "shared.yaml"), "--workers", "1"]
+    command = ["srun", "--nodes=2", "--ntasks=2", "--label", *batch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    runs = [load_run(home / "outputs/shared" / name) for name in ("finetune", "kd")]
+    for run in runs:
+        lines = [(record["step"], record["iteration"]) for record in run.log()]
+        assert run.finished and len(set(lines)) == len(lines), f"{run.folder.name} was trained twice: {said}"
+    assert sum("base_from" in run.metrics(0) for run in runs) == 1
+    waiting = re.findall(r"([01]): .*waiting for process \d+ on (n[12]), which works on the run (?:finetune|kd)", said)
+    assert waiting and all(node == ("n2", "n1")[int(task)] for task, node in waiting), said
+    assert not [path for run in runs for path in run.folder.glob(".worker-*")]
 
 
 @needs_slurm
