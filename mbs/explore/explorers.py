@@ -43,6 +43,7 @@ from mbs.explore.figures import (
     tabulate_tokens,
 )
 from mbs.explore.page import (
+    MAX_SIDE,
     Display,
     describe_feature_panels,
     describe_feature_picture,
@@ -330,7 +331,7 @@ def explore_pseudo_labels(
     other: Run | Path | str | None = None,  # a second run of the same classes and steps, side by side
     *,
     images: Sequence | None = None,  # files, PIL pictures, arrays (H, W, 3), or pairs with a truth; None: run's samples
-    max_side: int = 512,  # larger pictures are thinned out for display, pixels
+    max_side: int = MAX_SIDE,  # larger pictures are thinned out for display, pixels
     palette: np.ndarray | None = None,  # (C, 3) uint8 colours of the channels; None: those of VOC
     **chosen,  # traits of `ShiftState`: step, tau, source, predictor, order, index, …
 ) -> ShiftExplorer:
@@ -404,7 +405,7 @@ def explore_features(
     other: Run | Path | str | None = None,  # a second run of the same classes and steps, side by side
     *,
     images: Sequence | None = None,  # as in `explore_pseudo_labels`
-    max_side: int = 512,  # larger pictures are thinned out for display, pixels
+    max_side: int = MAX_SIDE,  # larger pictures are thinned out for display, pixels
     palette: np.ndarray | None = None,  # (C, 3) uint8 colours of the channels; None: those of VOC
     **chosen,  # traits of `FeatureState`: step, level, kind, channel, pick, index, order, …
 ) -> FeatureExplorer:
