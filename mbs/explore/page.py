@@ -26,6 +26,7 @@ __all__ = [
     "describe_feature_panels",
     "describe_feature_pixel",
     "read_asset",
+    "fill_page",
     "format_run",
     "encode_script",
     "pack_cosines",
@@ -489,6 +490,14 @@ def read_asset(name: str) -> str:
     return files("mbs.explore").joinpath(name).read_text(encoding="utf-8")
 
 
+# %% ../../nbs/61d_page.ipynb #9e32aa39
+def fill_page(path: Path | str, template: str, **values: str) -> Path:
+    "Write a page from one of the templates that come with the explorers; return its path."
+    page = re.sub(r"{{(\w+)}}", lambda match: values[match[1]], read_asset(template))
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
+
+
 # %% ../../nbs/61d_page.ipynb #aafa29b9
 def format_run(run: Run) -> str:
     "Name a run in a heading: folder, method, protocol."
@@ -538,6 +547,4 @@ def write_page(
         states=encode_script(states),
         script=encode_script(read_asset("explore.js")),
     )
-    page = re.sub(r"{{(\w+)}}", lambda match: values[match[1]], read_asset("explore.html"))
-    Path(path).write_text(page, encoding="utf-8")
-    return Path(path)
+    return fill_page(path, "explore.html", **values)

@@ -6,6 +6,7 @@
 __all__ = [
     "can_show_widgets",
     "make_canvas_class",
+    "make_grid_class",
     "Observer",
     "close_widgets",
     "make_control",
@@ -53,6 +54,22 @@ def make_canvas_class() -> type:
         pick = T.Tuple(T.Int(), T.Int()).tag(sync=True)
 
     return Canvas
+
+
+# %% ../../nbs/61f_widgets.ipynb #988b09c0
+@cache
+def make_grid_class() -> type:
+    "Make the class of the widget that shows thumbnails."
+    from anywidget import AnyWidget
+
+    class Grid(AnyWidget):
+        _esm, _css = read_asset("grid.js"), read_asset("grid.css")
+        title, layer, order, place = (T.Unicode().tag(sync=True) for _ in range(4))
+        step, contains = (T.Int().tag(sync=True) for _ in range(2))
+        pair = T.List(T.Int()).tag(sync=True)
+        facts = T.Dict().tag(sync=True)
+
+    return Grid
 
 
 # %% ../../nbs/61f_widgets.ipynb #36041157
