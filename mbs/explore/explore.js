@@ -249,6 +249,7 @@ class View {
     for (const name of ["alpha", "hidden", "flow_filter", "title"]) this.model.on(`change:${name}`, redraw);
     this.model.on("change:pick", () => this.drawMarks());
     new ResizeObserver(() => this.chooseSmoothing()).observe(this.grid);
+    this.addDrop();
     await Promise.all(PARTS.map((part) => this.load(part)));
   }
 
@@ -523,6 +524,28 @@ class View {
       addElement("span", tracks, { class: `mbs-${age}`, style: `width:${100 * (bar[age] ?? 0)}%` });
     const old = bar.old === null ? "–" : bar.old.toFixed(2);
     addElement("span", row, { class: "mbs-number" }, `${old} → ${bar.new.toFixed(2)}`);
+  }
+
+  // -- files
+
+  // Send files that are dropped on the view to the kernel, which shows them.
+  addDrop() {
+    if (this.model.isSaved) return;
+    const mark = (isOver) => this.root.classList.toggle("mbs-dropping", isOver);
+    this.root.addEventListener("dragover", (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return;
+      event.preventDefault();
+      mark(true);
+    });
+    this.root.addEventListener("dragleave", () => mark(false));
+    this.root.addEventListener("drop", async (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      mark(false);
+      const files = [...event.dataTransfer.files];
+      const contents = await Promise.all(files.map((file) => file.arrayBuffer()));
+      this.model.send({ dropped: files.map(({ name }) => name) }, undefined, contents);
+    });
   }
 
   // -- zoom

@@ -573,6 +573,7 @@ class GridExplorer(_GridView):
             self.opened.close()
         sample, step = self.state.pictures.read_pair(position), max(1, self.state.step)
         self.opened = explore_pseudo_labels(self.state.run, images=[sample], step=step, palette=self.palette)
+        self.opened.has_own_controls = False
         if self._view is not None:
             name = html.escape(str(self.state.pictures.data.ids[position]))
             self.below.children = (W.HTML(f"<b>Picture {name}</b>"), self.opened.view)
