@@ -417,9 +417,9 @@ _COLUMNS = 6
 
 def draw_grid_figure(state: GridState, palette: np.ndarray | None = None, n: int = N_DRAWN) -> Figure:
     "Draw the first `n` pictures in order; if fewer are computed, compute the first ones as stored."
-    for i in range(min(n, len(state.pictures))):
-        for step in range(state.step + 1):
-            state.pictures.compute_place(step, i)
+    for step, position in state.pictures.list_work(state.step):
+        if position < n:
+            state.pictures.compute_place(step, position)
     records = state.choose()[:n]
     n_rows = max(1, -(-len(records) // _COLUMNS))
     fig = NotebookFigure(figsize=(1.4 * _COLUMNS, 1.75 * n_rows + 0.3), layout="constrained")
@@ -583,6 +583,8 @@ class GridExplorer(_GridView):
         "Close the view and the opened picture; what is computed stays."
         if self.opened is not None:
             self.opened.close()
+        if self._view is not None:
+            self.below.children = ()  # they are closed
         super().close()
 
     def _describe_choice(self) -> str:
