@@ -72,7 +72,7 @@ class Grid {
 
   addSelect(parent, label, name, options, parse) {
     const box = addElement("label", parent, {}, `${label} `);
-    const select = addElement("select", box);
+    const select = addElement("select", box, { "aria-label": label });
     for (const [value, text] of options) addElement("option", select, { value }, String(text));
     select.addEventListener("change", () => this.choose(name, parse(select.value)));
     return select;

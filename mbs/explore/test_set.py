@@ -411,7 +411,7 @@ def format_record(state: GridState, record: PictureRecord, order: str) -> str:
 
 
 # %% ../../nbs/61ga_test_set.ipynb #fa3beb1c
-N_DRAWN = 12
+N_DRAWN = 6
 _COLUMNS = 6
 
 
@@ -422,13 +422,13 @@ def draw_grid_figure(state: GridState, palette: np.ndarray | None = None, n: int
             state.pictures.compute_place(step, position)
     records = state.choose()[:n]
     n_rows = max(1, -(-len(records) // _COLUMNS))
-    fig = NotebookFigure(figsize=(1.4 * _COLUMNS, 1.75 * n_rows + 0.3), layout="constrained")
+    fig = NotebookFigure(figsize=(1.1 * _COLUMNS, 1.4 * n_rows + 0.3), layout="constrained")
     axes = fig.subplots(n_rows, _COLUMNS, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
     for ax, record in zip(axes, records):
         ax.imshow(paint_thumbnail(state, record.position, palette), interpolation="nearest")
-        ax.set_title(f"{record.name}\n{format_record(state, record, state.order)}", fontsize=7)
+        ax.set_title(f"{record.name}\n{format_record(state, record, state.order)}", fontsize=6)
     fig.suptitle(f"{format_run(state.run)}, step {state.step}: {state.layer}, {state.order}", fontsize=9)
     return fig
 
