@@ -1,8 +1,8 @@
-"""Measure what a move of τ costs in the pseudo-label explorer at 512 × 512 pixels with all its panels.
+"""Measure what a move of τ costs in the pseudo-label explorer with all its panels.
 
 Measured are the time in the kernel, and the time to the changed picture in Chromium under JupyterLab.
 
-python benchmarks/explorer.py [--classes 21 151] [--repeats 30] [--kernel]
+python benchmarks/explorer.py [--side 512] [--classes 21 151] [--repeats 30] [--kernel]
 """
 
 import argparse
@@ -24,8 +24,8 @@ from mbs.methods import Method
 from mbs.protocol import Protocol
 from mbs.run import Sample
 
-SIDE, PATCH = 512, 16
-TARGETS = {"kernel": (20, 20), "picture": (100, 200), "first": (3, 3)}  # ms, ms, s; at 21 classes and at more
+PATCH = 16
+TARGETS = {"kernel": (20, 20), "picture": (100, 200), "first": (3, 3)}  # ms, ms, s; 512 pixels; 21 classes and more
 RUN_FIRST_CELL = """() => {
     window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0;
     window.jupyterapp.commands.execute('notebook:run-cell-and-select-next') }"""
@@ -56,7 +56,7 @@ TIME_NEXT_KEY = """() => {
 class BlobPictures(Pictures):
     "Pictures with blobs of all classes, and the noisy evidence of two models: no network, no data."
 
-    def __init__(self, n_classes, n_pictures=4):
+    def __init__(self, n_classes, side, n_pictures=4):
         names = ["background", *(f"class {c}" for c in range(1, n_classes))]
         n_new = max(1, n_classes // 20)
         self.run = SimpleNamespace(
@@ -65,11 +65,11 @@ class BlobPictures(Pictures):
             card=SimpleNamespace(parts=Method("mbs").parts, normalisation=None),
             protocol=Protocol(f"{n_classes - 1 - 2 * n_new}-{n_new}", n_classes - 1),
             n_steps=3,
-            settings=SimpleNamespace(method="mbs", protocol=str(n_classes), setting="overlapped"),
+            settings=SimpleNamespace(method="mbs", protocol=str(n_classes), setting_and_shots="overlapped"),
         )
         self.n_steps = 3
         self.is_own = True
-        self.samples = [draw_sample(i, n_classes) for i in range(n_pictures)]
+        self.samples = [draw_sample(i, n_classes, side) for i in range(n_pictures)]
         self.known = {(step, i): self.make_evidence(step, i) for step in range(3) for i in range(n_pictures)}
 
     def get_evidence(self, step, index, predictor=RUN_PREDICTOR):
@@ -77,39 +77,40 @@ class BlobPictures(Pictures):
 
     def make_evidence(self, step, index):
         "Make evidence from the truth and noise, for the channels of `step`."
-        n, side = self.run.protocol[step].n_channels, SIDE // PATCH
+        n, pixels = self.run.protocol[step].n_channels, self.samples[index].truth.shape
+        side = pixels[0] // PATCH
         centres = torch.from_numpy(self.samples[index].truth[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].astype(int))
         truth = F.one_hot(centres, len(self.run.names)).permute(2, 0, 1)[:n]
         noise = torch.from_numpy(np.random.default_rng(100 * step + index).standard_normal((n, side, side)))
         logits = (5 * truth + noise).float()
-        probability = F.interpolate(logits[None], size=(SIDE, SIDE), mode="bilinear").softmax(1)[0]
+        probability = F.interpolate(logits[None], size=pixels, mode="bilinear").softmax(1)[0]
         confidence, best = probability.max(0)
         doubt = probability[0] < probability[1:].sum(0)
         return Evidence(confidence.numpy(), best.numpy().astype(np.uint8), doubt.numpy(), logits.numpy(), {}, PATCH)
 
 
-def draw_blobs(seed, n, background):
-    "(n, SIDE, SIDE) smooth noise; `background` is added to the first."
+def draw_blobs(seed, n, background, side):
+    "(n, side, side) smooth noise; `background` is added to the first."
     noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((1, n, 9, 9)))
     noise[:, 0] += background
-    return F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic")[0].numpy()
+    return F.interpolate(noise, size=(side, side), mode="bicubic")[0].numpy()
 
 
-def draw_sample(seed, n_classes):
+def draw_sample(seed, n_classes, side):
     "Draw a photo and its truth."
-    truth = draw_blobs(seed, n_classes, 1.3).argmax(0).astype(np.uint8)
-    grain = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) // 4
-    colours = (draw_blobs(seed, 3, 1) * 40 + 90).clip(0, 190).astype(np.uint8).transpose(1, 2, 0)
+    truth = draw_blobs(seed, n_classes, 1.3, side).argmax(0).astype(np.uint8)
+    grain = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8) // 4
+    colours = (draw_blobs(seed, 3, 1, side) * 40 + 90).clip(0, 190).astype(np.uint8).transpose(1, 2, 0)
     return Sample(grain + colours, truth, [])
 
 
-def make_explorer(n_classes):
-    return ShiftExplorer([ShiftState(BlobPictures(n_classes), step=1)], SIDE, None)
+def make_explorer(n_classes, side):
+    return ShiftExplorer([ShiftState(BlobPictures(n_classes, side), step=1)], side, None)
 
 
-def measure_kernel(n_classes, repeats):
+def measure_kernel(n_classes, side, repeats):
     "Return milliseconds of each move of τ with the view built, and seconds to build what the front end gets."
-    explorer = make_explorer(n_classes)
+    explorer = make_explorer(n_classes, side)
     start = time.perf_counter()
     explorer._repr_mimebundle_()
     first = time.perf_counter() - start
@@ -119,11 +120,11 @@ def measure_kernel(n_classes, repeats):
         start = time.perf_counter()
         explorer.state.tau = round(float(tau), 3)
         moves.append(1000 * (time.perf_counter() - start))
-    assert sum(explorer.state.counts.values()) == 2 * SIDE**2
+    assert sum(explorer.state.counts.values()) == 2 * side**2
     return moves[3:], first
 
 
-def write_notebook(n_classes):
+def write_notebook(n_classes, side):
     "Write a notebook whose second cell shows the explorer; return its path."
     import nbformat
 
@@ -132,7 +133,7 @@ def write_notebook(n_classes):
     kernel = dict(display_name="python3", language="python", name="python3")
     notebook = nbformat.v4.new_notebook(metadata=dict(kernelspec=kernel))
     notebook.cells = [
-        nbformat.v4.new_code_cell(f"{imports}\nex = make_explorer({n_classes})"),
+        nbformat.v4.new_code_cell(f"{imports}\nex = make_explorer({n_classes}, {side})"),
         nbformat.v4.new_code_cell("ex"),
     ]
     path = Path(tempfile.mkdtemp()) / f"blobs-{n_classes}.ipynb"
@@ -140,11 +141,11 @@ def write_notebook(n_classes):
     return path
 
 
-def measure_browser(page, lab, n_classes, repeats):
+def measure_browser(page, lab, n_classes, side, repeats):
     "Return milliseconds from the key to the changed picture, and seconds from running the cell to the first picture."
     from browser import open_notebook
 
-    open_notebook(page, lab, write_notebook(n_classes), run=False)
+    open_notebook(page, lab, write_notebook(n_classes, side), run=False)
     page.evaluate(RUN_FIRST_CELL)
     page.wait_for_function(FIRST_CELL_DONE)
     first = page.evaluate(TIME_FIRST_PICTURE) / 1000
@@ -160,7 +161,7 @@ def measure_browser(page, lab, n_classes, repeats):
     return moves[3:], first
 
 
-def measure_pictures(classes, repeats):
+def measure_pictures(classes, side, repeats):
     "Measure each number of classes in a browser."
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from browser import browser, jupyter_lab, page_of
@@ -169,25 +170,27 @@ def measure_pictures(classes, repeats):
     with jupyter_lab(Path(tempfile.mkdtemp())) as lab, browser() as chrome:
         for n in classes:
             with page_of(chrome, 1200) as page:
-                measured[n] = measure_browser(page, lab, n, repeats)
+                measured[n] = measure_browser(page, lab, n, side, repeats)
     return measured
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--side", type=int, default=512, help="of the pictures, pixels")
     parser.add_argument("--classes", type=int, nargs="+", default=[21, 151], help="background included")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--kernel", action="store_true", help="leave the browser out")
     options = parser.parse_args()
     threads = torch.get_num_threads()
-    print(f"{SIDE} × {SIDE} pixels, all panels; median (max) of {options.repeats} moves of τ, {threads} threads")
+    measured = f"median (max) of {options.repeats} moves of τ, {threads} threads"
+    print(f"{options.side} × {options.side} pixels, all panels; {measured}")
     print("| classes | kernel, ms | to the picture, ms | first view, s | of it in the kernel, s |")
     print("|---:|---:|---:|---:|---:|")
-    kernel = {n: measure_kernel(n, options.repeats) for n in options.classes}
+    kernel = {n: measure_kernel(n, options.side, options.repeats) for n in options.classes}
     if options.kernel:
         browser = dict.fromkeys(options.classes, ((float("nan"),), float("nan")))
     else:
-        browser = measure_pictures(options.classes, options.repeats)
+        browser = measure_pictures(options.classes, options.side, options.repeats)
     for n, (moves, built) in kernel.items():
         pictures, first = browser[n]
         in_kernel = f"{statistics.median(moves):.1f} ({max(moves):.1f})"

@@ -57,7 +57,7 @@ def find_page(path):
         if name == "index":
             return "index"
         module = find_module(ROOT / path) if (ROOT / path).is_file() else ""
-        return f"reference/{module.replace('.', '/') or re.sub('^[0-9]+[a-z]?_', '', name)}"
+        return f"reference/{module.replace('.', '/') or re.sub('^[0-9]+[a-z]*_', '', name)}"
     if path.endswith(".ipynb") and folder in ("nbs/tutorials", "nbs/runs"):
         return f"{folder[4:]}/{name}"
     if path.endswith(".md") and folder == "docs":

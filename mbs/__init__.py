@@ -10,6 +10,7 @@ Modules:
 - `mbs.cvat`: Find the masks, photos, labels and colours in CVAT's export "Segmentation mask 1.1".
 - `mbs.diagnosis`: Say in plain words why a run learnt little, from what its folder holds.
 - `mbs.explore.app`: All explorers of a run on one page without code, for its test pictures or your own.
+- `mbs.explore.test_set`: All test pictures of a run as thumbnails: sorted by what went wrong, filtered, opened.
 - `mbs.explore.tour`: Write a notebook that shows a run, serve it on this machine, and open it executed and live.
 - `mbs.feature_distillation`: Hold the student's features to the teacher's, but only where the teacher can be trusted.
 - `mbs.identity`: Decide which class a foreground pixel is by a regression on frozen features, which forgets nothing.

@@ -10,6 +10,7 @@ from .explore.explorers import explore_class_tokens as explore_class_tokens
 from .explore.explorers import explore_confusions as explore_confusions
 from .explore.explorers import explore_features as explore_features
 from .explore.explorers import explore_pseudo_labels as explore_pseudo_labels
+from .explore.test_set import explore_test_set as explore_test_set
 from .feature_distillation import adaptive_feature_distillation as adaptive_feature_distillation
 from .feature_distillation import local_pod as local_pod
 from .feature_distillation import reliability as reliability

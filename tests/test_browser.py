@@ -2,12 +2,13 @@
 
 Skipped where there is no Chromium, unless CI or MBS_BROWSER=1 is set: then they fail."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from importlib.util import find_spec
 
 import numpy as np
@@ -33,6 +34,7 @@ from mbs.explore.explorers import (
     explore_features,
     explore_pseudo_labels,
 )
+from mbs.explore.test_set import ORDERS, explore_test_set
 from mbs.explore.tour import write_tour
 from mbs.lifeline import make_module_command
 
@@ -375,6 +377,43 @@ def test_features_follow_the_pick(tour):
     assert "teacher" in changed(after, explorer.pixels(names)) and tour.external == [] and tour.errors == []
 
 
+def test_the_test_set_computes_while_it_is_seen_and_opens_a_picture(tour):
+    grid, count = tour.locator(".mbs-grid"), tour.locator(".mbs-explore").count()
+    grid.evaluate("(e) => e.scrollIntoView()")
+    tour.wait_for_function("() => document.querySelector('.mbs-grid').dataset.left === '0'")
+    wanted = json.loads(kernel(tour, "import json; print(json.dumps([r.position for r in test_set.state.choose()]))"))
+    assert len(wanted) == 8
+    pictures = grid.locator(".mbs-grid-picture")
+    assert [int(p.get_attribute("data-position")) for p in pictures.all()] == wanted
+    pictures.nth(1).click()
+    tour.wait_for_function(DRAWN, arg=count + 1)
+    opened = f"test_set.opened.state.moment.photo == test_set.state.pictures.data[{wanted[1]}][0]"
+    assert kernel(tour, f"print(({opened}).all())").strip() == "True"
+    kernel(tour, "test_set.below.children = (); test_set.opened.close()")
+    tour.wait_for_function(DRAWN, arg=count)
+    assert tour.external == [] and tour.errors == []
+
+
+def test_a_dropped_picture_is_shown(shift, runs):
+    "A file dropped on a panel replaces the test pictures; without a truth there are no panels of it."
+    file = io.BytesIO()
+    Image.fromarray(runs[0].samples()[1].photo).save(file, "PNG")
+    data = shift.page.evaluate_handle(
+        """(text) => { const data = new DataTransfer();
+        const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+        data.items.add(new File([bytes], 'dropped.png', { type: 'image/png' })); return data; }""",
+        b64encode(file.getvalue()).decode(),
+    )
+    count = "(n) => document.querySelector('.mbs-explore').querySelectorAll('canvas').length === n"
+    try:
+        shift.root.dispatch_event("drop", dict(dataTransfer=data))
+        shift.page.wait_for_function(count, arg=3)
+        assert shift.kernel("shift.state.moment.photo.tolist()") == runs[0].samples()[1].photo.tolist()
+    finally:
+        kernel(shift.page, "shift.show_images(None)")
+        shift.page.wait_for_function(count, arg=6)
+
+
 def test_everything_has_a_name(tour):
     "For screen readers: every canvas, slider, button and list says what it is."
     labels = tour.locator(".mbs-explore canvas").evaluate_all("(all) => all.map((c) => c.getAttribute('aria-label'))")
@@ -438,6 +477,74 @@ def test_saved_features_follow_the_pick(runs, tmp_path, offline):
     one.panel("truth", names).click(position=dict(x=3, y=3))
     offline.wait_for_timeout(300)
     assert changed(before, one.pixels(names)) == {"cosine_teacher", "cosine_student"}
+
+
+def test_pictures_zoom_together_and_the_mark_stays_on_its_pixel(runs, tmp_path, offline):
+    "Wheel, keys, drag and double-click; a page scrolls until a panel has the focus."
+    explorer = explore_pseudo_labels(*runs, step=1, index=0)
+    offline.goto(explorer.to_html(tmp_path / "page.html").as_uri())
+    offline.wait_for_function(DRAWN, arg=2)
+    frames, mouse = offline.locator(".mbs-frame"), offline.mouse
+    box = frames.first.bounding_box()
+    x, y = box["x"] + 0.7 * box["width"], box["y"] + 0.3 * box["height"]
+
+    def find_marks():
+        "Place of the dot on the first panel of each run, in CSS pixels of the panel."
+        return offline.evaluate("""() => [...document.querySelectorAll('.mbs-explore')].map((root) => {
+            const mark = root.querySelector('.mbs-mark'), dot = getComputedStyle(mark, '::after');
+            const frame = root.querySelector('.mbs-frame').getBoundingClientRect();
+            const box = mark.getBoundingClientRect();
+            const zoom = box.width / mark.offsetWidth;
+            const [x, y] = [box.left - frame.left, box.top - frame.top];
+            return [x + parseFloat(dot.left) * zoom, y + parseFloat(dot.top) * zoom]; })""")
+
+    mouse.move(x, y)
+    mouse.wheel(0, -300)
+    offline.wait_for_timeout(100)
+    assert offline.locator("[style*='--zoom']").count() == 0
+    mouse.click(x, y)
+    read = "() => +document.querySelector('.mbs-pair').style.getPropertyValue('--zoom')"
+    for _ in range(4):
+        mouse.wheel(0, -200)
+    offline.wait_for_function(f"({read})() > 4")
+    mouse.move(x + 1, y)
+    tip = offline.locator(".mbs-tip").first.inner_text()
+    place = [[x - box["x"], y - box["y"]]] * 2
+    one_pixel = box["width"] / explorer.state.moment.truth.shape[1] * offline.evaluate(read)
+    assert np.abs(np.array(find_marks()) - place).max() < one_pixel, "a dot left its pixel"
+    assert re.match(r"\(\d+, \d+\)", tip)[0] in offline.locator(".mbs-card").first.inner_text()
+    mouse.down()
+    mouse.move(x - 40, y + 25, steps=4)
+    mouse.up()
+    assert np.abs(np.array(find_marks()) - place - [-41, 25]).max() < one_pixel + 1
+    mouse.move(x - 40, y + 25)
+    assert offline.locator(".mbs-tip").first.inner_text()[:8] == tip[:8], (
+        "a drag picks no pixel and moves with the mouse"
+    )
+    mouse.dblclick(x, y)
+    assert offline.evaluate(read) == 1
+    offline.keyboard.press("+")
+    assert offline.evaluate(read) == 1.5
+    offline.keyboard.press("-")
+    assert offline.evaluate(read) == 1
+
+
+def test_a_saved_test_set_sorts_and_filters_like_python(runs, tmp_path, offline):
+    explorer = explore_test_set(runs[0])
+    offline.goto(explorer.to_html(tmp_path / "page.html").as_uri())
+    offline.wait_for_function("() => document.querySelector('.mbs-grid').dataset.left === '0'")
+
+    def shown():
+        return offline.locator("[data-position]").evaluate_all("(all) => all.map((e) => +e.dataset.position)")
+
+    for explorer.state.order in ORDERS:
+        offline.get_by_label("Sort by").select_option(explorer.state.order)
+        assert shown() == [record.position for record in explorer.state.choose()]
+    explorer.state.contains, explorer.state.place = 1, "truth"
+    offline.get_by_label("Contains").select_option("1")
+    offline.get_by_label("in", exact=True).select_option("truth")
+    assert 0 < len(shown()) < 8 and shown() == [record.position for record in explorer.state.choose()]
+    offline.wait_for_function("() => [...document.querySelectorAll('.mbs-grid img')].every((e) => e.naturalWidth)")
 
 
 def test_a_saved_chart_is_drawn(runs, tmp_path, offline):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ipywidgets.widgets.widget import _instances
 from PIL import Image
 from torch.nn import functional as F
+from traitlets import TraitError
 
 from mbs.bounds import bound_miou
 from mbs.experiment import Experiment
@@ -40,11 +42,13 @@ from mbs.explore.figures import SHIFT_PANELS
 from mbs.explore.page import Display, describe_shift_panels, describe_shift_picture, describe_shift_pixel, encode_script
 from mbs.explore.paint import FATE_STYLE, FLOW_STYLE, make_class_style, make_group_style, paint, quantise
 from mbs.explore.states import COLOURS, ORDERS, SOURCES, FeatureState, Pictures, ShiftState
+from mbs.explore.test_set import explore_test_set, has_test_part
 from mbs.explore.widgets import make_control
 from mbs.identity import IdentifiedSegmenter
 from mbs.inference import segment, to_batch
 from mbs.protocol import VOID, Protocol
 from mbs.pseudo_labels import selective_pseudo_labels
+from mbs.run import load_run
 from mbs.segmenter import Segmenter
 from mbs.settings import Settings
 from mbs.viz import AGREE, FATES, classify_fate
@@ -517,6 +521,129 @@ def test_view_follows_the_state_and_the_state_the_view(runs):
     explorer.close()
     explorer.state.tau = 0.1
     assert explorer.states[1].tau == 0.8, "links live on after close"
+
+
+def test_own_pictures_replace_those_of_the_run_and_the_choice_stays(runs, tmp_path):
+    explorer = explore_pseudo_labels(*runs, step=1, tau=0.35)
+    view, own = explorer.view, explorer.own
+    photo = runs[0].samples()[0].photo[:, ::-1].copy()
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    n_widgets = len(_instances)
+    content = (tmp_path / "photo.png").read_bytes()
+    explorer.canvases[1]._handle_custom_msg({"dropped": ["photo.png"]}, [memoryview(content)])
+    assert explorer.view is view and view.children[-2:] == tuple(explorer.canvases)
+    assert [len(state.pictures) for state in explorer.states] == [1, 1] and explorer.states[1].tau == 0.35
+    assert (explorer.states[1].moment.photo == photo).all() and not explorer.state.has_truth
+    assert [p["key"] for p in explorer.canvases[0].panels["panels"]] == ["pseudo", "predicted", "weight"]
+    explorer.state.tau = 0.5
+    assert explorer.states[1].tau == 0.5 and explorer.states[1].partner is explorer.state
+    own.show_files([("a.txt", b"hi")])
+    assert "a.txt cannot be read" in own.message.value and len(explorer.state.pictures) == 1
+    own.samples.click()
+    assert len(explorer.state.pictures) == 4 and explorer.state.has_truth and "cannot" not in own.message.value
+    file = next(w for w in own.row.children if w.description == "or file")
+    file.value = str(tmp_path / "photo.png")
+    assert len(explorer.state.pictures) == 1
+    file.value = str(tmp_path / "none.png")
+    assert "none.png" in own.message.value and len(explorer.state.pictures) == 1
+    own.samples.click()
+    assert len(_instances) == n_widgets, "widgets of pictures that are gone were left"
+    explorer.close()
+
+
+def test_features_keep_a_channel_that_only_their_level_has(runs):
+    explorer = explore_features(runs[0], level="encoder", kind="channel")
+    explorer.state.channel = explorer.state.n_features - 1
+    explorer.show_images([runs[0].samples()[0].photo])
+    assert (explorer.state.level, explorer.state.channel) == ("encoder", explorer.state.n_features - 1)
+
+
+# the whole test set
+
+
+@pytest.fixture(scope="module")
+def grid(runs):
+    "The explorer of all eight test pictures after the last step, computed."
+    explorer = explore_test_set(runs[0], order="as stored")
+    explorer.compute()
+    return explorer
+
+
+def test_pictures_of_the_test_set_add_up_to_the_confusion_matrix(grid, runs):
+    for step in range(runs[0].n_steps):
+        grid.state.pictures.compute(step)
+        n = runs[0].protocol[step].n_channels
+        total = sum(grid.state.pictures.kept[step, i].pairs.to_matrix(n) for i in range(8))
+        assert (total == runs[0].confusion(step).counts).all()
+
+
+def test_forgotten_is_what_was_right_when_its_class_was_learnt(grid, runs):
+    "Against the predictions of the run, pixel by pixel."
+    run, pictures = runs[0], grid.state.pictures
+    for record in grid.state.choose():
+        photo, truth = pictures.read_pair(record.position)
+        last = run.predict(photo)
+        lost = 0
+        for step in list(run.protocol)[:-1]:
+            is_own = np.isin(truth, list(step.new_channels))
+            learnt = run.predict(photo, step.number)
+            lost += (is_own & (learnt == truth)).sum() - (is_own & (last == truth)).sum()
+        assert record.forgotten == pytest.approx(lost / truth.size)
+        assert record.accuracy == pytest.approx((last == truth)[truth != VOID].mean())
+    assert any(record.forgotten > 0 for record in grid.state.choose())
+
+
+def test_the_test_set_is_sorted_and_filtered(grid):
+    state = grid.state
+    records = state.choose()
+    state.order = "lowest IoU"
+    assert [r.iou for r in state.choose()] == sorted(r.iou for r in records)
+    pair = next(iter(max(records, key=lambda record: len(record.pairs)).pairs))
+    state.order, state.pair = "most confused", list(pair)
+    shares = [r.pairs[pair] for r in state.choose()]
+    assert shares == sorted((r.pairs[pair] for r in records if pair in r.pairs), reverse=True)
+    state.pair, state.contains, state.place = [], 2, "prediction"
+    assert {r.position for r in state.choose()} == {r.position for r in records if 2 in r.predicted}
+    assert list(grid.to_frame()["picture"]) == [r.name for r in state.choose()]
+    for name, value in dict(contains=9, pair=[1], order="best").items():
+        with pytest.raises((ValueError, TraitError), match=r"expected|must be"):
+            setattr(state, name, value)
+    state.order, state.contains, state.place = "as stored", -1, "truth or prediction"
+
+
+def test_the_test_set_is_computed_in_pieces(runs):
+    "A piece ends after its time; each prediction is made once; the first records do not wait for what is forgotten."
+    explorer = explore_test_set(runs[0])
+    pictures, step = explorer.state.pictures, explorer.state.step
+    places = pictures.list_work(step)
+    assert len(set(places)) == len(places) and places[:8] == [(step, i) for i in range(8)]
+    assert explorer.view is not None
+    sent, canvas = [], explorer.canvases[0]
+    canvas.send = lambda content, buffers=None: sent.append((content, buffers))
+    assert pictures.compute(step, seconds=0) == {0} and len(pictures.kept) == 1
+    while not sent or sent[-1][0]["n_left"]:
+        canvas._handle_custom_msg({"ask": "records", "is_new": not sent}, [])
+    last = {record["position"]: record for content, _ in sent for record in content["records"]}
+    assert len(last) == 8 and len(pictures.kept) == len(places)
+    assert all("…" not in record["texts"]["most forgotten"] for record in last.values())
+    canvas._handle_custom_msg({"ask": "thumbnails", "positions": [3, 5]}, [])
+    assert sent[-1][0]["positions"] == [3, 5] and all(b.startswith(b"\xff\xd8") for b in sent[-1][1])
+    canvas._handle_custom_msg({"ask": "open", "position": 3}, [])
+    photo, truth = pictures.read_pair(3)
+    assert (explorer.opened.state.moment.photo == photo).all() and (explorer.opened.state.moment.truth == truth).all()
+    assert sent[-1][0] == dict(answer="opened", sentence="")
+    explorer.close()
+
+
+def test_other_pictures_than_those_of_the_test_are_refused(runs):
+    assert has_test_part(runs[0])
+    card = runs[0].card
+    changed = card.model_copy(update=dict(data=card.data.model_copy(update=dict(test="0" * 16, n_test=9))))
+    other = load_run(runs[0].folder)
+    other.card = changed
+    assert not has_test_part(other)
+    with pytest.raises(ValueError, match="have changed: expected those that run mbs was tested on"):
+        explore_test_set(other)
 
 
 def test_maps_of_the_view_are_those_of_the_state(runs):

@@ -1,6 +1,6 @@
 """Imports only go down: a module imports from modules of notebooks with a smaller number, and never from itself.
 
-The number of a notebook is its first two digits and an optional letter: 61_ comes before 61a_, and 61a_ before 62_."""
+The number of a notebook is its first two digits and optional letters: 61_ comes before 61a_, 61a_ before 61ab_."""
 
 import ast
 import json
@@ -17,9 +17,9 @@ DEFAULT = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.M)
 
 
 def number(notebook):
-    "Return (digits, letter) of a notebook's file name, which sorts as the notebooks do."
-    digits, letter = re.match(r"(\d\d)([a-z]?)_", notebook.name).groups()
-    return int(digits), letter
+    "Return (digits, letters) of a notebook's file name, which sorts as the notebooks do."
+    digits, letters = re.match(r"(\d\d)([a-z]*)_", notebook.name).groups()
+    return int(digits), letters
 
 
 def read_code(notebook):
@@ -75,7 +75,16 @@ def list_imports(notebook):
 
 
 def test_letters_follow_their_number():
-    names = ["03_a.ipynb", "03a_b.ipynb", "03c_c.ipynb", "10_d.ipynb", "61_e.ipynb", "61a_f.ipynb", "62_g.ipynb"]
+    names = [
+        "03_a.ipynb",
+        "03a_b.ipynb",
+        "03c_c.ipynb",
+        "10_d.ipynb",
+        "61_e.ipynb",
+        "61a_f.ipynb",
+        "61ab_g.ipynb",
+        "62_h.ipynb",
+    ]
     assert sorted(reversed(names), key=lambda name: number(Path(name))) == names
 
 

@@ -26,7 +26,7 @@ def is_hidden(path):
 
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not is_hidden(p))
-MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name)]  # numbered, for example 40_ or 61a_
+MODULES = [p for p in NOTEBOOKS if re.match(r"\d\d[a-z]*_", p.name)]  # numbered, for example 40_ or 61a_
 TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
 MAX_BYTES = 400_000  # of one notebook
 MAX_BYTES_TOGETHER = 8_000_000

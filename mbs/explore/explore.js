@@ -6,6 +6,10 @@
 const VOID = 255;
 const PARTS = ["picture", "panels", "pixel"];
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+const WHOLE = { scale: 1, x: 0, y: 0 };
+const MAX_ZOOM = 32;
+const ZOOM_STEP = 1.5; // of a key or button
+const LEAST_DRAG = 4; // CSS pixels; a shorter one is a click
 const SPACE = "\u00a0"; // keeps an empty line as high as a full one
 
 // ---- bytes ----
@@ -206,6 +210,7 @@ class View {
     const main = addElement("div", body, { class: "mbs-main" });
     this.grid = addElement("div", main, { class: "mbs-panels" });
     this.tip = addElement("div", main, { class: "mbs-tip" }, SPACE);
+    this.addZoomButtons(main);
     this.legend = addElement("div", main, {
       class: "mbs-chips",
       role: "group",
@@ -217,6 +222,16 @@ class View {
     this.tables = addElement("div", side, { class: "mbs-tables" });
     this.chart = addElement("div", side, { class: "mbs-chart" });
     this.card = addElement("div", side, { class: "mbs-card", role: "status", "aria-live": "polite" });
+  }
+
+  addZoomButtons(parent) {
+    const bar = addElement("div", parent, { class: "mbs-zoom-bar", role: "group", "aria-label": "zoom" });
+    const addButton = (text, title, press) => {
+      addElement("button", bar, { type: "button", title, "aria-label": title }, text).addEventListener("click", press);
+    };
+    addButton("−", "zoom out (key −)", () => this.zoomAtPick(1 / ZOOM_STEP));
+    addButton("+", "zoom in at the picked pixel (key +)", () => this.zoomAtPick(ZOOM_STEP));
+    addButton("⤢", "show the whole picture (key 0, or double-click)", () => this.setZoom(WHOLE));
   }
 
   get(name) {
@@ -233,6 +248,8 @@ class View {
     const redraw = () => this.redraw();
     for (const name of ["alpha", "hidden", "flow_filter", "title"]) this.model.on(`change:${name}`, redraw);
     this.model.on("change:pick", () => this.drawMarks());
+    new ResizeObserver(() => this.chooseSmoothing()).observe(this.grid);
+    this.addDrop();
     await Promise.all(PARTS.map((part) => this.load(part)));
   }
 
@@ -293,6 +310,7 @@ class View {
     this.drawTables();
     this.drawChart();
     this.drawCard();
+    this.chooseSmoothing();
     this.root.dataset.drawn = panels.drawn;
   }
 
@@ -315,8 +333,9 @@ class View {
     const box = addElement("figure", this.grid, { class: "mbs-panel" });
     const title = addElement("figcaption", box);
     const frame = addElement("div", box, { class: "mbs-frame" });
-    const canvas = addElement("canvas", frame, { tabindex: "0", role: "img" });
-    const mark = addElement("div", frame, { class: "mbs-mark" });
+    const zoomed = addElement("div", frame, { class: "mbs-zoomed" });
+    const canvas = addElement("canvas", zoomed, { tabindex: "0", role: "img" });
+    const mark = addElement("div", zoomed, { class: "mbs-mark" });
     const bar = addElement("div", box, { class: "mbs-bar" });
     canvas.addEventListener("mousemove", (event) => {
       this.tip.textContent = this.describePixel(this.findPixel(canvas, event));
@@ -324,7 +343,9 @@ class View {
     canvas.addEventListener("mouseleave", () => {
       this.tip.textContent = SPACE;
     });
+    this.addZoom(frame, canvas);
     canvas.addEventListener("click", (event) => {
+      if (this.isDragged) return;
       const pixel = this.findPixel(canvas, event);
       this.set("pick", pixel.map((value) => value * this.parts.picture.thinning));
     });
@@ -505,6 +526,110 @@ class View {
     addElement("span", row, { class: "mbs-number" }, `${old} → ${bar.new.toFixed(2)}`);
   }
 
+  // -- files
+
+  // Send files that are dropped on the view to the kernel, which shows them.
+  addDrop() {
+    if (this.model.isSaved) return;
+    const mark = (isOver) => this.root.classList.toggle("mbs-dropping", isOver);
+    this.root.addEventListener("dragover", (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return;
+      event.preventDefault();
+      mark(true);
+    });
+    this.root.addEventListener("dragleave", () => mark(false));
+    this.root.addEventListener("drop", async (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      mark(false);
+      const files = [...event.dataTransfer.files];
+      const contents = await Promise.all(files.map((file) => file.arrayBuffer()));
+      this.model.send({ dropped: files.map(({ name }) => name) }, undefined, contents);
+    });
+  }
+
+  // -- zoom
+
+  // The element whose style holds the zoom: all panels of a view, or of two runs side by side, share it.
+  findZoomBox() {
+    return this.root.closest(".mbs-pair") || this.root;
+  }
+
+  // Return scale, and the left upper corner of the zoomed picture in widths and heights of the panel.
+  getZoom() {
+    const { style } = this.findZoomBox();
+    const read = (name) => parseFloat(style.getPropertyValue(name)) || 0;
+    return { scale: read("--zoom") || 1, x: read("--zoom-x") / 100, y: read("--zoom-y") / 100 };
+  }
+
+  setZoom({ scale, x, y }) {
+    const { style } = this.findZoomBox();
+    style.setProperty("--zoom", scale);
+    style.setProperty("--zoom-x", `${100 * clamp(x, 1 - scale, 0)}%`);
+    style.setProperty("--zoom-y", `${100 * clamp(y, 1 - scale, 0)}%`);
+    this.chooseSmoothing();
+  }
+
+  // Zoom by a factor; the point (u, v) of the panel, 0..1, stays where it is. Return whether anything changed.
+  zoomAt(u, v, factor) {
+    const { scale, x, y } = this.getZoom();
+    const wanted = clamp(scale * factor, 1, MAX_ZOOM);
+    const grown = wanted / scale;
+    this.setZoom({ scale: wanted, x: u - (u - x) * grown, y: v - (v - y) * grown });
+    return wanted !== scale;
+  }
+
+  zoomAtPick(factor) {
+    const { scale, x, y } = this.getZoom();
+    const { full_size } = this.parts.picture;
+    const [row, column] = this.get("pick").map((value, axis) => (value + 0.5) / full_size[axis]);
+    this.zoomAt(clamp(x + column * scale, 0, 1), clamp(y + row * scale, 0, 1), factor);
+  }
+
+  // Pixels stay sharp where they are enlarged; a picture with more pixels than its panel would show every nth only.
+  chooseSmoothing() {
+    const canvas = this.grid.querySelector("canvas");
+    if (!canvas) return;
+    const shown = canvas.clientWidth * this.getZoom().scale * devicePixelRatio;
+    this.findZoomBox().classList.toggle("mbs-smooth", shown > 0 && shown < canvas.width);
+  }
+
+  addZoom(frame, canvas) {
+    const hasFocus = () => this.grid.contains(document.activeElement);
+    frame.addEventListener(
+      "wheel",
+      (event) => {
+        if (!(event.ctrlKey || event.metaKey || hasFocus())) return; // the page scrolls
+        const box = frame.getBoundingClientRect();
+        const [u, v] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+        if (this.zoomAt(u, v, Math.exp(-0.002 * clamp(event.deltaY, -200, 200)))) event.preventDefault();
+      },
+      { passive: false },
+    );
+    canvas.addEventListener("dblclick", () => this.setZoom(WHOLE));
+    canvas.addEventListener("pointerdown", (event) => {
+      this.isDragged = false;
+      if (event.button || event.pointerType === "touch" || this.getZoom().scale === 1) return; // a finger scrolls
+      this.drag(frame, canvas, event);
+    });
+  }
+
+  // Move the zoomed picture with the pointer until it is released.
+  drag(frame, canvas, start) {
+    const from = this.getZoom();
+    const box = frame.getBoundingClientRect();
+    const ended = new AbortController();
+    const move = (event) => {
+      const [dx, dy] = [event.clientX - start.clientX, event.clientY - start.clientY];
+      this.isDragged ||= Math.hypot(dx, dy) >= LEAST_DRAG;
+      if (this.isDragged) this.setZoom({ ...from, x: from.x + dx / box.width, y: from.y + dy / box.height });
+    };
+    canvas.setPointerCapture(start.pointerId);
+    canvas.addEventListener("pointermove", move, { signal: ended.signal });
+    for (const name of ["pointerup", "pointercancel"])
+      canvas.addEventListener(name, () => ended.abort(), { signal: ended.signal });
+  }
+
   // -- mouse and keys
 
   // Find the shown pixel [y, x] under the mouse.
@@ -565,6 +690,9 @@ class View {
     if (ARROWS[key]) this.movePick(ARROWS[key]);
     else if (key === "n" || key === "p") this.model.send({ move: key === "n" ? 1 : -1 });
     else if (key === "[" || key === "]") this.moveTau(key === "]" ? 1 : -1);
+    else if (key === "+" || key === "=") this.zoomAtPick(ZOOM_STEP);
+    else if (key === "-") this.zoomAtPick(1 / ZOOM_STEP);
+    else if (key === "0") this.setZoom(WHOLE);
     else if (key === "?") this.help.hidden = !this.help.hidden;
     else if (group) this.toggle("hidden", group[1]);
     else if (key === "m") {

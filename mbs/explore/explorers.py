@@ -43,6 +43,7 @@ from mbs.explore.figures import (
     tabulate_tokens,
 )
 from mbs.explore.page import (
+    MAX_SIDE,
     Display,
     describe_feature_panels,
     describe_feature_picture,
@@ -72,6 +73,7 @@ from mbs.explore.states import (
 # %% ../../nbs/61g_explorers.ipynb #86589864
 from mbs.explore.widgets import (
     Observer,
+    OwnPictures,
     can_show_widgets,
     close_widgets,
     make_canvas_class,
@@ -106,6 +108,9 @@ def check_comparable(run: Run, other: Run, images: Sequence | None):
 
 
 # %% ../../nbs/61g_explorers.ipynb #2f14f134
+_DERIVED = {"moment", "shift", "maps"}  # traits that follow from the others
+
+
 def _make_states(
     kind: type,  # of the states
     run: Run | Path | str,
@@ -115,7 +120,7 @@ def _make_states(
 ) -> list[PictureState]:
     "Make a state for one run, or for two that can be compared; ValueError for a choice that does not exist."
     runs = [_open_run(r) for r in (run, other) if r is not None]
-    can_choose = set(kind.class_trait_names()) - {"moment", "shift", "maps"}
+    can_choose = set(kind.class_trait_names()) - _DERIVED
     if unknown := set(chosen) - can_choose:
         raise ValueError(f"{unknown.pop()!r} cannot be chosen: expected some of {', '.join(sorted(can_choose))}")
     if len(runs) == 2:
@@ -127,16 +132,32 @@ def _make_states(
 
 
 # %% ../../nbs/61g_explorers.ipynb #db53f3f6
+def _copy_states(states: Sequence[PictureState], images: Sequence | None) -> list[PictureState]:
+    "Make states with the same choice for other pictures; None stands for the samples of the runs."
+    copies = []
+    for state in states:
+        names = set(state.trait_names()) - {*_DERIVED, "index", "pick"}
+        in_turn = sorted(names, key=lambda name: name == "channel")  # which the level bounds
+        chosen = {name: getattr(state, name) for name in in_turn} | (dict(index=copies[0].index) if copies else {})
+        copies.append(type(state)(Pictures(state.run, images, state.pictures.n_steps), **chosen))
+    return copies
+
+
+# %% ../../nbs/61g_explorers.ipynb #e7cab1a5
 class Explorer:
     "What all explorers share: the states of one or two runs, their links, and a view that can be closed."
 
     shared = ()  # traits that the states of two runs share
 
     def __init__(self, states: Sequence[T.HasTraits]):
-        self.states = tuple(states)
-        self.state = self.states[0]
         self.canvases = []
         self._view = None
+        self._set_states(states)
+
+    def _set_states(self, states: Sequence[T.HasTraits]):
+        "Take over states, and link what two of them share."
+        self.states = tuple(states)
+        self.state = self.states[0]
         self._links = [T.link((self.state, name), (other, name)) for other in self.states[1:] for name in self.shared]
 
     @property
@@ -192,7 +213,7 @@ def _make_canvas(explorer, state: PictureState) -> tuple:  # (canvas, links)
     def show_pixel(_):
         canvas.pixel = explorer.describe_pixel(state)
 
-    canvas.on_msg(lambda _, message, __: explorer.state.move(message["move"]))
+    canvas.on_msg(lambda _, message, files: explorer.receive(message, files))
     links = [Observer(state, redraw, explorer.redraw_on), Observer(state, show_pixel, ["pick"])]
     if getattr(state, "partner", None):
         links.append(Observer(state.partner, redraw, ["predictor"]))
@@ -207,10 +228,12 @@ class PictureExplorer(Explorer):
     shared = ("index", "step", "alpha", "hidden", "pick")  # traits that the states of two runs share
     on_canvas = ("alpha", "hidden", "pick")  # traits that a state shares with its canvas
     redraw_on = ("moment",)  # traits that the panels depend on
+    has_own_controls = True  # whether the view offers to show pictures of one's own
 
     def __init__(self, states: Sequence[PictureState], max_side: int, palette: np.ndarray | None):
         super().__init__(states)
         self.display = Display(max_side, palette, is_wide=len(self.states) > 1)
+        self.own: OwnPictures | None = None  # shows what is dropped on a canvas
 
     def list_dependencies(self, state: PictureState) -> tuple:
         "List the values that the picture part depends on."
@@ -228,14 +251,42 @@ class PictureExplorer(Explorer):
     def _make_view(self):
         import ipywidgets as W
 
+        if self.has_own_controls:
+            self.own = OwnPictures(self.show_images)
+        box = W.VBox()
+        self._fill(box)
+        if len(self.states) > 1:
+            box.add_class("mbs-pair")
+        return box
+
+    def _fill(self, box):
+        "Make controls and canvases for the states, and put them into the box of the view."
         for state in self.states:
             canvas, links = _make_canvas(self, state)
             self.canvases.append(canvas)
             self._links += links
-        box = W.VBox([*self._make_controls(), *self.canvases])
-        if len(self.states) > 1:
-            box.add_class("mbs-pair")
-        return box
+        rows = [self.own.row] if self.has_own_controls else []
+        box.children = [*self._make_controls(), *rows, *self.canvases]
+
+    def show_images(self, images: Sequence | None):
+        "Show other pictures, or with None the samples of the run, and keep what is chosen; the states are new."
+        states = _copy_states(self.states, images)
+        for link in self._links:
+            link.unlink()
+        self.canvases = []
+        self._set_states(states)
+        if self._view is not None:
+            before = self._view.children
+            self._fill(self._view)
+            for widget in set(before) - set(self._view.children):
+                close_widgets(widget)
+
+    def receive(self, message: dict, files: Sequence[bytes]):
+        "Do what a canvas asks for: show the next or previous picture, or files that were dropped on it."
+        if "move" in message:
+            self.state.move(message["move"])
+        elif self.own:
+            self.own.show_files(list(zip(message["dropped"], files)))
 
     def _describe_choice(self) -> str:
         return describe_moment(self.state)
@@ -271,8 +322,8 @@ class ShiftExplorer(PictureExplorer):
     on_canvas = (*PictureExplorer.on_canvas, "tau", "flow_filter")
     redraw_on = ("shift", "colour_by", "compare")
 
-    def __init__(self, states: Sequence[ShiftState], max_side: int, palette: np.ndarray | None):
-        super().__init__(states, max_side, palette)
+    def _set_states(self, states: Sequence[ShiftState]):
+        super()._set_states(states)
         for state in self.states[1:]:
             state.partner = self.state
 
@@ -330,7 +381,7 @@ def explore_pseudo_labels(
     other: Run | Path | str | None = None,  # a second run of the same classes and steps, side by side
     *,
     images: Sequence | None = None,  # files, PIL pictures, arrays (H, W, 3), or pairs with a truth; None: run's samples
-    max_side: int = 512,  # larger pictures are thinned out for display, pixels
+    max_side: int = MAX_SIDE,  # larger pictures are thinned out for display, pixels
     palette: np.ndarray | None = None,  # (C, 3) uint8 colours of the channels; None: those of VOC
     **chosen,  # traits of `ShiftState`: step, tau, source, predictor, order, index, …
 ) -> ShiftExplorer:
@@ -404,7 +455,7 @@ def explore_features(
     other: Run | Path | str | None = None,  # a second run of the same classes and steps, side by side
     *,
     images: Sequence | None = None,  # as in `explore_pseudo_labels`
-    max_side: int = 512,  # larger pictures are thinned out for display, pixels
+    max_side: int = MAX_SIDE,  # larger pictures are thinned out for display, pixels
     palette: np.ndarray | None = None,  # (C, 3) uint8 colours of the channels; None: those of VOC
     **chosen,  # traits of `FeatureState`: step, level, kind, channel, pick, index, order, …
 ) -> FeatureExplorer:

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "MAX_SIDE",
     "KEYS",
     "TAU_KEYS",
     "CURVE_LINES",
@@ -25,6 +26,7 @@ __all__ = [
     "describe_feature_panels",
     "describe_feature_pixel",
     "read_asset",
+    "fill_page",
     "format_run",
     "encode_script",
     "pack_cosines",
@@ -65,12 +67,14 @@ from ..protocol import VOID
 from ..run import Run
 from ..viz import BLUE, FATES, GREEN, GREY, PURPLE, VERMILLION
 
-
 # %% ../../nbs/61d_page.ipynb #e7a3d2b4
+MAX_SIDE = 1024  # of a picture that is shown pixel by pixel
+
+
 class Display(NamedTuple):
     "How an explorer shows its pictures."
 
-    max_side: int = 512  # larger pictures are thinned out, pixels
+    max_side: int = MAX_SIDE  # larger pictures are thinned out, pixels
     palette: np.ndarray | None = None  # (C, 3) uint8 colours of the channels; None: those of VOC
     is_wide: bool = False  # panels in one row and tables below, for two runs one below the other
 
@@ -100,7 +104,9 @@ def describe_moment(state: PictureState) -> str:
 # %% ../../nbs/61d_page.ipynb #b27953d3
 KEYS = (
     "Arrow keys: move the picked pixel by one patch · n / p: next / previous picture · m: show or hide all colours · "
-    "1 – 4: show or hide background, old, new, ignored · ?: show or hide this help"
+    "1 – 4: show or hide background, old, new, ignored · + / −: zoom in / out at the picked pixel · "
+    "mouse wheel on a focused panel, or Ctrl and wheel: zoom at the mouse · drag: move the zoomed picture · "
+    "0 or double-click: whole picture · ?: show or hide this help"
 )
 TAU_KEYS = " · [ / ]: lower / raise τ by 0.01"
 
@@ -484,6 +490,14 @@ def read_asset(name: str) -> str:
     return files("mbs.explore").joinpath(name).read_text(encoding="utf-8")
 
 
+# %% ../../nbs/61d_page.ipynb #9e32aa39
+def fill_page(path: Path | str, template: str, **values: str) -> Path:
+    "Write a page from one of the templates that come with the explorers; return its path."
+    page = re.sub(r"{{(\w+)}}", lambda match: values[match[1]], read_asset(template))
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
+
+
 # %% ../../nbs/61d_page.ipynb #aafa29b9
 def format_run(run: Run) -> str:
     "Name a run in a heading: folder, method, protocol."
@@ -533,6 +547,4 @@ def write_page(
         states=encode_script(states),
         script=encode_script(read_asset("explore.js")),
     )
-    page = re.sub(r"{{(\w+)}}", lambda match: values[match[1]], read_asset("explore.html"))
-    Path(path).write_text(page, encoding="utf-8")
-    return Path(path)
+    return fill_page(path, "explore.html", **values)

@@ -6,6 +6,7 @@
 __all__ = [
     "can_show_widgets",
     "make_canvas_class",
+    "make_grid_class",
     "Observer",
     "close_widgets",
     "make_control",
@@ -13,19 +14,28 @@ __all__ = [
     "wrap_row",
     "PictureControls",
     "make_picture_controls",
+    "read_upload",
+    "OwnPictures",
 ]
 
 # %% ../../nbs/61f_widgets.ipynb #26e64620
+import html
+import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import traitlets as T
+from PIL import Image
 
 from .page import read_asset
 from .states import ORDERS, PictureState
+from ..folders import expand_tilde
+from ..pictures import read_photo
 
 
 # %% ../../nbs/61f_widgets.ipynb #fe6ef409
@@ -53,6 +63,22 @@ def make_canvas_class() -> type:
         pick = T.Tuple(T.Int(), T.Int()).tag(sync=True)
 
     return Canvas
+
+
+# %% ../../nbs/61f_widgets.ipynb #988b09c0
+@cache
+def make_grid_class() -> type:
+    "Make the class of the widget that shows thumbnails."
+    from anywidget import AnyWidget
+
+    class Grid(AnyWidget):
+        _esm, _css = read_asset("grid.js"), read_asset("grid.css")
+        title, layer, order, place = (T.Unicode().tag(sync=True) for _ in range(4))
+        step, contains = (T.Int().tag(sync=True) for _ in range(2))
+        pair = T.List(T.Int()).tag(sync=True)
+        facts = T.Dict().tag(sync=True)
+
+    return Grid
 
 
 # %% ../../nbs/61f_widgets.ipynb #36041157
@@ -162,3 +188,65 @@ def make_picture_controls(state: PictureState, canvases: Sequence) -> PictureCon
     links = [W.jslink((opacity, "value"), (canvas, "alpha")) for canvas in canvases]
     links.append(Observer(state, lambda _: setattr(rank, "value", get_rank()), ["index", "step", "predictor", "order"]))
     return PictureControls(opacity, step, order, (previous, rank, W.Label(f"/ {n_pictures}"), following), links)
+
+
+# %% ../../nbs/61f_widgets.ipynb #484b4c6f
+_MAX_UPLOAD = 100 * 2**20  # bytes
+
+
+def read_upload(name: str, content: bytes) -> np.ndarray:  # (H, W, 3) uint8
+    "Read a picture that was uploaded; ValueError if it is none, or too large."
+    if len(content) > _MAX_UPLOAD:
+        raise ValueError(f"{name} has {len(content) / 2**20:.0f} MiB: expected at most {_MAX_UPLOAD >> 20} MiB")
+    try:
+        return read_photo(Image.open(io.BytesIO(content)))
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{name} cannot be read ({e}): expected a picture, such as JPEG or PNG") from None
+
+
+# %% ../../nbs/61f_widgets.ipynb #404eee69
+class OwnPictures:
+    "Controls that show pictures of one's own, and those of the run again."
+
+    def __init__(
+        self,
+        show: Callable[[Sequence | None], Any],  # is called with the pictures, or None for those of the run
+        reads_files: bool = True,  # offer files of the machine that the kernel runs on
+    ):
+        import ipywidgets as W
+
+        self.show = show
+        self.upload = make_control("FileUpload", "Your pictures", accept="image/*", multiple=True)
+        self.samples = make_control("Button", "Test pictures", tooltip="show the test pictures of the run")
+        self.message = W.HTML(self._IDLE, layout=W.Layout(min_height="28px"))
+        self.upload.observe(lambda change: self.show_files([(f["name"], f["content"]) for f in change.new]), "value")
+        self.samples.on_click(lambda _: self._show(lambda: None))
+        files = []
+        if reads_files:
+            options = dict(placeholder="photo.jpg", continuous_update=False, tooltip="a file on the kernel's machine")
+            files = [make_control("Text", "or file", width="280px", **options)]
+            files[0].observe(lambda change: self._show(lambda: [expand_tilde(change.new)]), "value")
+        self.row = wrap_row(self.upload, *files, self.samples, self.message)
+
+    _IDLE = "Pictures can also be dropped on a panel."
+
+    def show_files(self, files: Sequence[tuple[str, bytes]]):
+        "Show pictures that are given by name and content; an empty list changes nothing."
+        if files:
+            self._show(lambda: [read_upload(name, bytes(content)) for name, content in files])
+
+    def _show(self, read: Callable[[], Sequence | None]):
+        with self.announce("Computing"):
+            self.show(read())
+
+    @contextmanager
+    def announce(self, text: str) -> Iterator[None]:
+        "Show `text` while the block runs, and a sentence if it raises ValueError."
+        announced = f"<b>{text} …</b>"
+        self.message.value = announced
+        try:
+            yield
+            if self.message.value == announced:  # a block inside may have left a sentence
+                self.message.value = self._IDLE
+        except ValueError as e:
+            self.message.value = f'<span role="alert" style="color: #b00020">{html.escape(str(e))}</span>'
