@@ -93,6 +93,7 @@ def _is_test_part(data: SegmentationFolder, run: Run) -> bool:
 _MAX_SCENES = 5000  # that are drawn for an explorer
 
 
+# %% ../../nbs/61ga_test_set.ipynb #c302c3a6
 def open_test_part(run: Run) -> SegmentationFolder:
     "Open the test pictures of a run; ValueError if they are not on this machine or differ from those of the run."
     settings, name = run.settings, run.folder.name
@@ -152,6 +153,7 @@ def collect_pairs(
 SIDE = 128  # of a thumbnail, pixels
 
 
+# %% ../../nbs/61ga_test_set.ipynb #41779945
 def shrink_labels(
     labels: np.ndarray,  # (H, W)
     size: tuple[int, int],  # height and width of the thumbnail
@@ -161,6 +163,7 @@ def shrink_labels(
     return labels[np.ix_(rows, columns)]
 
 
+# %% ../../nbs/61ga_test_set.ipynb #94e008c7
 def encode_thumbnail(picture: np.ndarray) -> bytes:  # (h, w, 3) uint8
     "Encode a small picture as JPEG."
     file = BytesIO()
@@ -195,6 +198,7 @@ def make_thumbnail(
 ORDERS = ("most forgotten", "lowest IoU", "lowest accuracy", "most confused", "name", "as stored")
 
 
+# %% ../../nbs/61ga_test_set.ipynb #4d612951
 class PictureRecord(NamedTuple):
     "What is known about one test picture after a step."
 
@@ -223,6 +227,7 @@ class _Kept(NamedTuple):
     labels: np.ndarray  # (h, w) uint8 of the thumbnail
 
 
+# %% ../../nbs/61ga_test_set.ipynb #b39b42dd
 class ScoredPictures:
     "The test pictures of a run and what its models make of them, computed once and in pieces."
 
@@ -314,6 +319,7 @@ def make_record(pictures: ScoredPictures, step: int, position: int) -> PictureRe
     )
 
 
+# %% ../../nbs/61ga_test_set.ipynb #d00ed750
 def list_records(pictures: ScoredPictures, step: int) -> list[PictureRecord]:
     "List the records of the pictures that are computed after `step`, as stored."
     return [make_record(pictures, step, i) for i in range(len(pictures)) if (step, i) in pictures.kept]
@@ -325,6 +331,7 @@ PLACES = ("truth or prediction", "truth", "prediction")
 ANY_CLASS = -1
 
 
+# %% ../../nbs/61ga_test_set.ipynb #71a2f02f
 class GridState(StepState):
     "What is chosen in the explorer of the test set."
 
@@ -371,11 +378,13 @@ class GridState(StepState):
 _ALPHA = dict(errors=0.85, prediction=0.6, truth=0.6)  # opacity of the colours
 
 
+# %% ../../nbs/61ga_test_set.ipynb #9ce69fca
 def get_style(layer: str, run: Run, palette: np.ndarray | None = None) -> Style:
     "Return the style of a layer that is painted over the photo."
     return FLOW_STYLE if layer == "errors" else make_class_style(run.names, palette)
 
 
+# %% ../../nbs/61ga_test_set.ipynb #13609f78
 def paint_thumbnail(
     state: GridState,
     position: int,
