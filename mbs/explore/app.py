@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# %% ../../nbs/61i_app.ipynb #2eeed3c2
 from mbs.explore.explorers import (
     Explorer,
     PictureExplorer,
@@ -47,6 +48,7 @@ def list_neighbours(run: Run) -> dict[str, Run]:  # by folder name; `run` itself
     return found
 
 
+# %% ../../nbs/61i_app.ipynb #c842a5a0
 def list_partners(run: Run, neighbours: dict[str, Run]) -> list[str]:
     "List the names of neighbours that can be shown beside `run`: the same classes, steps and sample pictures."
     names = []
@@ -68,7 +70,11 @@ _TABS = {
     "Confusions": explore_confusions,
     "Test set": lambda run, other: explore_test_set(run),  # of the first run
 }
+
+# %% ../../nbs/61i_app.ipynb #14f48b07
 _PICTURE_TABS = ("Pseudo-labels", "Features")
+
+# %% ../../nbs/61i_app.ipynb #9d14bca8
 _NO_PARTNER = "none"
 
 
@@ -81,6 +87,7 @@ class AppControls(NamedTuple):
     own: OwnPictures  # and the message
 
 
+# %% ../../nbs/61i_app.ipynb #039d7dfb
 def _make_app_controls(names: Sequence[str], name: str, show_images: Callable) -> AppControls:
     "Make the controls of the app for the runs `names`, of which `name` is shown."
     import ipywidgets as W
@@ -188,6 +195,7 @@ def _write_app(folders: Sequence[Path]) -> Path:
     return path
 
 
+# %% ../../nbs/61i_app.ipynb #aeaf2b54
 def serve_app(
     folders: Sequence[Path],  # of one or two runs
     options: ServerOptions | None = None,

@@ -221,8 +221,8 @@ def _make_canvas(explorer, state: PictureState) -> tuple:  # (canvas, links)
 
 
 # %% ../../nbs/61g_explorers.ipynb #6e188a1f
-class PictureExplorer(Explorer):
-    "What the explorers of pictures share: a canvas for each state, and the saved page."
+class _PictureView(Explorer):
+    "A canvas for each state, and the controls above."
 
     kind = "Pictures"
     shared = ("index", "step", "alpha", "hidden", "pick")  # traits that the states of two runs share
@@ -267,6 +267,11 @@ class PictureExplorer(Explorer):
             self._links += links
         rows = [self.own.row] if self.has_own_controls else []
         box.children = [*self._make_controls(), *rows, *self.canvases]
+
+
+# %% ../../nbs/61g_explorers.ipynb #e1268fd7
+class PictureExplorer(_PictureView):
+    "What the explorers of pictures share: canvases, pictures of one's own, and the saved page."
 
     def show_images(self, images: Sequence | None):
         "Show other pictures, or with None the samples of the run, and keep what is chosen; the states are new."
