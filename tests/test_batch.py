@@ -135,9 +135,9 @@ def on_this_machine(home) -> dict:
         and f"toy/{finished(folder, 1)[0].folder.name}: step 1" in driver.said()
     )
     before, plan = stamps(folder), {row[0]: row for row in Batch(grid).plan(measure=False).rows}
-    assert {row[1] for row in plan.values()} == {"done", "unfinished", "new"} and sum(
-        row[1] == "done" for row in plan.values()
-    ) == len(finished(folder, 2)) >= 2
+    states = [row[1] for row in plan.values()]
+    assert {"done", "unfinished"} <= set(states) <= {"done", "unfinished", "new"}
+    assert states.count("done") == len(finished(folder, 2)) >= 2
     assert any("RuntimeError: there is trouble" in row[6] for name, row in plan.items() if name.startswith("kd-"))
     (home / "trouble").unlink()
     again = Driver("batch", grid, "--workers", 2)
