@@ -288,7 +288,7 @@ def test_photos(home, name):
             if size is not None:
                 assert found.dtype == np.uint8 and found.shape == (*size, 3)
             elif found is not None:  # rows are counted once, when a data set is indexed
-                with pytest.raises(ValueError, match="rows are missing|decompressing"):
+                with pytest.raises(ValueError, match=r"rows are missing|decompressing"):
                     read_image_size(path)
 
 
