@@ -45,7 +45,7 @@ test: .venv/developer ## run every test, JOBS at a time
 stress: .venv/developer ## run the full stress test (an hour or two on two cores) and write its figures to docs/stress.md
 	@rm -f $(FIGURES)
 	@MBS_FIGURES=$(FIGURES) MBS_KILLS=40 MBS_BATCH_KILLS=40 MBS_NOTEBOOK_KILLS=12 MBS_EVERY_KILL=1 MBS_NOTEBOOK_SAVES=6 MBS_FAULTS=90 MBS_MUTATIONS=250 MBS_CAMPAIGN=1160 MBS_LONG=3 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $$(grep -l "from figures import kept" tests/test_*.py)
+		$(BIN)/python -m pytest -o timeout=0 -n $(JOBS) --dist loadgroup $$(grep -l "from figures import kept" tests/test_*.py)
 	@$(BIN)/python docs/stress.py $(FIGURES)
 
 lint: .venv/developer ## style and format of code and notebooks

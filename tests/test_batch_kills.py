@@ -162,7 +162,7 @@ def train_undisturbed(home: Path, monkeypatch) -> tuple:
     for job in Batch(write(home)).jobs:
         Experiment(job.settings).run()
     torch.set_num_threads(threads)
-    return read_end(home / "outputs/twelve")
+    return read_end(home / "outputs/toy")
 
 
 def write(home: Path) -> Path:
@@ -176,10 +176,10 @@ def read_end(folder: Path) -> tuple:
 
 def finish(home: Path, options: list[str], n_kills: int, typical: float) -> tuple[int, float]:
     "Give one command again and again until it succeeds, killed `n_kills` times; return kills, and seconds of a call."
-    folder, killed, before = home / "outputs/twelve", 0, 0
+    folder, killed, before = home / "outputs/toy", 0, 0
     for _ in range(3 * n_kills + 3):
         began = time.monotonic()
-        driver = Driver("batch", home / "twelve.yaml", *options)
+        driver = Driver("batch", home / "toy.yaml", *options)
         now = watch(driver, folder, n_kills - killed, typical)
         killed += now
         if driver.returncode == 0:
@@ -204,7 +204,7 @@ def test_a_batch_that_is_killed_ends_like_an_undisturbed_one(executor, tmp_path,
             monkeypatch.setenv("MBS_HOME", str(home))
             write(home)
             now, typical = finish(home, options, min(MOST, KILLS - killed), typical)
-            end = read_end(home / "outputs/twelve")
+            end = read_end(home / "outputs/toy")
             assert end == whole, (home, end[2] ^ whole[2])
             killed, n_batches = killed + now, n_batches + 1
             print(f"{killed} kills, {n_batches} batches, a call takes {typical:.0f} s")

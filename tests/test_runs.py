@@ -93,6 +93,7 @@ def test_relative_paths_and_names_of_ablations(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.timeout(1800)
 def test_demo_shows_the_claim(tmp_path):
     "In one seed of the demo, mbs is clearly above kd, kd above finetune, and the base step is at least 0.6."
     out = mbs(tmp_path, "demo", timeout=1500)
