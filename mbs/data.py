@@ -179,7 +179,7 @@ class DataCheck(NamedTuple):
         "Yield a title, the photo (H, W, 3) and the mask (H, W) of some pictures, as a run reads them."
         for part, i in self.choose_samples(n):
             pairs = getattr(self.layout, part)
-            photo = read_image(pairs.images[i], self.pairs[part][i].is_turned)
+            photo = read_image(pairs.images[i], self.pairs[part][i].is_turned, is_known=True)
             yield f"{pairs.ids[i]} ({part})", photo, read_mask(pairs.masks[i], self.layout.colours)
 
 
@@ -368,7 +368,7 @@ class SegmentationFolder:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if self.decoded is not None:
             return self.decoded[self.rows[i]]
-        image = read_image(self.images[i], self.turned[i])
+        image = read_image(self.images[i], self.turned[i], is_known=True)
         mask = read_mask(self.masks[i], self.colours, is_known=True)
         if not image.shape[:2] == mask.shape == tuple(self.sizes[i]):
             size = "×".join(map(str, self.sizes[i][::-1]))

@@ -168,9 +168,12 @@ def _explain_photo(path: Path) -> Iterator[None]:
 def read_image(
     path: Path,
     shown: bool = False,  # turn the pixels as EXIF says; False: as stored
+    is_known: bool = False,  # `read_photo_facts` has read the file before
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "Read a photo of a data set; ValueError when the file is missing or cannot be decoded."
+    "Read a photo; ValueError when the file is missing, damaged, or cannot be decoded."
     with _explain_photo(path), _open_photo(path) as image:
+        if image.format == "PNG" and not is_known:
+            check_png(read_bytes(path, _MAX_FILE))
         return _to_pixels(image, shown)
 
 
@@ -181,11 +184,7 @@ def read_photo(
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Read a photo that is given in one of several forms; ValueError for anything else."
     if isinstance(item, (str, Path)):
-        path = Path(item)
-        with _explain_photo(path), _open_photo(path) as image:
-            if image.format == "PNG":
-                check_png(read_bytes(path, _MAX_FILE))
-            return _to_pixels(image, shown)
+        return read_image(Path(item), shown)
     if isinstance(item, Image.Image) and item.mode[0] not in "IF":
         return _to_pixels(item, shown)
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3 and item.size:

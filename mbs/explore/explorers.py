@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "check_comparable",
+    "check_choice",
     "Explorer",
     "PictureExplorer",
     "ShiftExplorer",
@@ -20,7 +21,7 @@ __all__ = [
 
 # %% ../../nbs/61g_explorers.ipynb #4bbe4aaf
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,13 @@ def check_comparable(run: Run, other: Run, images: Sequence | None):
 _DERIVED = {"moment", "shift", "maps"}  # traits that follow from the others
 
 
+def check_choice(chosen: Iterable[str], expected: Collection[str]):
+    "Raise ValueError if a name is not one of those that can be chosen."
+    if unknown := set(chosen) - set(expected):
+        raise ValueError(f"{unknown.pop()!r} cannot be chosen: expected some of {', '.join(sorted(expected))}")
+
+
+# %% ../../nbs/61g_explorers.ipynb #5dc662c0
 def _make_states(
     kind: type,  # of the states
     run: Run | Path | str,
@@ -120,9 +128,7 @@ def _make_states(
 ) -> list[PictureState]:
     "Make a state for one run, or for two that can be compared; ValueError for a choice that does not exist."
     runs = [_open_run(r) for r in (run, other) if r is not None]
-    can_choose = set(kind.class_trait_names()) - _DERIVED
-    if unknown := set(chosen) - can_choose:
-        raise ValueError(f"{unknown.pop()!r} cannot be chosen: expected some of {', '.join(sorted(can_choose))}")
+    check_choice(chosen, set(kind.class_trait_names()) - _DERIVED)
     if len(runs) == 2:
         check_comparable(*runs, images)
     n_steps = min(r.n_steps for r in runs)

@@ -64,7 +64,7 @@ from PIL import Image
 from ..bounds import find_confused_pairs
 from ..data import SegmentationFolder, choose_samples, open_data
 from .evidence import classify_flow, hide_later_classes
-from .explorers import Explorer, ShiftExplorer, explore_pseudo_labels
+from .explorers import Explorer, ShiftExplorer, check_choice, explore_pseudo_labels
 from .figures import NotebookFigure
 from .page import encode_script, fill_page, format_run, read_asset
 from .paint import FLOW_STYLE, Style, make_class_style, paint
@@ -250,6 +250,10 @@ class ScoredPictures:
         "Find the pictures that hold a class of `step`."
         return np.flatnonzero(self.data.index[:, list(step.classes)].any(1))
 
+    def holds(self, position: int, step: Step) -> bool:
+        "Tell whether a picture holds a class of `step`."
+        return bool(self.data.index[position, list(step.classes)].any())
+
     def list_work(self, step: int) -> list[tuple[int, int]]:
         "List the places, step and position, that the records after `step` need and that are not computed yet."
         work = [(step, i) for i in range(len(self))]
@@ -290,7 +294,7 @@ def measure_forgotten(pictures: ScoredPictures, step: int, position: int) -> flo
     "Measure the share of a picture whose old class was right when it was learnt and is lost; NaN if not computed yet."
     now, lost = pictures.kept[step, position].pairs, 0
     for earlier in pictures.list_earlier(step):
-        if position not in pictures.find_holders(earlier):
+        if not pictures.holds(position, earlier):
             continue
         if (earlier.number, position) not in pictures.kept:
             return math.nan
@@ -647,7 +651,5 @@ def explore_test_set(
 
     ValueError if the test pictures are not on this machine or differ from those of the run."""
     run = run if isinstance(run, Run) else load_run(run)
-    can_choose = set(_ON_CANVAS) - {"step"}
-    if unknown := set(chosen) - can_choose:
-        raise ValueError(f"{unknown.pop()!r} cannot be chosen: expected some of {', '.join(sorted(can_choose))}")
+    check_choice(chosen, set(_ON_CANVAS) - {"step"})
     return GridExplorer(GridState(ScoredPictures(run, open_test_part(run)), step, **chosen), palette)
