@@ -69,6 +69,14 @@ def _collect_training(run: Run, laps: Sequence[Lap]) -> Iterator[Point]:
 
 
 # %% ../nbs/72_curves.ipynb #43885f17
+def _collect_validation(metrics: dict, start: int, time: float | None = None) -> Iterator[Point]:
+    "Yield the scores of the iterates of a complete step, which begins after iteration `start`."
+    for name, scores in metrics.get("validation", {}).items():
+        for iteration, score in scores:
+            yield Point(f"validation/{name}", score, start + int(iteration), time)
+
+
+# %% ../nbs/72_curves.ipynb #6962000c
 def _find_test_times(laps: Sequence[Lap]) -> dict[int, float]:
     "Return when each step was complete, as far as that is known."
     return {lap.step: lap.time for lap in laps if not lap.iterations}
@@ -82,6 +90,7 @@ def collect_scalars(run: Run) -> list[Point]:
     end = 0
     for t in range(run.n_steps):
         metrics = run.metrics(t)
+        points += _collect_validation(metrics, end, times.get(t))
         end += run.iterations[t]
         points += [Point(f"mIoU/{k}", metrics["scores"][k], end, times.get(t)) for k in _SCORES]
         points += [Point(f"shift/{k}", v, end, times.get(t)) for k, v in metrics["shift"].items()]
@@ -89,16 +98,22 @@ def collect_scalars(run: Run) -> list[Point]:
 
 
 # %% ../nbs/72_curves.ipynb #40d6ddf0
-_RATES = {"training/learning_rate": "learning rate", "training/pictures_per_second": "pictures a second"}
+_RATES = {
+    "training/learning_rate": "learning rate",
+    "training/pictures_per_second": "pictures a second",
+    "validation/held-out": "mIoU of new classes, held-out pictures",
+    "validation/test": "mIoU of new classes, test pictures",
+}
 
 
 def draw_rates(run: Run) -> Figure:
-    "Draw the learning rate and, where it is known, the number of pictures a second over the iterations of `run`."
-    panels = {}
-    for point in _collect_training(run, run.laps()):
+    "Draw learning rate and, where they are known, speed and scores of iterates over the iterations of `run`."
+    panels, starts = {}, np.cumsum([0, *run.iterations]).tolist()
+    scores = [point for t in range(run.n_steps) for point in _collect_validation(run.metrics(t), starts[t])]
+    for point in (*_collect_training(run, run.laps()), *scores):
         if title := _RATES.get(point.name):
             panels.setdefault(title, []).append((point.iteration, point.value))
-    return show_measures(panels, np.cumsum(run.iterations).tolist())
+    return show_measures(panels, starts[1:])
 
 
 # %% ../nbs/72_curves.ipynb #22122f4c

@@ -7,6 +7,7 @@ __all__ = ["Experiment"]
 
 # %% ../nbs/52_experiment.ipynb #487ed8e6
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -367,7 +368,9 @@ def _train_and_write(
     confusion, columns = _evaluate_state(setup, predictor, step, kept, recipe.test)
     seconds = round(time.perf_counter() - started, 2)
     compiled = choose_compiled(recipe, setup.iterations()[step.number], make_accelerator(recipe).device)
+    scores = {name: [[i, score] for i, score in v.scores if math.isfinite(score)] for name, v in validators.items()}
     facts = dict(seconds=seconds, memory=round(measure_peak_memory(), 2), compiled=compiled, **setup.method.found)
+    facts |= dict(validation=scores) if scores else {}
     experiment.exemplars = _select_exemplars(experiment, student, step)
     writer.finish_step(step, predictor, confusion, ways | columns, facts, teacher, experiment.exemplars)
     writer.clock.stop(step.number, setup.iterations()[step.number])

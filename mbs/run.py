@@ -285,6 +285,9 @@ def read_laps(
 
 
 # %% ../nbs/51_run.ipynb #626db5ae
+_Score = Annotated[list[float], Field(min_length=2, max_length=2)]  # iteration and mIoU
+
+
 class _Metrics(Parameters):
     "Fields of a metrics.json that readers need."
 
@@ -294,6 +297,7 @@ class _Metrics(Parameters):
     seconds: float
     memory: float = 0.0
     compiled: str = ""  # see `mbs.training.choose_compiled`
+    validation: dict[str, list[_Score]] = {}  # mIoU of new classes of the iterates that were scored, by their pictures
     columns: dict[str, dict[str, float]] = {}
     pseudo_labels: dict[str, float] = {}
     labels: dict[str, float | list[int]] = {}

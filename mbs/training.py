@@ -277,22 +277,25 @@ def average_window(window: list[dict], step: int, iteration: int, total: int, dr
 
 # %% ../nbs/50_training.ipynb #9b7fa98c
 class Validator:
-    "Scores iterates with `score` and keeps the state of the best, the first among equals."
+    "Scores iterates with `score`; keeps all scores, and the state of the best, the first among equals."
 
     def __init__(self, score: Callable[[Segmenter], float]):
         self.score = score
+        self.scores: list[tuple[int, float]] = []  # (iteration, score) of each
         self.best = -math.inf
         self.state: dict[str, Tensor] | None = None
 
-    def validate(self, student: Segmenter):
-        "Score `student`, and keep a copy of its tensors if it is the best so far."
+    def validate(self, student: Segmenter, iteration: int):
+        "Score `student` after `iteration`, and keep a copy of its tensors if it is the best so far."
         score = self.score(student)
+        self.scores.append((iteration, score))
         if score > self.best:
             self.best = score
             self.state = {k: v.clone() for k, v in student.state_dict().items()}
 
-    def restore(self, best: float, tensors: dict[str, Tensor]):
-        "Restore the best score and state."
+    def restore(self, scores: Sequence[tuple[int, float]], best: float, tensors: dict[str, Tensor]):
+        "Restore all scores, the best one and its state."
+        self.scores = [(int(iteration), float(score)) for iteration, score in scores]
         self.best = best
         self.state = tensors or None
 
@@ -368,8 +371,8 @@ def pack_state(training: _TrainingState) -> tuple[dict[str, Tensor], dict]:
     if rows:
         tensors["window"] = torch.stack([torch.stack(row).float() for row in rows])
     scaler = training.accelerator.scaler
-    best = [validator.best for validator in training.validators]
-    return tensors, dict(best=best, terms=names, scaler=scaler.state_dict() if scaler else None)
+    best, scores = ([getattr(v, name) for v in training.validators] for name in ("best", "scores"))
+    return tensors, dict(best=best, scores=scores, terms=names, scaler=scaler.state_dict() if scaler else None)
 
 
 # %% ../nbs/50_training.ipynb #fca0906f
@@ -399,7 +402,8 @@ def restore_state(training: _TrainingState, tensors: dict[str, Tensor], facts: d
     for k, validator in enumerate(training.validators):
         best_state = strip_prefix(tensors, f"judge.{k}")
         _check_same_tensors(best_state, training.model)
-        validator.restore(float(facts["best"][k]), best_state)
+        scores = facts["scores"][k] if "scores" in facts else []  # not in states of earlier versions
+        validator.restore(scores, float(facts["best"][k]), best_state)
     training.method.state = {k: v.to(training.device) for k, v in strip_prefix(tensors, "method").items()}
     if facts["scaler"]:
         training.accelerator.scaler.load_state_dict(facts["scaler"])
@@ -517,7 +521,7 @@ class Training(_WatchedTraining):
         "Let every validator score the student."
         with torch.compiler.set_stance("force_eager"):  # pictures of many sizes
             for validator in self.validators:
-                validator.validate(self.model)
+                validator.validate(self.model, self.iteration)
         self.student.train()
 
 

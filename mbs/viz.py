@@ -557,7 +557,7 @@ def show_measures(
     for ax, (title, points) in zip(axes[0], panels.items()):
         for first, last in zip((0, *edges), edges):
             part = [point for point in points if first < point[0] <= last]
-            ax.plot(*zip(*part) if part else ((), ()), color=BLUE, lw=1, marker="." if len(part) < 3 else "")
+            ax.plot(*zip(*part) if part else ((), ()), color=BLUE, lw=1, marker="." if len(part) <= 10 else "")
         _mark_steps(ax, title, edges[:-1])
         ax.set_xlim(0, 1.02 * edges[-1])
     return fig

@@ -123,7 +123,10 @@ def test_two_columns(recipe, both):
         columns = run.metrics(t)["columns"]
         assert set(columns) == ({"published", "clean"} if both else set())
         if not both:
+            assert "validation" not in run.metrics(t)
             continue
+        iterations, values = zip(*run.metrics(t)["validation"]["test"])
+        assert iterations == (100, 120) and 0 <= min(values) <= max(values) <= 1
         mine = run.confusion(t).counts
         published, clean = (run.confusion(t, name) for name in ("published", "clean"))
         assert (mine == (published if recipe == "paper" else clean).counts).all()
