@@ -34,7 +34,7 @@ setup(
     },
     package_data={
         "mbs": ["py.typed", "*.pyi"],
-        "mbs.explore": ["*.js", "*.css", "*.html"],
+        "mbs.explore": ["*.js", "*.css", "*.html", "labconfig/*.json"],
         "mbs.runs": ["*.ipynb", "*.yaml"],
         "mbs.runs.protocols": ["*.yaml"],
         "mbs.runs.grids": ["*.yaml"],

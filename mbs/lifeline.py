@@ -18,6 +18,7 @@ __all__ = [
     "interrupt_on_signals",
     "run_server",
     "run_alongside",
+    "skip_slow_imports",
 ]
 
 # %% ../nbs/04_lifeline.ipynb #36ab2bad
@@ -192,7 +193,14 @@ def run_alongside(
 
 
 # %% ../nbs/04_lifeline.ipynb #a4becf09
+def skip_slow_imports():
+    "Let this process do without modules that take long to import and that it does not need."
+    sys.modules.setdefault("rfc3987_syntax", None)  # of jsonschema
+
+
+# %% ../nbs/04_lifeline.ipynb #bcb9a801
 if __name__ == "__main__" and "__file__" in globals():
     exit_with_parent()
+    skip_slow_imports()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

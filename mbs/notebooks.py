@@ -50,6 +50,7 @@ from mbs.lifeline import (
     make_module_command,
     record_signals,
     run_alongside,
+    skip_slow_imports,
 )
 from .locks import hold_lock
 
@@ -228,7 +229,7 @@ def execute_notebook(
         nullcontext(kernel) if kernel else start_kernel(notebook) as kernel,
         _forward_signals(asked, kernel),
     ):
-        import papermill  # takes a second, in which the kernel starts
+        import papermill  # takes a moment, in which the kernel starts
 
         try:
             papermill.execute_notebook(
@@ -309,6 +310,7 @@ def main(
 ):
     "Execute a notebook and print its output; exit with 1 and a sentence if it fails, with `EXIT_RESUME` after a stop."
     replace_unprintable()
+    skip_slow_imports()
     folder = Path(output).parent
     try:
         with interrupt_on_signals():

@@ -27,7 +27,6 @@ from browser import (
 )
 from PIL import Image
 
-from mbs.explore.app import _write_app
 from mbs.explore.explorers import (
     explore_class_tokens,
     explore_confusions,
@@ -35,7 +34,7 @@ from mbs.explore.explorers import (
     explore_pseudo_labels,
 )
 from mbs.explore.test_set import ORDERS, explore_test_set
-from mbs.explore.tour import write_tour
+from mbs.explore.tour import write_app, write_tour
 from mbs.lifeline import make_module_command
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -252,13 +251,13 @@ def test_keys(shift):
     index, ranking = shift.state("index"), shift.state("ranking")
     press("n")
     shift.page.wait_for_function(
-        "(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i} `)", arg=ranking[1]
+        "(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i + 1} of `)", arg=ranking[1]
     )
     shift.shows()
     assert {"truth", "pseudo", "predicted"} <= changed(before, shift.pixels())
     press("p")
     shift.page.wait_for_function(
-        "(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i} `)", arg=index
+        "(i) => document.querySelector('.mbs-explore').dataset.drawn.includes(`picture ${i + 1} of `)", arg=index
     )
     assert shift.page.evaluate(cells) == kinds, "a key was taken for a shortcut of JupyterLab"
     assert shift.page.evaluate("() => document.activeElement.tagName") == "CANVAS"
@@ -268,7 +267,7 @@ def test_switch_picture_and_step(shift):
     before = shift.pixels()
     shift.page.get_by_role("button", name="▶").first.click()
     shift.page.wait_for_function(
-        "() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 1 picture 1 ')"
+        "() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 1, picture 2 of ')"
     )
     assert shift.state("index") == 1
     shift.shows()
@@ -276,7 +275,7 @@ def test_switch_picture_and_step(shift):
     assert {"truth", "pseudo"} <= changed(before, middle)
     shift.page.locator(".widget-dropdown select").first.select_option("2")
     shift.page.wait_for_function(
-        "() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 2 picture 1 ')"
+        "() => document.querySelector('.mbs-explore').dataset.drawn.startsWith('step 2, picture 2 of ')"
     )
     assert shift.state("step") == 2 and "labels of step 2" in shift.root.inner_text()
     shift.shows()
@@ -299,7 +298,7 @@ def test_switch_predictor(shift):
         assert shift.panel("predicted").get_attribute("aria-label").startswith(f"prediction ({name}) after step 1: ")
     assert "identity, given the foreground: " in shift.root.locator(".mbs-card").inner_text()
     switch.select_option("both")
-    shift.page.wait_for_function("() => !document.querySelector('.mbs-explore').dataset.drawn.includes(', ')")
+    shift.page.wait_for_function("() => !document.querySelector('.mbs-explore').dataset.drawn.includes(', identity ')")
     shift.settled()
     assert changed(before, shift.pixels()) == set()
 
@@ -576,7 +575,7 @@ def test_the_app(runs, chrome, tmp_path, monkeypatch):
     if find_spec("voila") is None and not DEMANDED:
         pytest.skip("voila is not installed: pip install 'mbs[app]'")
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
-    notebook = _write_app([runs[1].folder])
+    notebook = write_app([runs[1].folder])
     with voila(notebook, tmp_path) as address, page_of(chrome) as page:
         page.goto(address)
         page.wait_for_function(DRAWN, arg=1)
@@ -626,6 +625,8 @@ def test_mbs_explore_opens_a_tour_that_is_live_and_leaves_pictures(runs, chrome,
                 page.goto(link[1])
                 page.wait_for_function(DRAWN, arg=3)
                 assert "model not found" not in page.locator("body").inner_text()
+                settings = json.loads(page.locator("#jupyter-config-data").text_content())
+                assert any("announcements" in str(extension) for extension in settings["disabledExtensions"])
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)

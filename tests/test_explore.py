@@ -475,7 +475,8 @@ def test_every_way_out_follows_the_predictor(identified, runs, tmp_path):
         row = frame.loc["analytic", explorer.state.index]
         assert row["predictor"] == switch.value
         assert {name: row[name] for name in explorer.state.counts} == explorer.state.counts
-        assert repr(explorer).endswith(f"picture 0, {switch.value})") == (switch.value != "both")
+        assert "picture 1 of " in repr(explorer)
+        assert repr(explorer).endswith(f", {switch.value})") == (switch.value != "both")
     assert second.picture is before
     explorer.close()
 

@@ -71,7 +71,7 @@ def test_a_command_explains_an_error_once(monkeypatch):
 
     monkeypatch.setattr("mbs.comparison.find_runs", refuse)
     result = CliRunner().invoke(app, ["report"])
-    assert result.exit_code == 2 and result.output.count("ulimit -n") == result.output.count("\n") == 1
+    assert result.exit_code == 2 and result.stderr.count("ulimit -n") == result.stderr.count("\n") == 1
 
 
 SENTENCES = {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -30,9 +31,10 @@ def list_listening(family: list[psutil.Process]) -> dict[int, str]:
     "Return the ports on which processes listen, each with its address."
     found = {}
     for member in family:
-        for socket in member.net_connections("inet"):
-            if socket.status == psutil.CONN_LISTEN or (socket.type == 2 and not socket.raddr):  # TCP, or UDP
-                found[socket.laddr.port] = socket.laddr.ip
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            for socket in member.net_connections("inet"):
+                if socket.status == psutil.CONN_LISTEN or (socket.type == 2 and not socket.raddr):  # TCP, or UDP
+                    found[socket.laddr.port] = socket.laddr.ip
     return found
 
 

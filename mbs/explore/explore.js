@@ -82,6 +82,7 @@ function mixColours(style, alpha, hidden) {
 }
 
 // Paint labels over the photo, with the arithmetic of `paint` in mbs.explore.paint.
+// Most pixels have the label of their neighbours, so colours are looked up where the label changes.
 function paintLabels(out, photo, labels, [height, width], style, alpha, hidden, darkened) {
   const { added, shown } = mixColours(style, alpha, hidden);
   const isHatched = new Uint8Array(256);
@@ -89,31 +90,44 @@ function paintLabels(out, photo, labels, [height, width], style, alpha, hidden, 
   const period = Math.max(4, Math.floor(Math.min(width, height) / 24));
   const line = Math.max(1, Math.floor(period / 4));
   const dark = 1 - (230 / 255) * alpha; // the strength of DARKENED
+  const white = 255 * alpha;
+  const hasOutline = style.has_outline;
+  let label = -1;
+  let [red, green, blue, kept] = [0, 0, 0, 1]; // of the label
   for (let y = 0, i = 0; y < height; y++) {
+    const below = y + 1 < height ? width : 0;
     for (let x = 0; x < width; x++, i++) {
-      const label = labels[i];
-      const own = shown[label];
-      let red = added[4 * label];
-      let green = added[4 * label + 1];
-      let blue = added[4 * label + 2];
-      let kept = added[4 * label + 3];
+      const j = 4 * i;
+      out[j + 3] = 255;
       if (darkened && darkened[i]) {
-        red = green = blue = 0;
-        kept = dark;
-      } else if (own >= 0) {
+        out[j] = photo[j] * dark;
+        out[j + 1] = photo[j + 1] * dark;
+        out[j + 2] = photo[j + 2] * dark;
+        continue;
+      }
+      if (labels[i] !== label) {
+        label = labels[i];
+        red = added[4 * label];
+        green = added[4 * label + 1];
+        blue = added[4 * label + 2];
+        kept = added[4 * label + 3];
+      }
+      if (shown[label] >= 0) {
+        const right = x + 1 < width ? labels[i + 1] : label;
+        const under = labels[i + below];
         const isEdge =
-          style.has_outline &&
-          ((x + 1 < width && shown[labels[i + 1]] !== own) || (y + 1 < height && shown[labels[i + width]] !== own));
+          hasOutline &&
+          ((right !== label && shown[right] !== label) || (under !== label && shown[under] !== label));
         if (isEdge || (isHatched[label] && (x + y) % period < line)) {
-          red = green = blue = 255 * alpha;
-          kept = 1 - alpha;
+          out[j] = photo[j] * (1 - alpha) + white;
+          out[j + 1] = photo[j + 1] * (1 - alpha) + white;
+          out[j + 2] = photo[j + 2] * (1 - alpha) + white;
+          continue;
         }
       }
-      const j = 4 * i;
       out[j] = photo[j] * kept + red;
       out[j + 1] = photo[j + 1] * kept + green;
       out[j + 2] = photo[j + 2] * kept + blue;
-      out[j + 3] = 255;
     }
   }
 }
@@ -121,10 +135,16 @@ function paintLabels(out, photo, labels, [height, width], style, alpha, hidden, 
 // Paint numbers (with a colour ramp) or colours (without) on a grid of patches; `cell` is the side of a patch.
 function paintPatches(out, values, [height, width], columns, cell, ramp) {
   const columnOf = Int32Array.from({ length: width }, (_, x) => Math.floor(x / cell));
-  for (let y = 0, i = 0; y < height; y++) {
-    const start = Math.floor(y / cell) * columns;
+  for (let y = 0, i = 0, before = -1; y < height; y++) {
+    const row = Math.floor(y / cell);
+    if (row === before) {
+      out.copyWithin(4 * i, 4 * (i - width), 4 * i); // the line above
+      i += width;
+      continue;
+    }
+    before = row;
     for (let x = 0; x < width; x++, i++) {
-      const patch = start + columnOf[x];
+      const patch = row * columns + columnOf[x];
       for (let c = 0; c < 3; c++) out[4 * i + c] = ramp ? ramp[3 * values[patch] + c] : values[3 * patch + c];
       out[4 * i + 3] = 255;
     }

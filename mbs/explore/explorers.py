@@ -305,7 +305,7 @@ class PictureExplorer(_PictureView):
     def to_html(self, path: Path | str) -> Path:
         "Write the state as one live page that needs neither a kernel nor a network; return its path."
         runs = ", ".join(state.run.folder.name for state in self.states)
-        title = f"{self.kind}: {runs}, step {self.state.step}, picture {self.state.index}"
+        title = f"{self.kind}: {runs}, {describe_moment(self.state)}"
         return write_page(path, title, [_describe_page(self, state) for state in self.states])
 
 

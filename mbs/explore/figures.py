@@ -39,6 +39,7 @@ from .evidence import LEVELS, RUN_PREDICTOR, THRESHOLDS, measure_distance
 from mbs.explore.page import (
     CURVE_LINES,
     TRUTH_PANELS,
+    describe_moment,
     find_cosine_range,
     format_run,
     list_opinions,
@@ -95,7 +96,7 @@ def _split_rows(figure: Figure, n: int) -> list:
 
 
 def _title(state: PictureState) -> str:
-    return f"{format_run(state.run)}, step {state.step}, picture {state.index}"
+    return f"{format_run(state.run)}, {describe_moment(state)}"
 
 
 # %% ../../nbs/61e_figures.ipynb #c9d8d6b5

@@ -98,7 +98,7 @@ class Panel(NamedTuple):
 def describe_moment(state: PictureState) -> str:
     "Name the step and the picture that are shown, and the predictor if it is not the run's."
     predictor = "" if state.predictor == RUN_PREDICTOR else f", {state.predictor}"
-    return f"step {state.step} picture {state.index}{predictor}"
+    return f"step {state.step}, picture {state.index + 1} of {len(state.ranking)}{predictor}"
 
 
 # %% ../../nbs/61d_page.ipynb #b27953d3
