@@ -47,7 +47,7 @@ import typer.core
 
 from .files import explain_exhaustion, make_printable
 from .folders import expand_tilde
-from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals
+from .lifeline import EXIT_RESUME, Interrupted, interrupt_on_signals, skip_slow_imports
 from .parameter_files import parse_value, parse_words, read_parameters
 from .protocol import refuse_unknown
 
@@ -144,6 +144,12 @@ def _outlive_readers():
             setattr(sys, name, io.TextIOWrapper(outlet, stream.encoding, "replace", line_buffering=True))
 
 
+# %% ../nbs/80_cli.ipynb #bfd3ebf8
+def _announce(what: str):
+    "Say what takes a while before it begins."
+    typer.echo(make_printable(f"{what} …"))
+
+
 # %% ../nbs/80_cli.ipynb #eea1f28f
 _HOME_HELP = "Folder with data/ and outputs/. Default: MBS_HOME, the checkout, or the current folder."
 
@@ -171,6 +177,7 @@ def main(
     from mbs.notebooks import replace_unprintable
 
     replace_unprintable()
+    skip_slow_imports()
     _home_words[:] = [] if home is None else ["--home", str(home)]
     if home is not None:
         os.environ["MBS_HOME"] = str(home.absolute())
@@ -250,7 +257,7 @@ def _run_with_progress(plan: list) -> list:
 
     for settings in plan:
         check_settings(settings)
-    typer.echo("Preparing " + ", ".join(f"{settings.name} ({settings.method})" for settings in plan) + " …")
+    _announce("Preparing " + ", ".join(f"{settings.name} ({settings.method})" for settings in plan))
     with ExitStack() as kernels:  # the first one loads PyTorch while this process does
         kernel = kernels.enter_context(start_kernel(find_runs_folder() / "train.ipynb"))
         from mbs.batch import prepare_experiment
@@ -505,8 +512,7 @@ def batch(
 ):
     "Train many runs, each an executed notebook and a folder in outputs/NAME; rerun the command to resume."
     with explain_errors(), interrupt_on_signals():
-        if not dry_run:
-            typer.echo(f"Preparing the batch {grid} …")
+        _announce(f"{'Planning' if dry_run else 'Preparing'} the batch {grid}")
         from mbs.batch import Batch
 
         chosen = Batch(grid, may_lack_data=dry_run)
@@ -656,16 +662,14 @@ def explore(
 ):
     "Open the explorers of a run in JupyterLab: pseudo-labels, features, class tokens, mixed-up classes."
     with explain_errors():
-        from mbs.explore.tour import ServerOptions, serve_tour
+        _announce(f"Reading {' and '.join(str(folder) for folder in (run, other) if folder is not None)}")
+        from mbs.explore.tour import ServerOptions, serve_app, serve_tour
 
-        serve = serve_tour
-        if as_app:
-            from mbs.explore.app import serve_app as serve  # loads PyTorch
         folders = [_find_run_folder(folder) for folder in (run, other) if folder is not None]
         options = ServerOptions(port, ip, allow_root, _read_server_settings(server or []), browser)
         code = 0
         with suppress(KeyboardInterrupt), interrupt_on_signals():
-            code = serve(folders, options, tell=typer.echo)
+            code = (serve_app if as_app else serve_tour)(folders, options, tell=typer.echo)
         raise typer.Exit(code)
 
 
@@ -682,6 +686,7 @@ def report(
 ):
     "Compare runs: an executed notebook, an HTML page, CSV, LaTeX and Markdown tables, with published numbers."
     with explain_errors():
+        _announce("Comparing runs")
         from mbs.comparison import find_runs
         from mbs.files import remove_link
         from mbs.folders import home
@@ -709,6 +714,7 @@ def curves(
 ):
     "Show losses and scores in TensorBoard, updated until Ctrl-C."
     with explain_errors():
+        _announce("Reading the curves of runs")
         from mbs.curves import CurveWriter, serve_curves
         from mbs.folders import home
 
@@ -733,6 +739,7 @@ def predict(
 ):
     "Segment pictures of any size."
     with explain_errors():
+        _announce(f"Loading the model of {run}")
         from mbs.predict import list_pictures, predict_files
         from mbs.run import load_run
 
@@ -889,6 +896,7 @@ def check(
 ):
     "Show what the masks hold of each class, and list everything that is wrong with the pairs; exit code 2 if any."
     with explain_errors():
+        _announce("Checking photos and masks")
         from mbs.data import check_data, locate_data
 
         checked = check_data(locate_data(folder))
@@ -978,7 +986,8 @@ def _make_setup(words: list[str], chosen: dict):
 
     settings = Settings.from_layers(_PUBLISHED | chosen, parse_words(words))
     check_settings(settings)
-    from mbs.setup import Setup, outline_setup  # seconds later
+    _announce(f"Inspecting {settings.data} {settings.protocol} {settings.setting_and_shots}")
+    from mbs.setup import Setup, outline_setup
 
     return outline_setup(settings) or Setup(settings)
 
@@ -1089,11 +1098,12 @@ def orders(
 ):
     "Print class orders for a data set and a protocol; a batch file makes runs of them, see docs/protocols.md."
     with explain_errors():
-        from mbs.grid import find_features_run
-        from mbs.orders import make_orders
         from mbs.settings import Settings
 
         settings = Settings.from_layers(*_read_layers(words or []).values())
+        from mbs.grid import find_features_run
+        from mbs.orders import make_orders
+
         run = find_features_run(features) if features else None
         made = make_orders(settings, [parse_value(name) for name in names.split(",")], run)
         for name, order in made.items():

@@ -24,6 +24,43 @@ def test_importing_the_package_loads_no_heavy_library():
     assert done.stdout.strip() == ""
 
 
+AT_TORCH = """
+import sys
+class Gate:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.exit("import torch")
+sys.meta_path.insert(0, Gate())
+from mbs.cli import app
+app()
+"""
+
+
+TRAINS = ("run demo", "demo", "batch toy")
+LOOKS = ("batch toy --dry-run", "inspect voc 15-1", "predict x y --out z", "report", "curves")
+
+
+@pytest.mark.parametrize("command", [*TRAINS, *LOOKS])
+def test_a_command_says_what_it_does_before_it_loads_torch(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_TORCH, "--home", str(tmp_path), *command.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == "import torch\n"
+    assert re.fullmatch(r"[A-Z].+ …\n", done.stdout)
+
+
+def test_commands_and_servers_import_no_parser_of_links():
+    "jsonschema imports one where it is installed, for 1.4 s; notebooks are checked without it."
+    check = "import sys, nbformat; nbformat.validate(nbformat.v4.new_notebook()); assert not sys.modules[{!r}]"
+    check = check.format("rfc3987_syntax")
+    command = f"import mbs.cli; mbs.cli.app(['files'], standalone_mode=False); {check}"
+    subprocess.run([sys.executable, "-c", command], check=True, capture_output=True)
+    started = (
+        "from mbs.lifeline import run_server; import sys\nwith run_server('timeit', '-n1', '-r1', sys.argv[1]) as p: "
+    )
+    subprocess.run([sys.executable, "-c", f"{started} sys.exit(p.wait())", check], check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("name", mbs.__all__)
 def test_every_public_name_exists(name):
     assert getattr(mbs, name) is not None and name in dir(mbs)
