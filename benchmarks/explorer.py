@@ -2,7 +2,7 @@
 
 Measured are the time in the kernel, and the time to the changed picture in Chromium under JupyterLab.
 
-python benchmarks/explorer.py [--side 512] [--classes 21 151] [--repeats 30] [--kernel]
+python benchmarks/explorer.py [--side 512] [--classes 21 151] [--repeats 30] [--runs 2] [--kernel]
 """
 
 import argparse
@@ -26,6 +26,7 @@ from mbs.run import Sample
 
 PATCH = 16
 TARGETS = {"kernel": (20, 20), "picture": (100, 200), "first": (3, 3)}  # ms, ms, s; 512 pixels; 21 classes and more
+TARGET_OF_TWO = 120  # ms to the picture, for two runs of 21 classes
 RUN_FIRST_CELL = """() => {
     window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0;
     window.jupyterapp.commands.execute('notebook:run-cell-and-select-next') }"""
@@ -41,13 +42,13 @@ TIME_FIRST_PICTURE = """() => new Promise((done) => {
         else requestAnimationFrame(look); };
     look(); })"""
 TIME_NEXT_KEY = """() => {
-    const root = document.querySelector('.mbs-explore');
-    const before = root.dataset.drawn;
+    const roots = [...document.querySelectorAll('.mbs-explore')];
+    const before = roots.map((root) => root.dataset.drawn);
     window.moved = new Promise((done) => {
         const measure = () => {
             const start = performance.now();
             const look = () => {
-                if (root.dataset.drawn !== before) done(performance.now() - start);
+                if (roots.every((root, i) => root.dataset.drawn !== before[i])) done(performance.now() - start);
                 else requestAnimationFrame(look); };
             look(); };
         document.addEventListener('keydown', measure, { once: true, capture: true }); }) }"""
@@ -56,7 +57,7 @@ TIME_NEXT_KEY = """() => {
 class BlobPictures(Pictures):
     "Pictures with blobs of all classes, and the noisy evidence of two models: no network, no data."
 
-    def __init__(self, n_classes, side, n_pictures=4):
+    def __init__(self, n_classes, side, n_pictures=4, seed=0):
         names = ["background", *(f"class {c}" for c in range(1, n_classes))]
         n_new = max(1, n_classes // 20)
         self.run = SimpleNamespace(
@@ -69,6 +70,7 @@ class BlobPictures(Pictures):
         )
         self.n_steps = 3
         self.is_own = True
+        self.seed = seed  # of the noise
         self.samples = [draw_sample(i, n_classes, side) for i in range(n_pictures)]
         self.known = {(step, i): self.make_evidence(step, i) for step in range(3) for i in range(n_pictures)}
 
@@ -81,7 +83,7 @@ class BlobPictures(Pictures):
         side = pixels[0] // PATCH
         centres = torch.from_numpy(self.samples[index].truth[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].astype(int))
         truth = F.one_hot(centres, len(self.run.names)).permute(2, 0, 1)[:n]
-        noise = torch.from_numpy(np.random.default_rng(100 * step + index).standard_normal((n, side, side)))
+        noise = torch.from_numpy(np.random.default_rng([self.seed, step, index]).standard_normal((n, side, side)))
         logits = (5 * truth + noise).float()
         probability = F.interpolate(logits[None], size=pixels, mode="bilinear").softmax(1)[0]
         confidence, best = probability.max(0)
@@ -104,13 +106,14 @@ def draw_sample(seed, n_classes, side):
     return Sample(grain + colours, truth, [])
 
 
-def make_explorer(n_classes, side):
-    return ShiftExplorer([ShiftState(BlobPictures(n_classes, side), step=1)], side, None)
+def make_explorer(n_classes, side, n_runs=1):
+    states = [ShiftState(BlobPictures(n_classes, side, seed=seed), step=1) for seed in range(n_runs)]
+    return ShiftExplorer(states, side, None)
 
 
-def measure_kernel(n_classes, side, repeats):
+def measure_kernel(n_classes, side, n_runs, repeats):
     "Return milliseconds of each move of τ with the view built, and seconds to build what the front end gets."
-    explorer = make_explorer(n_classes, side)
+    explorer = make_explorer(n_classes, side, n_runs)
     start = time.perf_counter()
     explorer._repr_mimebundle_()
     first = time.perf_counter() - start
@@ -124,7 +127,7 @@ def measure_kernel(n_classes, side, repeats):
     return moves[3:], first
 
 
-def write_notebook(n_classes, side):
+def write_notebook(n_classes, side, n_runs):
     "Write a notebook whose second cell shows the explorer; return its path."
     import nbformat
 
@@ -133,7 +136,7 @@ def write_notebook(n_classes, side):
     kernel = dict(display_name="python3", language="python", name="python3")
     notebook = nbformat.v4.new_notebook(metadata=dict(kernelspec=kernel))
     notebook.cells = [
-        nbformat.v4.new_code_cell(f"{imports}\nex = make_explorer({n_classes}, {side})"),
+        nbformat.v4.new_code_cell(f"{imports}\nex = make_explorer({n_classes}, {side}, {n_runs})"),
         nbformat.v4.new_code_cell("ex"),
     ]
     path = Path(tempfile.mkdtemp()) / f"blobs-{n_classes}.ipynb"
@@ -141,11 +144,11 @@ def write_notebook(n_classes, side):
     return path
 
 
-def measure_browser(page, lab, n_classes, side, repeats):
+def measure_browser(page, lab, n_classes, side, n_runs, repeats):
     "Return milliseconds from the key to the changed picture, and seconds from running the cell to the first picture."
     from browser import open_notebook
 
-    open_notebook(page, lab, write_notebook(n_classes, side), run=False)
+    open_notebook(page, lab, write_notebook(n_classes, side, n_runs), run=False)
     page.evaluate(RUN_FIRST_CELL)
     page.wait_for_function(FIRST_CELL_DONE)
     first = page.evaluate(TIME_FIRST_PICTURE) / 1000
@@ -161,7 +164,7 @@ def measure_browser(page, lab, n_classes, side, repeats):
     return moves[3:], first
 
 
-def measure_pictures(classes, side, repeats):
+def measure_pictures(classes, side, n_runs, repeats):
     "Measure each number of classes in a browser."
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from browser import browser, jupyter_lab, page_of
@@ -170,7 +173,7 @@ def measure_pictures(classes, side, repeats):
     with jupyter_lab(Path(tempfile.mkdtemp())) as lab, browser() as chrome:
         for n in classes:
             with page_of(chrome, 1200) as page:
-                measured[n] = measure_browser(page, lab, n, side, repeats)
+                measured[n] = measure_browser(page, lab, n, side, n_runs, repeats)
     return measured
 
 
@@ -179,24 +182,26 @@ def main():
     parser.add_argument("--side", type=int, default=512, help="of the pictures, pixels")
     parser.add_argument("--classes", type=int, nargs="+", default=[21, 151], help="background included")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=1, choices=(1, 2), help="side by side")
     parser.add_argument("--kernel", action="store_true", help="leave the browser out")
     options = parser.parse_args()
     threads = torch.get_num_threads()
-    measured = f"median (max) of {options.repeats} moves of τ, {threads} threads"
+    measured = f"{options.runs} runs, median (max) of {options.repeats} moves of τ, {threads} threads"
     print(f"{options.side} × {options.side} pixels, all panels; {measured}")
     print("| classes | kernel, ms | to the picture, ms | first view, s | of it in the kernel, s |")
     print("|---:|---:|---:|---:|---:|")
-    kernel = {n: measure_kernel(n, options.side, options.repeats) for n in options.classes}
+    kernel = {n: measure_kernel(n, options.side, options.runs, options.repeats) for n in options.classes}
     if options.kernel:
         browser = dict.fromkeys(options.classes, ((float("nan"),), float("nan")))
     else:
-        browser = measure_pictures(options.classes, options.side, options.repeats)
+        browser = measure_pictures(options.classes, options.side, options.runs, options.repeats)
     for n, (moves, built) in kernel.items():
         pictures, first = browser[n]
         in_kernel = f"{statistics.median(moves):.1f} ({max(moves):.1f})"
         in_browser = f"{statistics.median(pictures):.0f} ({max(pictures):.0f})"
         print(f"| {n} | {in_kernel} | {in_browser} | {first:.2f} | {built:.2f} |")
-    print("targets: " + ", ".join(f"{name} < {a} at 21, < {b} above" for name, (a, b) in TARGETS.items()))
+    targets = [f"{name} < {a} at 21, < {b} above" for name, (a, b) in TARGETS.items()]
+    print("targets of one run: " + ", ".join(targets) + f"; of two: picture < {TARGET_OF_TWO} at 21")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def write(path: Path, found: dict[str, tuple[str, float]], note: str):
 
 def main(words=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", choices=[*PARTS, []], default=[], help="all by default")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(words)
@@ -188,7 +188,7 @@ def main(words=None) -> int:
     path = given.out or (home("outputs/GPU-rehearsal.md") if given.rehearse else HERE / "GPU.md")
     note = "A rehearsal at small sizes: the numbers mean nothing.\n\n" if given.rehearse else ""
     found, failed = {}, []
-    for name in given.parts:
+    for name in given.parts or PARTS:
         began = time.perf_counter()
         try:
             text = PARTS[name](size)

@@ -147,9 +147,10 @@ def hash_models(folder: Path) -> dict[str, str]:
 
 
 def list_files(folder: Path) -> set[str]:
-    "List the files of runs, without those of their executors."
+    "List the files of runs, without those of their executors and the flag of a worker that was killed after its run."
     paths = {path.relative_to(folder) for path in folder.glob("*/**/*")}
-    return {str(path) for path in paths if not {"slurm", ".slurm", "train.ipynb", ".worker"} & set(path.parts)}
+    others = {"slurm", ".slurm", "train.ipynb"}
+    return {str(path) for path in paths if not others & set(path.parts) and not path.name.startswith(".worker")}
 
 
 def train_undisturbed(home: Path, monkeypatch) -> tuple:

@@ -89,3 +89,13 @@ def test_results_are_written(tmp_path, monkeypatch):
     assert "| attention, 33 tokens |" in text and torch.__version__ in text and str(FOLDER) not in text
     if not torch.cuda.is_available():
         assert "No GPU was available" in text and text.count("| 16 | yes |  |  |  |  |  |") == 4
+
+
+def test_without_a_part_all_are_measured_on_a_gpu(monkeypatch, tmp_path):
+    gpu = __import__("gpu")
+    for name in gpu.PARTS:
+        monkeypatch.setitem(gpu.PARTS, name, lambda size: "measured")
+    for words, names in [([], list(gpu.PARTS)), (["floor"], ["floor"])]:
+        assert gpu.main([*words, "--rehearse", f"--out={tmp_path / 'GPU.md'}"]) == 0
+        text = (tmp_path / "GPU.md").read_text(encoding="utf-8")
+        assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == names
