@@ -53,6 +53,7 @@ lint: .venv/developer ## style and format of code and notebooks
 
 export: .venv/developer ## clean the notebooks and export the package from them
 	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export && $(BIN)/ruff format -q mbs
+	@touch .venv/installed .venv/developer  # nbdev writes pyproject.toml anew
 
 docs: .venv/developer ## build the documentation site, _docs/html/index.html
 	@$(BIN)/python docs/build.py && echo "_docs/html/index.html"

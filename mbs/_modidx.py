@@ -961,6 +961,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mbs.explore.tour._read_last_line': ('tour.html#_read_last_line', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._read_tour': ('tour.html#_read_tour', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._remove_views': ('tour.html#_remove_views', 'mbs/explore/tour.py'),
+                                  'mbs.explore.tour._reserve_port': ('tour.html#_reserve_port', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._save_tour': ('tour.html#_save_tour', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._start_kernel': ('tour.html#_start_kernel', 'mbs/explore/tour.py'),
                                   'mbs.explore.tour._wait_for_kernel': ('tour.html#_wait_for_kernel', 'mbs/explore/tour.py'),
