@@ -42,7 +42,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import quote
+from urllib.error import URLError
+from urllib.parse import quote, urlsplit
 
 from ..files import MAX_NOTEBOOK, read_json, write_text
 from ..folders import check_run_folder, find_package_folder, home
@@ -300,34 +301,38 @@ def _make_server_arguments(port: int, options: ServerOptions, as_app: bool) -> l
 
 
 # %% ../../nbs/61h_tour.ipynb #b44c7857
-def _is_unspecified(ip: str) -> bool:
-    "Tell whether an address stands for all interfaces."
+def _find_host(ip: str) -> str:
+    "Return the host under which this machine reaches a server that listens on the interface `ip`."
     with suppress(ValueError):  # a name
-        return ip_address(ip).is_unspecified
-    return False
+        if ip_address(ip).is_unspecified:
+            return "::1" if ":" in ip else "127.0.0.1"
+    return ip
 
 
 def _make_link(notebook: Path, token: str, port: int, options: ServerOptions, as_app: bool) -> str:
     "Return the address of a notebook, with the token."
     base = options.settings.get("Voila.base_url" if as_app else "ServerApp.base_url", "/").strip("/")
-    host = socket.gethostname() if _is_unspecified(options.ip) else options.ip
+    host = _find_host(options.ip)
     server = f"http://{f'[{host}]' if ':' in host else host}:{port}/{base and base + '/'}"
     return f"{server}{'' if as_app else f'lab/tree/{quote(notebook.name)}'}?token={token}"
 
 
-def _describe_tunnel(port: int) -> str:
-    "Return the command with which another machine reaches `port` of the loopback interface of this one."
-    return f"ssh -N -L {port}:127.0.0.1:{port} {getuser()}@{socket.gethostname()}"
-
-
 # %% ../../nbs/61h_tour.ipynb #b25c2966
+def _describe_way(link: str, port: int, ip: str) -> str:
+    "Say how another machine reaches a server that listens on the interface `ip`."
+    host, me = _find_host(ip), socket.gethostname()
+    if host != ip:
+        return "open " + urlsplit(link)._replace(netloc=f"{me}:{port}").geturl()
+    return f"run there first: ssh -N -L {port}:{host}:{port} {getuser()}@{me}"
+
+
+# %% ../../nbs/61h_tour.ipynb #c51ef7ac
 def _wait_for_server(process: subprocess.Popen, port: int, options: ServerOptions, limit: float = 120):
     "Wait until a server answers; ChildProcessError if it ends or needs more than `limit` seconds."
-    ip = "localhost" if _is_unspecified(options.ip) else options.ip
     end = time.monotonic() + limit
     while process.poll() is None and time.monotonic() < end:
         try:
-            socket.create_connection((ip, port), timeout=5).close()
+            socket.create_connection((_find_host(options.ip), port), timeout=5).close()
             return
         except OSError:
             time.sleep(0.1)
@@ -335,7 +340,7 @@ def _wait_for_server(process: subprocess.Popen, port: int, options: ServerOption
         raise ChildProcessError(f"the server did not answer within {limit:.0f} s: expected it to start; try again")
 
 
-# %% ../../nbs/61h_tour.ipynb #a63b380c
+# %% ../../nbs/61h_tour.ipynb #e15161b1
 def _wait_for_kernel(client, limit: float = 120):
     "Wait until the kernel of `client` answers on both channels; TimeoutError after `limit` seconds."
     end = time.monotonic() + limit
@@ -346,19 +351,31 @@ def _wait_for_kernel(client, limit: float = 120):
             return
 
 
+# %% ../../nbs/61h_tour.ipynb #5484788d
+def _request_kernel(notebook: Path, link: str) -> str:
+    "Start a kernel for a notebook in the server of `link`; return its id. ChildProcessError if the server refuses."
+    address, _, token = link.partition("?token=")
+    session = dict(path=notebook.name, name=notebook.name, type="notebook", kernel=dict(name="python3"))
+    headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
+    sessions = address.partition("/lab/tree/")[0] + "/api/sessions"
+    request = urllib.request.Request(sessions, json.dumps(session).encode(), headers)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+            return json.load(answer)["kernel"]["id"]
+    except URLError as e:
+        raise ChildProcessError(
+            f"the server at {urlsplit(link).netloc} starts no kernel ({e.reason}): expected one for the notebook"
+        ) from None
+
+
+# %% ../../nbs/61h_tour.ipynb #6ddc7dfe
 @contextmanager
 def _start_kernel(notebook: Path, link: str) -> Iterator:
     "Start a kernel for a notebook in the server of `link`, and yield a client of it; the kernel stays alive."
     from jupyter_client import BlockingKernelClient, find_connection_file
     from jupyter_core.paths import jupyter_runtime_dir
 
-    address, _, token = link.partition("?token=")
-    session = dict(path=notebook.name, name=notebook.name, type="notebook", kernel=dict(name="python3"))
-    headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
-    sessions = address.partition("/lab/tree/")[0] + "/api/sessions"
-    request = urllib.request.Request(sessions, json.dumps(session).encode(), headers)
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
-        kernel = json.load(answer)["kernel"]["id"]
+    kernel = _request_kernel(notebook, link)
     file = find_connection_file(f"kernel-{kernel}.json", path=[jupyter_runtime_dir()])
     client = BlockingKernelClient(connection_file=file)
     client.load_connection_file()
@@ -445,7 +462,7 @@ def serve_notebook(
         if process.poll() is None:
             tell(f"Open {link}")
             if not options.browser or "SSH_CONNECTION" in os.environ:
-                tell(f"From another machine, run there first: {_describe_tunnel(port)}")
+                tell(f"From another machine, {_describe_way(link, port, options.ip)}")
             tell("Ctrl-C ends it.")
         with _open_browser(link, folder) if options.browser else nullcontext():
             code = process.wait()
