@@ -82,8 +82,9 @@ function mixColours(style, alpha, hidden) {
 }
 
 // Paint labels over the photo, with the arithmetic of `paint` in mbs.explore.paint.
-// Most pixels have the label of their neighbours, so colours are looked up where the label changes.
-function paintLabels(out, photo, labels, [height, width], style, alpha, hidden, darkened) {
+// Most pixels have the label of their neighbours, so colours are looked up where the label changes. With the labels
+// that `out` shows already, `shownLabels`, only pixels that change, or whose outline may change, are painted.
+function paintLabels(out, photo, labels, shownLabels, [height, width], style, alpha, hidden, darkened) {
   const { added, shown } = mixColours(style, alpha, hidden);
   const isHatched = new Uint8Array(256);
   for (const label of style.hatched) isHatched[label] = 1;
@@ -97,6 +98,13 @@ function paintLabels(out, photo, labels, [height, width], style, alpha, hidden, 
   for (let y = 0, i = 0; y < height; y++) {
     const below = y + 1 < height ? width : 0;
     for (let x = 0; x < width; x++, i++) {
+      if (
+        shownLabels &&
+        shownLabels[i] === labels[i] &&
+        shownLabels[i + 1] === labels[i + 1] &&
+        shownLabels[i + below] === labels[i + below]
+      )
+        continue;
       const j = 4 * i;
       out[j + 3] = 255;
       if (darkened && darkened[i]) {
@@ -213,6 +221,7 @@ class View {
     this.unpacked = {}; // the last packed and unpacked bytes of each key
     this.turn = { picture: 0, panels: 0, pixel: 0 };
     this.photo = null;
+    this.shownPicture = null; // the part that was drawn last
     this.canvases = new Map(); // panel key → its elements
     this.showsColours = true;
     this.frame = 0; // of the animation; 0: none is waiting
@@ -330,7 +339,8 @@ class View {
     this.drawTables();
     this.drawChart();
     this.drawCard();
-    this.chooseSmoothing();
+    if (picture !== this.shownPicture) this.chooseSmoothing(); // reads the layout, which takes its time
+    this.shownPicture = picture;
     this.root.dataset.drawn = panels.drawn;
   }
 
@@ -396,18 +406,21 @@ class View {
       const isLabels = panel.kind === "labels";
       if (!values || (isLabels && values.length !== height * width)) continue; // its map has not arrived yet
       const { picture } = this.parts;
-      const inputs = [values, picture, this.photo, panel.kind, panel.style, panel.columns, panel.cell];
+      const inputs = [picture, this.photo, panel.kind, panel.style, panel.columns, panel.cell];
       if (isLabels) inputs.push(...choiceKeys);
-      if (!elements.inputs || inputs.some((input, k) => input !== elements.inputs[k])) {
-        this.paintPanel(panel, canvas, values, choice);
-        elements.inputs = inputs;
+      const isSame = elements.inputs?.every((input, k) => input === inputs[k]);
+      if (!isSame || values !== elements.values) {
+        this.paintPanel(elements, values, isSame ? elements.values : null, choice);
+        Object.assign(elements, { inputs, values });
       }
       canvas.setAttribute("aria-label", `${panel.title}: ${panel.about}`);
       this.drawBar(elements);
     }
   }
 
-  paintPanel(panel, canvas, values, { alpha, hidden, darkened }) {
+  // Paint a panel; where only its values change, `shownValues` are those that it shows.
+  paintPanel(elements, values, shownValues, { alpha, hidden, darkened }) {
+    const { panel, canvas } = elements;
     const { picture } = this.parts;
     const [height, width] = picture.size;
     if (canvas.width !== width || canvas.height !== height) {
@@ -415,12 +428,13 @@ class View {
       canvas.height = height;
     }
     const context = canvas.getContext("2d", { willReadFrequently: true });
-    const image = context.createImageData(width, height);
+    if (!shownValues) elements.image = context.createImageData(width, height);
+    const { image } = elements;
     if (panel.kind === "labels") {
       const isOfClasses = panel.style === "class" || panel.style === "group"; // codes of fate and flow are no classes
       const style = picture.styles[panel.style];
       const off = isOfClasses ? hidden : new Set();
-      paintLabels(image.data, this.photo, values, picture.size, style, alpha, off, darkened);
+      paintLabels(image.data, this.photo, values, shownValues, picture.size, style, alpha, off, darkened);
     } else {
       const ramp = panel.kind === "numbers" ? toBytes(picture.ramp) : null;
       paintPatches(image.data, values, picture.size, panel.columns, panel.cell, ramp);
