@@ -576,9 +576,11 @@ def test_the_app(runs, chrome, tmp_path, monkeypatch):
         pytest.skip("voila is not installed: pip install 'mbs[app]'")
     monkeypatch.setenv("MBS_HOME", str(tmp_path))
     notebook = write_app([runs[1].folder])
-    with voila(notebook, tmp_path) as address, page_of(chrome) as page:
+    with voila(notebook, tmp_path) as address, page_of(chrome, dark=True) as page:
         page.goto(address)
         page.wait_for_function(DRAWN, arg=1)
+        colour = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", colour)[:3])) < 80, "the page is dark as the browser asks"
         one = Explorer(page, 0, "")
         before = one.pixels()
         handle = page.locator(".noUi-handle").first
@@ -621,10 +623,12 @@ def test_mbs_explore_opens_a_tour_that_is_live_and_leaves_pictures(runs, chrome,
             said = "".join(lines)
             link = re.search(r"^Open (http://127\.0\.0\.1:(\d+)/lab/tree/explore\.ipynb\?token=\w+)$", said, re.M)
             assert f"ssh -N -L {link[2]}:127.0.0.1:{link[2]} " in said
-            with page_of(chrome) as page:
+            with page_of(chrome, dark=True) as page:
                 page.goto(link[1])
                 page.wait_for_function(DRAWN, arg=3)
                 assert "model not found" not in page.locator("body").inner_text()
+                page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")  # as the browser asks
+                assert not page.locator(".jp-FileBrowser").is_visible()
                 settings = json.loads(page.locator("#jupyter-config-data").text_content())
                 assert any("announcements" in str(extension) for extension in settings["disabledExtensions"])
         finally:

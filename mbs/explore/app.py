@@ -108,6 +108,7 @@ class _Views:
         self.run, self.other, self.images = run, other, images
         self.explorers: dict[str, Explorer] = {}
         self.tabs = W.Tab([W.VBox() for _ in _TABS], titles=list(_TABS))
+        self.tabs.add_class("mbs-tabs")
         self.tabs.observe(lambda _: self.fill_tab(), "selected_index")
 
     def clear(self):

@@ -352,30 +352,42 @@ def _wait_for_kernel(client, limit: float = 120):
 
 
 # %% ../../nbs/61h_tour.ipynb #5484788d
-def _request_kernel(notebook: Path, link: str) -> str:
-    "Start a kernel for a notebook in the server of `link`; return its id. ChildProcessError if the server refuses."
+def _ask_server(link: str, place: str, method: str = "GET", content: dict | None = None) -> dict:
+    "Send a request to the server of `link`; return its answer. ChildProcessError if the server refuses."
     address, _, token = link.partition("?token=")
-    session = dict(path=notebook.name, name=notebook.name, type="notebook", kernel=dict(name="python3"))
     headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
-    sessions = address.partition("/lab/tree/")[0] + "/api/sessions"
-    request = urllib.request.Request(sessions, json.dumps(session).encode(), headers)
+    url = f"{address.partition('/lab/tree/')[0]}/{place}"
+    data = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(url, data, headers, method=method)
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
-            return json.load(answer)["kernel"]["id"]
+            return json.loads(answer.read() or "{}")
     except URLError as e:
         raise ChildProcessError(
-            f"the server at {urlsplit(link).netloc} starts no kernel ({e.reason}): expected one for the notebook"
+            f"the server at {urlsplit(link).netloc} refuses {place} ({e.reason}): expected an answer; try again"
         ) from None
 
 
 # %% ../../nbs/61h_tour.ipynb #6ddc7dfe
+_LAYOUT = "lab/api/workspaces/default"
+
+
+def _hide_files(link: str):
+    "Hide the list of files in the JupyterLab of `link`, unless a layout is stored."
+    if not _ask_server(link, _LAYOUT).get("data"):
+        layout = {"layout-restorer:data": {"left": {"collapsed": True, "widgets": []}}}
+        _ask_server(link, _LAYOUT, "PUT", dict(data=layout, metadata=dict(id="default")))
+
+
+# %% ../../nbs/61h_tour.ipynb #ddb93829
 @contextmanager
 def _start_kernel(notebook: Path, link: str) -> Iterator:
     "Start a kernel for a notebook in the server of `link`, and yield a client of it; the kernel stays alive."
     from jupyter_client import BlockingKernelClient, find_connection_file
     from jupyter_core.paths import jupyter_runtime_dir
 
-    kernel = _request_kernel(notebook, link)
+    session = dict(path=notebook.name, name=notebook.name, type="notebook", kernel=dict(name="python3"))
+    kernel = _ask_server(link, "api/sessions", "POST", session)["kernel"]["id"]
     file = find_connection_file(f"kernel-{kernel}.json", path=[jupyter_runtime_dir()])
     client = BlockingKernelClient(connection_file=file)
     client.load_connection_file()
@@ -486,6 +498,7 @@ def serve_tour(
 
     def prepare(link: str):
         tell(f"Drawing the views of {' and '.join(folder.name for folder in folders)} …")
+        _hide_files(link)
         if not _prepare_tour(path, link, own):
             tell("Not all cells could be run: run them in JupyterLab, Run > Run All Cells.")
 
@@ -494,15 +507,19 @@ def serve_tour(
 
 
 # %% ../../nbs/61h_tour.ipynb #1c9bf1a7
+_STYLE = '<link rel="stylesheet" href="voila/templates/lab/static/theme-dark.css" media="(prefers-color-scheme: dark)">'
+
+
 def write_app(folders: Sequence[Path]) -> Path:
     "Write the notebook of the app for one or two run folders; return its path."
-    import nbformat
+    from nbformat import v4, writes
 
     path = choose_tour_folder(folders) / "app.ipynb"
     arguments = ", ".join(repr(str(one)) for one in folders)
-    source = f"from mbs.explore.app import ExplorerApp\n\nExplorerApp({arguments}).view"
+    style = f"from IPython.display import HTML\n\nHTML({_STYLE!r})"
+    view = f"from mbs.explore.app import ExplorerApp\n\nExplorerApp({arguments}).view"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])))
+    write_text(path, writes(v4.new_notebook(cells=[v4.new_code_cell(source) for source in (style, view)])))
     return path
 
 
